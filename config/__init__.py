@@ -1,0 +1,167 @@
+"""
+The key=value rule, shared by every program.
+
+    python train.py config/phoenix14t_7b.py stage=sft lr=1e-4
+    python train.py help                  # every variable with its comment and its value
+
+A program's page one (its top-level assignments of literals) holds the defaults; a config file is a file of such
+assignments and nothing else, so it is read, never executed. Later wins: page one, config files, the stage's dict, command line.
+"""
+import ast
+import difflib
+import math
+import os
+import re
+import sys
+import time
+from types import SimpleNamespace
+
+
+class BadInput(ValueError):
+    """What the user can mend: a file, a clip or a variable, named in one line. Programs print it and end with exit code 1."""
+
+
+def rank():
+    """This process's number under torchrun, 0 without it."""
+    return int(os.environ.get("RANK", 0))
+
+
+def print0(*args, **kwargs):
+    """print, on the first process only."""
+    if rank() == 0:
+        print(*args, flush=True, **kwargs)
+
+
+def usage_error(program, message):
+    """A wrong command line: one line on stderr, exit code 2."""
+    if rank() == 0:
+        print(f"{os.path.basename(program)}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def launch(main):
+    """Call a program's main(); what the user can mend ends with one line and exit code 1 instead of a traceback."""
+    try:
+        main()
+    except (BadInput, OSError) as e:
+        time.sleep(2 * (rank() > 0))  # the first process speaks first, and torchrun then ends the others before they repeat it
+        print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
+        sys.stderr.flush()
+        os._exit(1)  # not sys.exit: a process group with a dead partner can hang in its destructor
+
+
+def read_literals(path, strict=False):
+    """
+    name -> (value, comment) for the top-level assignments of literals to lower-case names in a Python file; a dict's comments are a dict too.
+    strict: anything else in the file is a BadInput.
+    """
+    try:
+        source = open(path, encoding="utf-8").read()
+        tree = ast.parse(source)
+    except (OSError, SyntaxError, ValueError) as e:
+        raise BadInput(f"{path}: cannot be read as a config file ({e})") from None
+    lines, found = source.splitlines(), {}
+
+    def comment(node):  # what stands behind the # after a node
+        m = re.search(r"#\s*(.*)$", lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode())
+        return m[1] if m else ""
+
+    for node in tree.body:
+        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        try:
+            (target,) = node.targets  # AttributeError: not an assignment
+            if not target.id.islower() and not strict:
+                continue  # a constant of the program, not a variable
+            value = ast.literal_eval(node.value)
+            comments = {k.value: comment(v) for k, v in zip(node.value.keys, node.value.values)} if isinstance(value, dict) else comment(node)
+            found[target.id] = value, comments
+        except (AttributeError, ValueError):
+            if strict and not is_docstring:
+                raise BadInput(f"{path}:{node.lineno}: a config file holds assignments of literals only") from None
+    return found
+
+
+def coerce(value, like):
+    """value (text from the command line, or a literal) as the type of like; ValueError with the reason where it is not one."""
+    kind = type(like)
+    if kind is str or kind is dict:
+        if not isinstance(value, kind):
+            raise ValueError(f"{value!r} is not a {'text in quotes' if kind is str else 'dict'}")
+        return value
+    words = {"true": True, "false": False, "1": True, "0": False}
+    if kind is bool:
+        if str(value).lower() not in words:
+            raise ValueError(f"{value!r} is not true or false")
+        return words[str(value).lower()]
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        number = float(value)  # "1e3" is a fine int, "1" a fine float
+        if not math.isfinite(number) or (kind is int and number != int(number)):
+            raise ValueError
+        return kind(number)
+    except (ValueError, TypeError):
+        raise ValueError(f"{value!r} is not {'a whole number' if kind is int else 'a finite number'}") from None
+
+
+def configure(program, argv=None, choices={}, stages=()):
+    """
+    The configuration of a program: its page one, then config files, the stage's dict, the command line.
+
+    program: path of the program, whose top-level literals are the defaults. choices: variable -> values allowed.
+    stages: names of the dicts that hold a stage's values; the variable `stage` picks one.
+    Returns a SimpleNamespace. A wrong command line ends the program with exit code 2 and one line; a bad config file raises BadInput.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    page = read_literals(program)
+    per_stage, comments = {}, {name: text for name, (_, text) in page.items() if name not in stages}
+    for name in stages:
+        values, texts = page.pop(name)
+        per_stage[name], comments = dict(values), texts | comments
+    cfg = {name: value for name, (value, _) in page.items()} | {k: v for values in per_stage.values() for k, v in values.items()}
+    origin = {}  # variable -> the config file that set it
+
+    def put(target, key, value, where):
+        if key not in cfg:
+            near = difflib.get_close_matches(key, cfg, 1, 0.5)
+            hint = f", did you mean {near[0]}?" if near else f"; `{os.path.basename(program)} help` lists them"
+            usage_error(program, f"{where}unknown variable {key}{hint}")
+        try:
+            target[key] = coerce(value, cfg[key])
+            if key in choices and target[key] not in choices[key]:
+                raise ValueError(f"{value!r} is none of {', '.join(choices[key])}")
+        except ValueError as e:
+            usage_error(program, f"{where}{key}: {e}")
+
+    command_line, show_help = {}, False
+    for arg in argv:
+        key, equals, value = arg.removeprefix("--").partition("=")
+        if equals:
+            put(command_line, key, value, "")
+        elif arg.endswith(".py"):
+            for name, (value, _) in read_literals(arg, strict=True).items():
+                if name in stages:
+                    for k, v in coerce(value, {}).items():
+                        put(per_stage[name], k, v, f"{arg}: {name}: ")
+                else:
+                    put(cfg, name, value, f"{arg}: ")
+                    origin[name] = arg
+        elif arg in ("help", "--help", "-h"):
+            show_help = True
+        else:
+            usage_error(program, f"{arg!r} is neither key=value nor a config file")
+
+    if stages:
+        stage = command_line.get("stage", cfg["stage"])
+        for key, value in per_stage[stage].items():
+            if key in origin and key not in command_line and cfg[key] != value:
+                print0(f"{origin[key]}: {key} = {cfg[key]!r} gives way to {stage}'s {value!r}; write it into {stage} = {{...}}", file=sys.stderr)
+            put(cfg, key, value, "")
+    cfg.update(command_line)
+
+    if show_help:
+        print0(ast.get_docstring(ast.parse(open(program, encoding="utf-8").read())), "\n")
+        for name, value in cfg.items():
+            print0(f"{name + ' = ' + repr(value):36} {comments[name]}")
+        raise SystemExit(0)
+    return SimpleNamespace(**cfg)

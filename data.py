@@ -1,0 +1,509 @@
+"""
+Clips in, batches out: video decoding, data-set readers, feature extraction and store, tokenizer, packing.
+
+    python data.py dataset=isl root=clips_of_isl                            # own clips: a folder with clips.tsv (file<TAB>text)
+    torchrun --nproc_per_node=2 data.py dataset=isl root=clips_of_isl       # the same, shared out among processes
+
+Writes data/NAME/{train,dev,test}.jsonl (one clip a line) and data/NAME/BACKBONE/{split}.safetensors (name -> (frames, width) float16).
+A run that was killed goes on where it stopped; clips that have not changed are not extracted again.
+"""
+import glob
+import json
+import os
+import re
+import shutil
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+
+import av
+import numpy as np
+import torch
+import torch.distributed as dist
+from av.video.reformatter import VideoReformatter
+from safetensors import safe_open
+
+from config import BadInput, configure, print0, rank, launch
+from model import Docs, GoogLeNet, RandomCNN, load_json
+
+dataset = "toy"  # name of the data set: its common form goes to data_dir/NAME
+root = ""  # folder of the clips as they were downloaded or filmed
+reader = ""  # form of that folder: clips; "" = the data set's own name where that is a form, else clips
+data_dir = "data"  # folder that holds the data sets
+backbone = "toycnn"  # frozen CNN: toycnn, googlenet (paper: pre-trained Inception, 1024-d)
+weights = ""  # googlenet: file of torchvision's weights (.pth or .safetensors)
+ratio = "0.8,0.1,0.1"  # shares of train, dev, test where clips.tsv has no split column and at least 20 clips
+device = "auto"  # auto, cpu, cuda: where the CNN runs
+
+SPLITS = ("train", "dev", "test")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clips in
+
+def natural(name):
+    """Sort key under which frame 2 comes before frame 10."""
+    return [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", name)]
+
+
+def frames(path, size=None):
+    """Yield the frames of a clip (mp4, webm, gif, ..., or a folder of png/jpg) as uint8 (H, W, 3); size: squeezed to size x size."""
+    if os.path.isdir(path):
+        files = [os.path.join(path, f) for f in sorted(os.listdir(path), key=natural) if f.lower().endswith((".png", ".jpg", ".jpeg"))]
+    else:
+        files = [path]
+    shape, convert = None, VideoReformatter()
+    to = dict(width=size, height=size) if size else {}
+    for file in files:
+        try:
+            with av.open(file) as container:
+                if not container.streams.video:
+                    raise BadInput(f"{file}: holds no video")
+                container.streams.video[0].thread_count = 1  # small clips: threads cost more than they bring, processes scale
+                for frame in container.decode(video=0):
+                    shape = shape or (frame.width, frame.height)
+                    if shape != (frame.width, frame.height):
+                        raise BadInput(f"{file}: a frame of {frame.width}x{frame.height} in a clip of {shape[0]}x{shape[1]}")
+                    rgb = convert.reformat(frame, format="rgb24", interpolation="BILINEAR", threads=1, **to).to_ndarray()
+                    yield np.rot90(rgb, frame.rotation // 90) if frame.rotation else rgb  # phones film upright and note the turn
+        except (av.error.FFmpegError, OSError) as e:
+            raise BadInput(f"{file}: cannot be decoded ({getattr(e, 'strerror', None) or e})") from None
+    if shape is None:
+        raise BadInput(f"{path}: has no frames")
+
+
+def read_video(path):
+    """A clip (mp4, webm, gif, or a folder of png/jpg frames in natural order) -> uint8 (T, H, W, 3)."""
+    return np.stack(list(frames(path)))
+
+
+def read_clips(root):
+    """
+    Own clips: root/clips.tsv with a header and the columns file, text and, if you like, split, signer, gloss. Returns {split: [row]}.
+    Without a split column the clips are dealt out by `ratio`; fewer than 20 all go to train, since nothing can be measured on two.
+    """
+    path = os.path.join(root, "clips.tsv")
+    try:
+        lines = open(path, encoding="utf-8-sig", newline=None).read().splitlines()
+    except UnicodeDecodeError as e:
+        raise BadInput(f"{path}: is not UTF-8 ({e.reason} at byte {e.start})") from None
+    except OSError as e:
+        raise BadInput(f"{path}: {e.strerror}; own clips need this table, with a header file<TAB>text") from None
+    header = lines[0].split("\t") if lines else []
+    for column in ("file", "text"):
+        if column not in header:
+            raise BadInput(f"{path}: its header has no column {column}")
+    splits, files = {s: [] for s in SPLITS}, {}
+    for number, line in enumerate(lines[1:], 2):
+        if not line.strip():
+            continue
+        cells = line.split("\t")
+        if len(cells) != len(header):
+            raise BadInput(f"{path}:{number}: {len(cells)} columns, the header has {len(header)}")
+        row = dict(zip(header, (c.strip() for c in cells)))
+        video = os.path.join(root, row["file"])
+        name = os.path.splitext(row["file"])[0] if not os.path.isdir(video) else row["file"].rstrip("/")
+        if not row["file"] or not os.path.exists(video):
+            raise BadInput(f"{path}:{number}: clip {video} does not exist")
+        if not row["text"]:
+            raise BadInput(f"{path}:{number}: clip {name} has an empty text")
+        if name in files:
+            raise BadInput(f"{path}:{number}: clip {name} stands there twice ({files[name]}, {row['file']})")
+        files[name] = row["file"]
+        split = row.get("split", "train") or "train"
+        if split not in SPLITS:
+            raise BadInput(f"{path}:{number}: clip {name}: split {split!r} is none of {', '.join(SPLITS)}")
+        splits[split].append({"name": name, "text": row["text"], "video": video} | {k: row[k] for k in ("signer", "gloss") if row.get(k)})
+    if not files:
+        raise BadInput(f"{path}: lists no clips")
+    return splits, "split" in header
+
+
+def deal_out(rows, ratio):
+    """Share rows out to train, dev and test in an order that depends on their names alone."""
+    try:
+        shares = [float(s) for s in ratio.split(",")]
+        if len(shares) != 3 or min(shares) < 0 or not 0.999 < sum(shares) < 1.001:
+            raise ValueError
+    except ValueError:
+        raise BadInput(f"ratio={ratio}: is not three shares that sum to 1") from None
+    rows = sorted(rows, key=lambda r: (zlib.crc32(r["name"].encode()), r["name"]))
+    a, b = round(shares[0] * len(rows)), round((shares[0] + shares[1]) * len(rows))
+    return {"train": rows[:a], "dev": rows[a:b], "test": rows[b:]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Feature extraction and store
+
+class Extractor:
+    """A frozen CNN with the preparation of its frames: squeezed to size, centre-cropped, normalised to [-1, 1]. .features(path) -> (T, D)."""
+
+    SIZES = {"toycnn": (64, 64), "googlenet": (256, 224)}  # side after squeezing, side of the centre crop
+
+    def __init__(self, backbone, weights="", device="auto"):
+        if backbone not in self.SIZES:
+            raise BadInput(f"backbone={backbone}: is none of {', '.join(self.SIZES)}")
+        if backbone == "googlenet" and not weights:
+            raise BadInput("weights: googlenet needs a file of torchvision's weights (googlenet-1378be20.pth)")
+        self.settings = {"backbone": backbone, "weights": weights}
+        self.size, self.crop = self.SIZES[backbone]
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self.cnn = (RandomCNN() if backbone == "toycnn" else GoogLeNet().load(weights)).to(self.device, memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def __call__(self, path):
+        """The features of a clip: float16 (T, D)."""
+        low = (self.size - self.crop) // 2
+        parts, batch = [], []
+
+        def flush():
+            x = torch.from_numpy(np.stack(batch)).to(self.device).permute(0, 3, 1, 2)  # (T, H, W, 3) -> (T, 3, H, W), channels last
+            parts.append(self.cnn.features(x.float() / 127.5 - 1).half().cpu().numpy())
+            batch.clear()
+
+        for frame in frames(path, self.size):
+            batch.append(frame[low:low + self.crop, low:low + self.crop])
+            if len(batch) == 64:
+                flush()
+        if batch:
+            flush()
+        features = np.concatenate(parts)
+        if not np.isfinite(features).all():
+            raise BadInput(f"{path}: backbone {self.settings['backbone']} gives features that are not finite")
+        return features
+
+
+def fingerprint(path):
+    """Changes when a clip's file (or folder of frames) does."""
+    stat = os.stat(path)
+    return f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def write_store(path, arrays, metadata):
+    """{name: (T, D) float16} -> one safetensors file, written clip by clip (a data set need not fit into memory) and then renamed."""
+    header, at = {"__metadata__": metadata}, 0
+    for name, a in arrays.items():
+        header[name] = {"dtype": "F16", "shape": list(a.shape), "data_offsets": [at, at + a.nbytes]}
+        at += a.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path + ".part", "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for a in arrays.values():
+            f.write(np.ascontiguousarray(a).tobytes())
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".part", path)
+
+
+class Store:
+    """The features of one split, memory-mapped: name -> (T, D) float16."""
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            self.file = safe_open(path, "pt")
+        except Exception as e:
+            raise BadInput(f"{path}: cannot be read as a feature store ({e})") from None
+        self.names = set(self.file.keys())
+        self.metadata = self.file.metadata() or {}
+
+    def __getitem__(self, name):
+        return self.file.get_tensor(name)
+
+
+class Progress:
+    """done/total, rate and time left, on one line: rewritten on a terminal, a new line every ten seconds in a log file."""
+
+    def __init__(self, what, total):
+        self.what, self.total, self.start, self.said = what, total, time.time(), 0.0
+        self.tty = sys.stderr.isatty()
+
+    def __call__(self, done, units=None, unit="clips"):
+        now = time.time()
+        if rank() or (now - self.said < (0.2 if self.tty else 10) and done < self.total):
+            return
+        self.said, passed = now, max(now - self.start, 1e-9)
+        left = passed / max(done, 1) * (self.total - done)
+        line = f"{self.what}: {done}/{self.total}, {(done if units is None else units) / passed:.0f} {unit}/s, {left:.0f} s left"
+        end = "\n" if done >= self.total or not self.tty else ""
+        print(("\r" if self.tty else "") + line.ljust(78) if self.tty else line, end=end, file=sys.stderr, flush=True)
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def prepare(name, splits, data_dir, extractor):
+    """
+    Write a data set's common form: {split: [row]} -> data_dir/name/{split}.jsonl and data_dir/name/BACKBONE/{split}.safetensors.
+    Each process appends its clips to a file of its own in .parts; the first one joins them at the end.
+    """
+    folder = os.path.join(data_dir, name, extractor.settings["backbone"])
+    parts = os.path.join(folder, ".parts")
+    settings = json.dumps(extractor.settings)
+    if rank() == 0:
+        os.makedirs(parts, exist_ok=True)
+        noted = os.path.join(parts, "settings.json")
+        if os.path.exists(noted) and open(noted).read() != settings:
+            shutil.rmtree(parts)  # made with another CNN
+            os.makedirs(parts)
+        with open(noted, "w") as f:
+            f.write(settings)
+    barrier()
+
+    rows = [(split, row) for split in SPLITS for row in splits[split]]
+    prints = {row["name"]: fingerprint(row["video"]) for _, row in rows}
+    done = {}  # name -> features, of clips whose file is still the one that was extracted
+    for split in SPLITS:
+        path = os.path.join(folder, split + ".safetensors")
+        if os.path.exists(path):
+            store = Store(path)
+            if store.metadata.get("settings") == settings:
+                old = json.loads(store.metadata.get("fingerprints", "{}"))
+                done |= {n: store[n].numpy() for n in store.names if n in prints and old.get(n) == prints[n]}
+
+    def read_parts():
+        for index in sorted(glob.glob(os.path.join(glob.escape(parts), "*.jsonl"))):
+            data, size = index[:-6] + ".f16", 0
+            with open(index) as f:
+                for line in f.read().split("\n")[:-1]:  # a last line without its end was cut off by a kill
+                    entry = json.loads(line)
+                    n = entry["shape"][0] * entry["shape"][1]
+                    if prints.get(entry["name"]) == entry["fingerprint"]:
+                        done[entry["name"]] = np.memmap(data, np.float16, "r", size, tuple(entry["shape"]))
+                    size += 2 * n
+            yield index, size
+
+    for _ in read_parts():
+        pass
+    todo = [row for _, row in rows if row["name"] not in done]
+    if len(todo) < len(rows):
+        print0(f"features: {len(rows) - len(todo)} of {len(rows)} clips are there already")
+    barrier()  # everybody has read the parts; from here on they grow
+    mine = os.path.join(parts, f"{rank():04d}")
+    keep = next((size for index, size in read_parts() if index == mine + ".jsonl"), 0)
+    if os.path.exists(mine + ".f16"):
+        os.truncate(mine + ".f16", keep)  # what a kill left behind the last entry of the index
+        with open(mine + ".jsonl", "rb+") as f:
+            f.truncate(f.read().rfind(b"\n") + 1)
+    own, n_frames, show = todo[rank()::world()], 0, Progress("features", len(todo))
+    with open(mine + ".f16", "ab") as data, open(mine + ".jsonl", "a") as index:
+        for i, row in enumerate(own):
+            features = extractor(row["video"])
+            data.write(features.tobytes())
+            data.flush()  # the features before the line that says that they are there
+            index.write(json.dumps({"name": row["name"], "shape": features.shape, "fingerprint": prints[row["name"]]}) + "\n")
+            index.flush()
+            n_frames += len(features)
+            show(min((i + 1) * world(), len(todo)), n_frames * world(), "frames")
+    barrier()
+    if rank() == 0:
+        for _ in read_parts():
+            pass
+        for split in SPLITS:
+            path = os.path.join(data_dir, name, split + ".jsonl")
+            if not splits[split]:
+                if os.path.exists(path):
+                    os.remove(path)  # of an earlier division: its clips may stand in another split now
+                continue
+            arrays = {row["name"]: done[row["name"]] for row in splits[split]}
+            said = {"settings": settings, "fingerprints": json.dumps({n: prints[n] for n in arrays})}
+            write_store(os.path.join(folder, split + ".safetensors"), arrays, said)
+            with open(path + ".part", "w", encoding="utf-8") as f:
+                for row in splits[split]:
+                    f.write(json.dumps(row | {"frames": len(arrays[row["name"]])}, ensure_ascii=False) + "\n")
+            os.replace(path + ".part", path)
+        shutil.rmtree(parts)
+        shape = next(iter(done.values())).shape[1]
+        print0(f"{os.path.join(data_dir, name)}: " + ", ".join(f"{len(splits[s])} {s}" for s in SPLITS) + f" clips, features ({extractor.settings['backbone']}) of width {shape}")
+    barrier()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+class Tokenizer:
+    """The tokenizer in an LLM's folder: tokenizer.model (SentencePiece) or tokenizer.json (package tokenizers)."""
+
+    def __init__(self, path, bos_id=-1, eos_id=-1):
+        """bos_id, eos_id: -1 takes the tokenizer's own. .eos_ids all stop the decoding; the first, .eos_id, is learnt."""
+        model, other = (os.path.join(path, f) for f in ("tokenizer.model", "tokenizer.json"))
+        special = {}
+        for f in ("config.json", "generation_config.json", "tokenizer_config.json"):  # the later know better
+            if os.path.exists(os.path.join(path, f)):
+                special |= {k: v for k, v in load_json(os.path.join(path, f)).items() if k in ("bos_token_id", "eos_token_id", "bos_token", "eos_token") and v is not None}
+        try:
+            if os.path.exists(model):
+                from sentencepiece import SentencePieceProcessor
+                self.sp = SentencePieceProcessor(model_file=model)
+                self.encode, self.vocab_size = self.sp.encode, self.sp.vocab_size()
+                self._decode, id_of = self.sp.decode, self.sp.piece_to_id
+                special = {"bos_token_id": self.sp.bos_id(), "eos_token_id": self.sp.eos_id()}
+            elif os.path.exists(other):
+                try:
+                    import tokenizers
+                except ImportError:
+                    raise BadInput(f"{other}: needs the package tokenizers (pip install tokenizers)") from None
+                tok = tokenizers.Tokenizer.from_file(other)
+                self.encode = lambda text: tok.encode(text, add_special_tokens=False).ids
+                self._decode, id_of, self.vocab_size = tok.decode, tok.token_to_id, tok.get_vocab_size()
+            else:
+                raise BadInput(f"{path}: holds neither tokenizer.model nor tokenizer.json")
+        except BadInput:
+            raise
+        except Exception as e:
+            raise BadInput(f"{model if os.path.exists(model) else other}: cannot be read as a tokenizer ({e})") from None
+
+        def ids(kind, given):
+            if given >= 0:
+                found = [given]
+            elif special.get(kind + "_token"):
+                token = special[kind + "_token"]
+                found = [id_of(token["content"] if isinstance(token, dict) else token)]
+                more = special.get(kind + "_token_id")  # chat models list further tokens that end an answer
+                found += [i for i in (more if isinstance(more, list) else [more]) if i is not None and i not in found]
+            else:
+                found = special.get(kind + "_token_id", -1)
+                found = found if isinstance(found, list) else [found]
+            return [i for i in found if i is not None and i >= 0]
+
+        self.bos_id = (ids("bos", bos_id) or [-1])[0]  # -1: this LLM begins without one (Qwen2)
+        self.eos_ids = ids("eos", eos_id)
+        if not self.eos_ids:
+            raise BadInput(f"{path}: says no EOS token; give eos_id=")
+        self.eos_id = self.eos_ids[0]
+
+    def decode(self, ids):
+        return self._decode([i for i in ids if 0 <= i < self.vocab_size])  # a padded embedding has ids that mean nothing
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches out
+
+@dataclass
+class Sample:
+    """One clip as the LLM will read it: before, the frames, after, the answer (None when it is to be generated)."""
+    name: str
+    features: torch.Tensor  # (T, D)
+    before: list
+    after: list
+    answer: list
+
+
+@dataclass
+class Batch:
+    """A packed stream of N tokens from several clips, F of them frames; M are targets. No filling anywhere."""
+    features: torch.Tensor  # (F, D)
+    clip: torch.Tensor  # (F,) number of the clip each frame belongs to
+    frame_at: torch.Tensor  # (F,) where in the stream the frames go
+    tokens: torch.Tensor  # (N,) token ids, 0 where a frame goes
+    pos: torch.Tensor  # (N,) position within the clip's own sequence
+    docs: Docs  # where each clip's sequence lies
+    target_at: torch.Tensor  # (M,) positions whose next token is learnt
+    targets: torch.Tensor  # (M,) those tokens: answers and their EOS
+
+
+def prompt_ids(prompt, tokenizer):
+    """A prompt with {clip} in it -> (ids before the clip, ids after it). "{clip}" alone is the align stage: just BOS."""
+    if prompt.count("{clip}") != 1:
+        raise BadInput(f"prompt={prompt!r}: must hold {{clip}} once")
+    before, after = (tokenizer.encode(part.strip()) if part.strip() else [] for part in prompt.split("{clip}"))
+    return [tokenizer.bos_id] * (tokenizer.bos_id >= 0) + before, after
+
+
+def pack(samples, device="cpu", with_targets=True):
+    """[Sample] -> Batch on the device. with_targets=False: nothing is to be learnt here (the share of a process that has run out of clips)."""
+    tokens, lens, clip, frame_at, target_at, targets = [], [], [], [], [], []
+    for i, s in enumerate(samples):
+        start, T, answer = len(tokens), len(s.features), s.answer or []
+        tokens += s.before + [0] * T + s.after + answer[:-1]  # the last token is only ever predicted
+        lens.append(len(tokens) - start)
+        clip += [i] * T
+        frame_at += range(start + len(s.before), start + len(s.before) + T)
+        if with_targets and answer:
+            target_at += range(len(tokens) - len(answer), len(tokens))
+            targets += answer
+    on = lambda x: torch.tensor(x, dtype=torch.long).to(device, non_blocking=True)
+    pos = torch.cat([torch.arange(n) for n in lens])
+    return Batch(torch.cat([s.features for s in samples]).to(device, non_blocking=True), on(clip), on(frame_at), on(tokens),
+                 pos.to(device), Docs.of(lens, device), on(target_at), on(targets))
+
+
+def stateless(*key):
+    """A random generator that is a function of its key (numbers and texts): resuming anywhere draws the same."""
+    return np.random.default_rng([zlib.crc32(k.encode()) if isinstance(k, str) else k for k in key])
+
+
+class Clips:
+    """One split of a data set in its common form, as samples for a prompt."""
+
+    def __init__(self, data_dir, dataset, backbone, split, max_frames=0):
+        folder = os.path.join(data_dir, dataset)
+        path = os.path.join(folder, split + ".jsonl")
+        if not os.path.exists(path):
+            there = [s for s in SPLITS if os.path.exists(os.path.join(folder, s + ".jsonl"))]
+            hint = f"it has {', '.join(there)}: say split=" if there else "make it with python data.py"
+            raise BadInput(f"{path}: data set {dataset} has no split {split}; {hint}")
+        self.rows = []
+        for number, line in enumerate(open(path, encoding="utf-8"), 1):
+            try:
+                row = json.loads(line)
+                if not row["name"] or not row["text"]:
+                    raise ValueError("empty name or text")
+            except (ValueError, KeyError, TypeError) as e:
+                raise BadInput(f"{path}:{number}: is not a clip ({e})") from None
+            self.rows.append(row)
+        self.store = Store(os.path.join(folder, backbone, split + ".safetensors"))
+        if missing := [r["name"] for r in self.rows if r["name"] not in self.store.names]:
+            raise BadInput(f"{self.store.path}: has no features of clip {missing[0]} ({len(missing)} missing); run data.py again")
+        self.max_frames = max_frames
+        self.too_long = sum(bool(max_frames) and r.get("frames", 0) > max_frames for r in self.rows)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def features(self, i, drop=0.0, key=()):
+        """(T, D) of clip i. More than max_frames are thinned out evenly, in training and test alike; drop: share of frames left out at random."""
+        row = self.rows[i]
+        x = self.store[row["name"]]
+        if self.max_frames and len(x) > self.max_frames:
+            x = x[torch.linspace(0, len(x) - 1, self.max_frames).long()]
+        if drop:
+            keep = stateless(*key, row["name"]).random(len(x)) >= drop
+            x = x[torch.from_numpy(keep)] if keep.any() else x[:1]
+        return x
+
+    def sample(self, i, prompt, tokenizer, drop=0.0, key=()):
+        before, after = prompt
+        answer = tokenizer.encode(self.rows[i]["text"]) + [tokenizer.eos_id]
+        return Sample(self.rows[i]["name"], self.features(i, drop, key), before, after, answer)
+
+
+def main():
+    cfg = configure(__file__, choices={"reader": ("", "clips"), "device": ("auto", "cpu", "cuda")})
+    if not cfg.root:
+        raise BadInput("root: say where the clips lie, root=FOLDER")
+    if not re.fullmatch(r"[\w.-]+", cfg.dataset) or cfg.dataset.startswith("."):
+        raise BadInput(f"dataset={cfg.dataset}: a name of letters, digits, '_', '-' and '.'")
+    extractor = Extractor(cfg.backbone, cfg.weights, cfg.device)
+    print0(f"backbone {cfg.backbone}: {sum(p.numel() for p in extractor.cnn.parameters()) / 1e6:.1f}M frozen parameters on {extractor.device}")
+    splits, dealt = read_clips(cfg.root)
+    rows = [row for split in SPLITS for row in splits[split]]
+    if not dealt and len(rows) >= 20:
+        splits = deal_out(rows, cfg.ratio)
+        print0(f"no column split in clips.tsv: train, dev, test by ratio={cfg.ratio}")
+    elif not dealt:
+        print0(f"{len(rows)} clips are too few to hold some out (fewer than 20, no column split in clips.tsv): all go to train")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("gloo")
+    prepare(cfg.dataset, splits, cfg.data_dir, extractor)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    launch(main)

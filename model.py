@@ -1,0 +1,647 @@
+"""
+Full definition of SL-LLaMA, all of it in this single file, in the order in which data flows through it (the paper's Figure 2):
+frames -> frozen CNN (GoogLeNet) -> LocalTransformer -> Adaptor -> LLaMA, and SLLaMA, which joins them.
+References:
+1) SL-LLaMA, Guo et al. 2026: https://doi.org/10.5755/j01.itc.55.1.40498 ("the paper")
+2) LLaMA 2 by Meta: https://github.com/meta-llama/llama/blob/main/llama/model.py (the names of modules and weights)
+3) GoogLeNet as torchvision ships it: https://github.com/pytorch/vision/blob/main/torchvision/models/googlenet.py
+Names of shapes: B sequences, T their length, N tokens of a packed stream, H heads, D head width, F frames.
+"""
+import glob
+import json
+import math
+import os
+import re
+import zlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from config import BadInput
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The frozen visual backbones: (F, 3, height, width) -> (F, width of a feature), eq. 1
+
+class RandomCNN(nn.Module):
+    """The toy's backbone: three random convolutions, never trained, pooled to a 4x4 grid of 64 channels. (F, 3, h, w) -> (F, 1024)."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, 5, stride=2, padding=2) for i, o in ((3, 32), (32, 64), (64, 64)))
+        for name, p in self.named_parameters():
+            p.data = init_weight(name, p.shape, seed) * 2**0.5  # He: a ReLU halves the variance
+        self.requires_grad_(False)
+
+    def features(self, x):
+        for conv in self.convs:
+            x = F.relu(conv(x))
+        return F.adaptive_avg_pool2d(x, 4).flatten(1)  # (F, 64, 4, 4) -> (F, 1024)
+
+
+class ConvBN(nn.Module):
+    def __init__(self, i, o, kernel, stride=1):
+        super().__init__()
+        self.conv = nn.Conv2d(i, o, kernel, stride, kernel // 2, bias=False)
+        self.bn = nn.BatchNorm2d(o, eps=0.001)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Inception(nn.Module):
+    """Four branches side by side: 1x1, 3x3, "5x5" (3x3 in torchvision's weights) and a pooled one, concatenated on channels."""
+
+    def __init__(self, i, c1, c3_in, c3, c5_in, c5, pool):
+        super().__init__()
+        self.branch1 = ConvBN(i, c1, 1)
+        self.branch2 = nn.Sequential(ConvBN(i, c3_in, 1), ConvBN(c3_in, c3, 3))
+        self.branch3 = nn.Sequential(ConvBN(i, c5_in, 1), ConvBN(c5_in, c5, 3))
+        self.branch4 = nn.Sequential(nn.MaxPool2d(3, 1, 1, ceil_mode=True), ConvBN(i, pool, 1))
+
+    def forward(self, x):
+        return torch.cat([self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x)], 1)
+
+
+class GoogLeNet(nn.Module):
+    """Inception-v1, the paper's 1024-d CNN. Always in eval mode, no transform inside: data.py normalises with mean 0.5, deviation 0.5."""
+
+    def __init__(self):
+        super().__init__()
+        pool = lambda kernel: nn.MaxPool2d(kernel, 2, ceil_mode=True)
+        self.conv1, self.maxpool1 = ConvBN(3, 64, 7, 2), pool(3)
+        self.conv2, self.conv3, self.maxpool2 = ConvBN(64, 64, 1), ConvBN(64, 192, 3), pool(3)
+        self.inception3a = Inception(192, 64, 96, 128, 16, 32, 32)
+        self.inception3b, self.maxpool3 = Inception(256, 128, 128, 192, 32, 96, 64), pool(3)
+        self.inception4a = Inception(480, 192, 96, 208, 16, 48, 64)
+        self.inception4b = Inception(512, 160, 112, 224, 24, 64, 64)
+        self.inception4c = Inception(512, 128, 128, 256, 24, 64, 64)
+        self.inception4d = Inception(512, 112, 144, 288, 32, 64, 64)
+        self.inception4e, self.maxpool4 = Inception(528, 256, 160, 320, 32, 128, 128), pool(2)
+        self.inception5a = Inception(832, 256, 160, 320, 32, 128, 128)
+        self.inception5b = Inception(832, 384, 192, 384, 48, 128, 128)
+        self.requires_grad_(False).eval()
+
+    def train(self, mode=True):
+        return super().train(False)  # BatchNorm must never see a batch: a frame's feature cannot depend on its neighbours
+
+    def features(self, x):
+        for module in self.children():  # in the order of __init__
+            x = module(x)
+        return x.mean((2, 3))  # (F, 1024, 7, 7) -> (F, 1024)
+
+    def load(self, path):
+        """Read torchvision's googlenet state dict (.pth or .safetensors); its classifiers (fc, aux1, aux2) are not needed."""
+        state = {k: v for k, v in load_tensors(path).items() if not k.startswith(("fc.", "aux"))}
+        check_names(path, {k: v.shape for k, v in self.state_dict().items() if "num_batches" not in k},
+                    {k: v.shape for k, v in state.items() if "num_batches" not in k})
+        self.load_state_dict({**self.state_dict(), **state})
+        return self
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces that the local transformer and LLaMA share
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps=1e-5):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        h = x.float()  # fp32 inside, whatever the model runs in
+        return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+def rope_table(pos, head_dim, theta=10000.0, scaling=None):
+    """pos (...) -> cos, sin (..., 1, D) fp32. Made anew each forward: a table kept as a buffer would come back as garbage from the meta device."""
+    inv = theta ** (-torch.arange(0, head_dim, 2, device=pos.device, dtype=torch.float32) / head_dim)
+    if scaling:  # LLaMA 3.1: long wavelengths are stretched by `factor`, short ones kept, those between blended
+        turns = scaling["original_max_position_embeddings"] * inv / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        inv = keep * inv + (1 - keep) * inv / scaling["factor"]
+    angle = pos[..., None, None].float() * torch.cat([inv, inv])  # (..., 1, D)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, rope):
+    """Rotary positions in the rotate-half layout of Hugging Face files; x (B, T, H, D)."""
+    cos, sin = rope
+    a, b = x.float().chunk(2, -1)
+    return (x * cos + torch.cat([-b, a], -1) * sin).type_as(x)
+
+
+def local_attention(q, k, v, window, doc=None):
+    """
+    Banded attention: frame i sees frame j iff |i-j| <= window//2 and both are of the same clip (section 3.1).
+    q, k, v (B, H, T, D), doc (B, T) clip numbers or None -> (B, H, T, D). Blocks of queries meet only the keys
+    around them, so time and memory grow with T, not T^2; equal to dense attention with the others masked to -inf.
+    """
+    B, H, T, D = q.shape
+    reach, block = window // 2, 64
+    n = -(-T // block)  # number of blocks
+    tail = n * block - T  # rows that fill the last block
+    doc = torch.zeros(B, T, dtype=torch.long, device=q.device) if doc is None else doc
+    cut = lambda t: t.unfold(2, block + 2 * reach, block).transpose(-1, -2)  # (B, H, T', D) -> (B, H, n, block + 2 reach, D)
+    q = F.pad(q, (0, 0, 0, tail)).reshape(B, H, n, block, D)
+    k, v = (cut(F.pad(t, (0, 0, reach, reach + tail))) for t in (k, v))
+    doc_q = F.pad(doc, (0, tail), value=-1).view(B, n, block, 1)  # -1: filling; it sees filling alone, so no row is empty
+    doc_k = F.pad(doc, (reach, reach + tail), value=-1).unfold(1, block + 2 * reach, block)[:, :, None]  # (B, n, 1, block + 2 reach)
+    offset = torch.arange(block + 2 * reach, device=q.device) - reach - torch.arange(block, device=q.device)[:, None]  # j - i
+    mask = (offset.abs() <= reach) & (doc_q == doc_k)  # (B, n, block, block + 2 reach)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+    return o.reshape(B, H, n * block, D)[:, :, :T]
+
+
+def causal_attention(q, k, v, docs=None):
+    """
+    q (B, T, H, D), k, v (B, T, Hkv, D) -> (B, T, H*D). docs: None, or the packing of a stream (B == 1) as data.pack makes it.
+    The documents of a stream are laid side by side, right-padded, for this one call: being causal, no real query sees the filling,
+    so that the fused kernel runs without a mask. Everything else in the model works on the stream, where there is no filling.
+    """
+    B, T, H, D = q.shape
+    if docs is not None:
+        q, k, v = (t[0][docs.rows] for t in (q, k, v))  # (1, N, H, D) -> (documents, longest, H, D)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    o = o.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H*D)
+    return o if docs is None else o.flatten(0, 1)[docs.back][None]  # (documents, longest, H*D) -> (1, N, H*D)
+
+
+@dataclass
+class Docs:
+    """Where the documents of a packed stream of N tokens lie."""
+    rows: torch.Tensor  # (documents, longest) stream position of each token of each document, filling points to 0
+    back: torch.Tensor  # (N,) position of each token of the stream in rows, flattened
+    lens: torch.Tensor  # (documents,)
+
+    @staticmethod
+    def of(lens, device="cpu"):
+        lens = torch.as_tensor(lens)
+        at = torch.arange(int(lens.max()))
+        real = at < lens[:, None]  # (documents, longest)
+        starts = lens.cumsum(0) - lens
+        return Docs((starts[:, None] + at).masked_fill(~real, 0).to(device), real.flatten().nonzero()[:, 0].to(device), lens.to(device))
+
+
+class Cache:
+    """
+    The KV cache of n clips that are being decoded with several beams each. A prefix (prompt and frames) is computed once per clip
+    and shared by its beams; beside it stands what each beam has written since. The first forward fills the prefix from a packed
+    stream, every later one takes one token a beam, h (n, beams, dim), after step was raised.
+    """
+
+    def __init__(self, docs, beams, max_new):
+        self.docs, self.beams, self.max_new = docs, beams, max_new
+        self.longest = docs.rows.shape[1] + max_new
+        self.filling = torch.arange(docs.rows.shape[1], device=docs.lens.device) >= docs.lens[:, None]  # (n, L) right of the prefix
+        self.prefix, self.written = {}, {}  # attention module -> keys and values
+        self.step = -1  # index of the token being read, counted from the end of the prefix
+
+    def attend(self, layer, q, k, v):
+        if layer not in self.prefix:
+            docs, (H, D) = self.docs, k.shape[2:]
+            self.prefix[layer] = [t[0][docs.rows].transpose(1, 2) for t in (k, v)]  # (1, N, H, D) -> (n, H, L, D)
+            self.written[layer] = [t.new_empty(len(docs.lens), self.beams, H, self.max_new, D) for t in (k, v)]
+            return causal_attention(q, k, v, docs)
+        (kp, vp), (kw, vw) = self.prefix[layer], self.written[layer]
+        kw[:, :, :, self.step], vw[:, :, :, self.step] = k, v
+        kw, vw = (t[:, :, :, :self.step + 1] for t in (kw, vw))  # (n, beams, H, S, D)
+        q = q.unflatten(2, (k.shape[2], -1)) / q.shape[-1] ** 0.5  # (n, beams, heads, D) -> (n, beams, H, heads per key, D)
+        old = torch.einsum("nbhgd,nhld->nbhgl", q, kp).masked_fill(self.filling[:, None, None, None], float("-inf"))
+        new = torch.einsum("nbhgd,nbhsd->nbhgs", q, kw)
+        p = torch.cat([old, new], -1).float().softmax(-1).type_as(q)  # one softmax over both parts
+        L = kp.shape[2]
+        o = torch.einsum("nbhgl,nhld->nbhgd", p[..., :L], vp) + torch.einsum("nbhgs,nbhsd->nbhgd", p[..., L:], vw)
+        return o.flatten(2)  # (n, beams, heads * D)
+
+    def reorder(self, source):
+        """Beam b of clip i goes on from what its beam source[i, b] has written; the prefix stays where it is."""
+        clips = torch.arange(len(source), device=source.device)[:, None]
+        for pair in self.written.values():
+            for t in pair:
+                t[:, :, :, :self.step + 1] = t[:, :, :, :self.step + 1][clips, source]
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary positions: causal and grouped-query in LLaMA, banded in the local transformer (window)."""
+
+    def __init__(self, dim, n_heads, n_kv_heads, head_dim, bias=False, window=None):
+        super().__init__()
+        self.head_dim, self.window = head_dim, window
+        self.wq = nn.Linear(dim, n_heads * head_dim, bias=bias)
+        self.wk = nn.Linear(dim, n_kv_heads * head_dim, bias=bias)
+        self.wv = nn.Linear(dim, n_kv_heads * head_dim, bias=bias)
+        self.wo = nn.Linear(n_heads * head_dim, dim, bias=False)
+
+    def forward(self, x, rope, docs=None, cache=None):
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # (B, T, dim) -> (B, T, H, D)
+        q, k = rotate(q, rope), rotate(k, rope)
+        if self.window is not None:  # docs: (B, T) clip numbers
+            o = local_attention(*(t.transpose(1, 2) for t in (q, k, v)), self.window, docs).transpose(1, 2).flatten(2)
+        elif cache is not None:
+            o = cache.attend(self, q, k, v)
+        else:
+            o = causal_attention(q, k, v, docs)
+        return self.wo(o)
+
+
+class Block(nn.Module):
+    def __init__(self, dim, hidden_dim, attention, eps=1e-5):
+        super().__init__()
+        self.attention = attention
+        self.feed_forward = FeedForward(dim, hidden_dim)
+        self.attention_norm = RMSNorm(dim, eps)
+        self.ffn_norm = RMSNorm(dim, eps)
+
+    def forward(self, x, rope, docs=None, cache=None):
+        x = x + self.attention(self.attention_norm(x), rope, docs, cache)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What learns: local transformer and adaptor
+
+class LocalTransformer(nn.Module):
+    """
+    The LTN of section 3.1: frame i attends to the frames within +-window//2 of the same clip, eq. 2. (B, T, dim) -> (B, T, dim).
+    Depth, heads and positions are ours, the paper is silent: pre-norm blocks as LLaMA's, rotary positions.
+    """
+
+    def __init__(self, dim, n_layers, n_heads, window):
+        super().__init__()
+        if dim % n_heads or dim // n_heads % 2:
+            raise BadInput(f"ltn_heads={n_heads}: heads of even width must divide the local transformer's width {dim}")
+        head_dim = dim // n_heads
+        hidden_dim = 8 * dim // 3  # three matrices of SwiGLU cost what two of width 4*dim would
+        self.layers = nn.ModuleList(Block(dim, hidden_dim, Attention(dim, n_heads, n_heads, head_dim, window=window)) for _ in range(n_layers))
+        self.norm = RMSNorm(dim)
+        self.head_dim = head_dim
+
+    def forward(self, x, doc=None):
+        # the band is relative, and so are rotary positions: they may run on over the clips of a stream
+        rope = rope_table(torch.arange(x.shape[1], device=x.device)[None], self.head_dim)
+        for layer in self.layers:
+            x = layer(x, rope, doc)
+        return self.norm(x)
+
+
+class Adaptor(nn.Module):
+    """The MM-Adaptor (Table 3). mlp: W2 GELU(W1 x), eq. 3; mlp_noact: W2 W1 x; linear: W1 x. No biases, as in eq. 3."""
+
+    def __init__(self, dim_in, dim_out, kind="mlp"):
+        super().__init__()
+        if kind not in ("mlp", "mlp_noact", "linear"):
+            raise BadInput(f"adaptor={kind}: is none of mlp, mlp_noact, linear")
+        self.kind = kind
+        self.w1 = nn.Linear(dim_in, dim_out, bias=False)
+        self.w2 = nn.Linear(dim_out, dim_out, bias=False) if kind != "linear" else None
+
+    def forward(self, x):
+        x = self.w1(x)
+        if self.kind == "linear":
+            return x
+        return self.w2(F.gelu(x) if self.kind == "mlp" else x)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LLaMA
+
+@dataclass
+class ModelArgs:
+    """Meta's names for the sizes; the last five are what Mistral, Qwen2 and LLaMA 3 add."""
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    hidden_dim: int
+    vocab_size: int
+    head_dim: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict = None  # LLaMA 3.1's dict, or None
+    qkv_bias: bool = False  # Qwen2
+    tied: bool = False  # the output layer is the embedding
+    sliding_window: int = None  # Mistral 0.1: no sequence may be longer
+    model_type: str = "llama"
+
+
+class LLaMA(nn.Module):
+    """LLaMA 2 under Meta's names of weights, but with wq and wk in the rotate-half layout of Hugging Face's files."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.args = args
+        attention = lambda: Attention(args.dim, args.n_heads, args.n_kv_heads, args.head_dim, args.qkv_bias)
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(Block(args.dim, args.hidden_dim, attention(), args.norm_eps) for _ in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = None if args.tied else nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.activation_checkpointing = False  # recompute a block's inside in the backward pass instead of keeping it
+
+    def forward(self, tokens=None, h=None, pos=None, docs=None, cache=None, at=None):
+        """
+        tokens (B, T) int64 -> logits (B, T, vocab). Or h (B, T, dim) embeddings instead of tokens.
+        docs: h is a packed stream (1, N, dim), pos (1, N) restarts with each document. at: positions of the stream whose logits
+        are wanted -> (1, len(at), vocab). cache: a Cache; its first forward reads the prefixes, the later ones a token a beam.
+        """
+        h = self.tok_embeddings(tokens) if h is None else h
+        B, T, _ = h.shape
+        longest = cache.longest if cache else T if docs is None else docs.rows.shape[1]
+        if self.args.sliding_window and longest > self.args.sliding_window:
+            raise BadInput(f"sliding_window={self.args.sliding_window}: a sequence of {longest} tokens is longer, and the window is not implemented")
+        pos = torch.arange(T, device=h.device)[None] if pos is None else pos
+        rope = rope_table(pos, self.args.head_dim, self.args.rope_theta, self.args.rope_scaling)
+        for layer in self.layers:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                h = checkpoint(layer, h, rope, docs, use_reentrant=False)
+            else:
+                h = layer(h, rope, docs, cache)
+        h = self.norm(h if at is None else h[:, at])
+        return F.linear(h, self.tok_embeddings.weight) if self.output is None else self.output(h)
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
+        """
+        A LLaMA with the weights of a folder: Meta's layout (params.json + consolidated.*.pth, any number of shards) or Hugging Face's
+        (config.json + *.safetensors; model types llama, mistral, qwen2). BadInput names what is missing, surplus or cannot be run exactly.
+        """
+        args, shapes, read = open_llm(path)
+        with torch.device("meta"):
+            llama = cls(args).to(dtype)
+        llama.to_empty(device=device).requires_grad_(False)
+        check_names(path, {k: v.shape for k, v in llama.state_dict().items()}, shapes)
+        for name, p in llama.named_parameters():
+            fill(p, read(name))
+        return llama.eval()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SL-LLaMA
+
+class SLLaMA(nn.Module):
+    """The whole model: features of frames -> LocalTransformer -> Adaptor -> spliced between the prompt's embeddings -> LLaMA."""
+
+    def __init__(self, llm_args, dim_in, cfg):
+        super().__init__()
+        width = (cfg.ltn_dim or dim_in) if cfg.ltn else dim_in
+        # Where the paper is silent: features are standardised with the training set's statistics, so that one learning rate fits all backbones
+        self.register_buffer("mean", torch.zeros(dim_in))
+        self.register_buffer("std", torch.ones(dim_in))
+        self.proj = nn.Linear(dim_in, width, bias=False) if width != dim_in else None
+        self.ltn = LocalTransformer(width, cfg.ltn_layers, cfg.ltn_heads, cfg.window) if cfg.ltn else None
+        self.adaptor = Adaptor(width, llm_args.dim, cfg.adaptor)
+        self.llm = LLaMA(llm_args)
+        self.prompt = cfg.prompt.replace("{language}", cfg.language)  # holds {clip} where the frames go
+        self.label_smoothing = cfg.label_smoothing
+
+    def embed(self, batch):
+        """The stream that the LLM reads: embeddings of its tokens, with every clip's frames in their place. -> (1, N, dim)"""
+        x = ((batch.features.float() - self.mean) / self.std)[None].to(self.adaptor.w1.weight.dtype)  # (1, F, dim_in)
+        x = x if self.proj is None else self.proj(x)
+        x = x if self.ltn is None else self.ltn(x, batch.clip[None])
+        h = self.llm.tok_embeddings(batch.tokens)  # (N, dim)
+        return h.index_copy(0, batch.frame_at, self.adaptor(x)[0].type_as(h))[None]
+
+    def forward(self, batch):
+        """batch: data.Batch -> (sum of the token losses, number of target tokens); targets are the answer and EOS."""
+        logits = self.llm(h=self.embed(batch), pos=batch.pos[None], docs=batch.docs, at=batch.target_at)[0]
+        smooth = self.label_smoothing if self.training else 0.0
+        return F.cross_entropy(logits.float(), batch.targets, reduction="sum", label_smoothing=smooth), batch.targets.numel()
+
+    @torch.no_grad()
+    def load(self, llm_path, device, seed, state={}):
+        """
+        Give every parameter of a model built on the meta device (and perhaps sharded since) its value: from state (a checkpoint's
+        tensors by name), else from the LLM's files, else from the seed. One tensor at a time; nothing is skipped.
+        """
+        args, shapes, read = open_llm(llm_path)
+        own = dict(self.named_parameters())
+        learnt = {k: p for k, p in own.items() if not k.startswith("llm.") or "lora_" in k}
+        check_names(llm_path, {k[4:]: p.shape for k, p in own.items() if k not in learnt}, shapes)
+        buffers = dict(self.named_buffers())
+        for name, value in state.items():
+            have = own.get(name, buffers.get(name))
+            if have is None or have.shape != value.shape:
+                want = "the model has no such tensor" if have is None else f"the model's is {tuple(have.shape)}"
+                raise BadInput(f"checkpoint does not fit: {name} is {tuple(value.shape)}, {want}")
+        if state and (missing := sorted(learnt.keys() - state.keys() | buffers.keys() - state.keys())):
+            # the LoRA of a stage that only now begins is the one thing that may be new
+            if missing := [k for k in missing if "lora_" not in k or any("lora_" in s for s in state)]:
+                raise BadInput(f"checkpoint does not fit: it has no {missing[0]} ({len(missing)} missing)")
+        self.to_empty(device=device)
+        for name, p in self.named_parameters():
+            fill(p, state[name] if name in state else read(name[4:]) if name not in learnt else init_weight(name, p.shape, seed))
+        for name, b in self.named_buffers():
+            b.copy_(state.get(name, torch.tensor(float(name == "std"))))
+        if not state:  # frames start at the size of words: LLaMA-2's embeddings have a deviation of 0.02, not 1
+            last = self.adaptor.w1 if self.adaptor.w2 is None else self.adaptor.w2
+            words = read("tok_embeddings.weight").float()
+            fill(last.weight, init_weight("adaptor", last.weight.shape, seed) * words.pow(2).mean().sqrt())
+
+    def vision_state(self):
+        """What a checkpoint's vision.safetensors holds, by name: all but the LLM, and the word embeddings where they learn."""
+        return {k: v for k, v in [*self.named_parameters(), *self.named_buffers()]
+                if not k.startswith("llm.") or (k == "llm.tok_embeddings.weight" and v.requires_grad)}
+
+
+def init_weight(name, shape, seed):
+    """A parameter's first value, a function of (name, shape, seed) alone: the same for any number of processes and any order."""
+    if name.endswith("lora_B"):
+        return torch.zeros(shape)  # LoRA starts as the identity
+    if len(shape) == 1:
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    g = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    fan_in = math.prod(shape[1:])
+    if name.endswith("lora_A"):
+        return (torch.rand(shape, generator=g) * 2 - 1) / fan_in**0.5  # as PEFT: kaiming_uniform(a=sqrt(5))
+    return torch.randn(shape, generator=g) / fan_in**0.5
+
+
+def fill(param, full):
+    """Copy a whole tensor into a parameter; one that FSDP2 has sharded takes its own rows (dimension 0, blocks of ceil(rows/world))."""
+    local = param.detach()
+    if isinstance(param, DTensor):
+        local = local.to_local()
+        low = -(-full.shape[0] // param.device_mesh.size()) * param.device_mesh.get_local_rank()
+        full = full[low:low + local.shape[0]]
+    local.copy_(full)
+
+
+def full(param):
+    """The whole tensor of a parameter, on the CPU. Collective where it is sharded: every process must call it."""
+    return (param.full_tensor() if isinstance(param, DTensor) else param).detach().cpu()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Raw weights
+
+HF_NAMES = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output", "input_layernorm": "attention_norm",
+            "post_attention_layernorm": "ffn_norm", "self_attn": "attention", "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo",
+            "mlp": "feed_forward", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
+def from_hf(name):
+    """Hugging Face's name of a weight -> Meta's: model.layers.0.self_attn.q_proj.weight -> layers.0.attention.wq.weight"""
+    name = re.sub(r"model\.embed_tokens|model\.norm|[a-z_]+", lambda m: HF_NAMES.get(m[0], m[0]), name)
+    return name.removeprefix("model.")
+
+
+def to_hf(name):
+    """Meta's name of a weight -> Hugging Face's, the inverse of from_hf."""
+    back = {v: k for k, v in HF_NAMES.items()}
+    name = re.sub(r"[a-z_]+\d?", lambda m: back.get(m[0], m[0]), name)
+    return "model." + name if name.startswith("layers.") else name
+
+
+def load_tensors(path, mmap=True):
+    """name -> tensor of a .safetensors or .pth file, memory-mapped. Nothing in the file is executed."""
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors import safe_open
+            with safe_open(path, "pt") as f:
+                return {k: f.get_tensor(k) for k in f.keys()}
+        state = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+    except OSError as e:
+        raise BadInput(f"{path}: {e.strerror or e}") from None
+    except Exception as e:  # a damaged file can raise nearly anything; the first line of what it says is enough
+        raise BadInput(f"{path}: cannot be read as weights, damaged or not plain tensors ({(str(e) or type(e).__name__).splitlines()[0][:200]})") from None
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise BadInput(f"{path}: is not a plain dict of tensors")
+    return state
+
+
+def load_json(path):
+    try:
+        value = json.load(open(path, encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise BadInput(f"{path}: cannot be read as JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: is not a JSON object")
+    return value
+
+
+def check_names(path, want, have):
+    """Two dicts name -> shape must be equal; BadInput names the first difference."""
+    for kind, names in (("has no tensor", sorted(want.keys() - have.keys())), ("has a surplus tensor", sorted(have.keys() - want.keys()))):
+        if names:
+            raise BadInput(f"{path}: {kind} {names[0]}" + (f" (and {len(names) - 1} more)" if len(names) > 1 else ""))
+    for name in want:
+        if tuple(want[name]) != tuple(have[name]):
+            raise BadInput(f"{path}: {name} is {tuple(have[name])}, its configuration says {tuple(want[name])}")
+
+
+def open_llm(path):
+    """A folder of raw weights -> (ModelArgs, name -> shape, read). read(name) is one whole tensor in our layout, read when it is asked for."""
+    if os.path.exists(os.path.join(path, "params.json")):
+        return open_meta(path)
+    if os.path.exists(os.path.join(path, "config.json")):
+        return open_hf(path)
+    raise BadInput(f"llm={path}: holds neither params.json (Meta's layout) nor config.json (Hugging Face's)")
+
+
+def open_meta(path):
+    params = load_json(os.path.join(path, "params.json"))
+    known = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps", "rope_theta"}
+    for key in ("dim", "n_layers", "n_heads", "norm_eps"):
+        if key not in params:
+            raise BadInput(f"{path}/params.json: has no {key}")
+    if surplus := sorted(k for k in params.keys() - known if params[k]):
+        raise BadInput(f"{path}/params.json: {surplus[0]}={params[surplus[0]]} is not implemented")
+    files = sorted(glob.glob(os.path.join(glob.escape(path), "consolidated.*.pth")))
+    if not files:
+        raise BadInput(f"{path}: has no consolidated.00.pth")
+    shards = [load_tensors(f) for f in files]
+    for f, shard in zip(files, shards):
+        check_names(f, {k: v.shape for k, v in shards[0].items()}, {k: v.shape for k, v in shard.items()})
+    dim, head_dim = params["dim"], params["dim"] // params["n_heads"]
+
+    def axis(name, shard):  # how model-parallel shards are joined: column-parallel layers on 0, row-parallel ones on 1, norms are copies
+        kind = name.split(".")[-2]
+        if shard.dim() == 1 or len(shards) == 1:
+            return None
+        if kind == "tok_embeddings":
+            return 0 if shard.shape[1] == dim else 1  # LLaMA 2 splits its width, LLaMA 3 its vocabulary
+        return 1 if kind in ("wo", "w2") else 0
+
+    def shape(name):
+        s, a = list(shards[0][name].shape), axis(name, shards[0][name])
+        if a is not None:
+            s[a] *= len(shards)
+        return tuple(s)
+
+    def read(name):
+        parts = [s[name] for s in shards]
+        a = axis(name, parts[0])
+        w = parts[0] if a is None else torch.cat(parts, a)
+        if name.endswith(("wq.weight", "wk.weight")):  # rows from interleaved pairs to halves; wk has its own number of heads
+            w = w.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(w.shape)
+        return w
+
+    shapes = {k: shape(k) for k in shards[0] if k != "rope.freqs"}
+    first = "layers.0."
+    for name in ("tok_embeddings.weight", first + "attention.wk.weight", first + "feed_forward.w1.weight"):
+        if len(shapes.get(name, ())) != 2:
+            raise BadInput(f"{files[0]}: has no matrix {name}")
+    # vocab_size is -1 and n_kv_heads absent in what Meta ships: the weights know
+    args = ModelArgs(dim, params["n_layers"], params["n_heads"], shapes[first + "attention.wk.weight"][0] // head_dim,
+                     shapes[first + "feed_forward.w1.weight"][0], shapes["tok_embeddings.weight"][0], head_dim, params["norm_eps"],
+                     params.get("rope_theta", 10000.0))
+    return args, shapes, read
+
+
+def open_hf(path):
+    where = os.path.join(path, "config.json")
+    c = load_json(where)
+    need = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size", "rms_norm_eps")
+    for key in need:
+        if c.get(key) is None:
+            raise BadInput(f"{where}: has no {key}")
+    refuse = lambda key, why="is not implemented": BadInput(f"{where}: {key}={c[key]!r} {why}")
+    if c["model_type"] not in ("llama", "mistral", "qwen2"):
+        raise refuse("model_type", "is none of llama, mistral, qwen2")
+    for key in ("attention_bias", "mlp_bias", "quantization_config"):
+        if c.get(key):
+            raise refuse(key)
+    if c.get("hidden_act", "silu") != "silu":
+        raise refuse("hidden_act")
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}  # newer folders keep rope_theta in rope_parameters
+    key = "rope_parameters" if c.get("rope_parameters") else "rope_scaling"
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    needed = {"default": set(), "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}}
+    if kind not in needed or not needed[kind] <= rope.keys() or rope.get("partial_rotary_factor", 1) != 1:
+        raise refuse(key)
+    window = c.get("sliding_window") if c.get("use_sliding_window", True) else None
+    heads, dim = c["num_attention_heads"], c["hidden_size"]
+    args = ModelArgs(dim, c["num_hidden_layers"], heads, c.get("num_key_value_heads") or heads, c["intermediate_size"], c["vocab_size"],
+                     c.get("head_dim") or dim // heads, c["rms_norm_eps"], rope.get("rope_theta") or c.get("rope_theta") or 10000.0,
+                     rope if kind == "llama3" else None, c["model_type"] == "qwen2", bool(c.get("tie_word_embeddings")), window, c["model_type"])
+
+    index = os.path.join(path, "model.safetensors.index.json")
+    if os.path.exists(index):
+        files = sorted({os.path.join(path, os.path.basename(f)) for f in load_json(index).get("weight_map", {}).values()})
+    else:
+        files = sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors")))
+    if not files:
+        raise BadInput(f"{path}: has no *.safetensors")
+    tensors = {}
+    for f in files:
+        for k, v in load_tensors(f).items():
+            if not k.endswith("rotary_emb.inv_freq"):
+                tensors[from_hf(k)] = v
+    if args.tied and "output.weight" in tensors:
+        if not torch.equal(tensors["output.weight"], tensors.get("tok_embeddings.weight")):
+            raise refuse("tie_word_embeddings", "but lm_head.weight differs from the embedding")
+        del tensors["output.weight"]
+    return args, {k: tuple(v.shape) for k, v in tensors.items()}, tensors.__getitem__

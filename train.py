@@ -1,0 +1,444 @@
+"""
+Trains SL-LLaMA, one loop for both stages of the paper's Figure 3.
+
+    torchrun --nproc_per_node=2 train.py stage=align      # language alignment: local transformer + adaptor learn, the LLM is frozen
+    torchrun --nproc_per_node=2 train.py stage=sft        # supervised fine-tuning with a prompt: adaptor + LoRA learn
+    python train.py config/phoenix14t_7b.py stage=align   # one process, the paper's setting
+
+On a fresh clone the first command makes the toy data set and its tiny LLaMA. `python train.py help` prints every variable.
+"""
+import contextlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from config import BadInput, configure, launch, print0, rank
+from data import Clips, Tokenizer, pack, prompt_ids, stateless, world
+from eval import LANGUAGES, bleu, find_checkpoint, pick_dtype, read_checkpoint, rouge, translate
+from lora import adapter, apply_lora, write_adapter
+from model import SLLaMA, fill, full, load_tensors, open_llm
+
+# what to run
+stage = "align"  # align, then sft
+dataset = "toy"  # folder in data_dir (paper: PHOENIX-2014T, CSL-Daily)
+data_dir = "data"  # holds the data sets
+backbone = "toycnn"  # label of the features (paper: a pre-trained Inception, 1024-d; Table 5 for others)
+llm = ""  # folder of raw LLaMA weights, Meta's or Hugging Face's; "" = the toy's (paper: LLaMA-2 7B and 13B)
+out_dir = "out"  # holds the runs: out_dir/dataset/stage
+run = ""  # a name: the run goes to out_dir/dataset/NAME/stage
+init_from = ""  # checkpoint to start from; "" = nothing for align, the align run beside it for sft
+resume = False  # go on from the run's last/
+seed = 1337  # first weights, order of the clips, frame drop
+bos_id = -1  # -1 = the tokenizer's own
+eos_id = -1  # -1 = the tokenizer's own
+# the model
+ltn = True  # the local transformer (Table 6)
+ltn_dim = 256  # its width, 0 = the features' (paper: 1024)
+ltn_layers = 2  # its depth (paper: silent)
+ltn_heads = 4  # its heads (paper: silent)
+window = 8  # frames, half to each side (paper: 8; Table 9: 4, 8, 12, 16)
+adaptor = "mlp"  # mlp, mlp_noact, linear (paper: mlp; Table 3)
+lora_rank = 8  # (paper: 8; Table 8: 4, 8, 16, 32)
+lora_alpha = 16.0  # the update is scaled by alpha/rank (paper: silent)
+lora_dropout = 0.0  # (paper: silent)
+lora_targets = "wq,wk,wv,wo"  # of wq,wk,wv,wo,w1,w2,w3 (paper: each attention weight)
+max_frames = 0  # longer clips are thinned out evenly to so many, 0 = no limit (paper: silent)
+language = "German"  # goes into the prompt and picks BLEU's tokens
+label_smoothing = 0.0  # (paper: silent)
+# the optimizer
+grad_accum = 1  # micro-batches a step and process (paper: silent)
+weight_decay = 0.01  # of AdamW, on matrices alone (paper: silent)
+warmup = 30  # steps of linear warm-up, then cosine to a tenth (paper: silent)
+grad_clip = 1.0  # largest norm of the gradient, 0 = any (paper: silent)
+max_steps = -1  # stop here, 0 = after one epoch, -1 = never; the learning rate keeps to epochs
+# the machine
+dtype = "auto"  # of the frozen weights and the arithmetic: auto, float32, bfloat16, float16; what learns is float32
+compile = False  # torch.compile on each block
+activation_checkpointing = False  # recompute the LLM's blocks in the backward pass
+cpu_offload = False  # keep the sharded parameters and the optimizer in the CPU's memory
+# looking at it
+log_every = 20  # steps, 0 = once an epoch, -1 = never
+eval_every = 0  # steps between dev losses and dev BLEU, 0 = once an epoch, -1 = never
+eval_clips = -1  # dev clips decoded for BLEU, -1 = all, 0 = none: then best/ is the lowest dev loss
+beam = 1  # beam width of that decoding
+save_every = 0  # steps between checkpoints, 0 = once an epoch, -1 = at the end only
+
+# what differs between the stages
+align = {
+    "epochs": 8,  # (paper: 3)
+    "batch_size": 16,  # clips a step, over all processes (paper: 4)
+    "lr": 1e-3,  # peak (paper: silent)
+    "frame_drop": 0.1,  # share of frames left out at random (paper: 0.1)
+    "prompt": "{clip}",  # the frames alone
+    "train_ltn": True,
+    "freeze_llm": True,  # no LoRA
+    "train_embeddings": False,  # the LLM's word embeddings
+}
+sft = {
+    "epochs": 4,  # (paper: 2)
+    "batch_size": 16,  # (paper: 2)
+    "lr": 1e-3,
+    "frame_drop": 0.1,  # (paper: silent)
+    "prompt": "[INST] <sign> {clip} </sign> \n Translate the sign language into {language} text. [/INST]",  # section 3.2
+    "train_ltn": False,  # (paper: Figure 3, frozen)
+    "freeze_llm": False,  # LoRA learns
+    "train_embeddings": False,  # (paper: learn, Table 4's best row)
+}
+
+FITS = ("stage", "dataset", "backbone", "llm", "ltn", "ltn_dim", "ltn_layers", "ltn_heads", "window", "adaptor", "lora_rank", "lora_alpha",
+        "lora_targets", "train_ltn", "train_embeddings", "freeze_llm", "batch_size", "seed")  # a resumed run must agree in these
+
+
+def setup(cfg):
+    """Join the process group (one process needs no torchrun) -> this process's device."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # gloo beside NCCL: cpu_offload clips its gradients on the CPU
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def shard(model, device, dtype, cfg):
+    """FSDP2: each of the LLM's blocks is a group of its own, the rest (embeddings, output, local transformer, adaptor) is the root's."""
+    mesh = init_device_mesh(device.type, (world(),))  # without a mesh FSDP picks an accelerator on its own
+    # frozen weights lie in dtype, what learns in fp32; both compute in dtype, and gradients are summed in fp32
+    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    how = dict(mesh=mesh, mp_policy=policy) | ({"offload_policy": CPUOffloadPolicy()} if cfg.cpu_offload else {})
+    for block in model.llm.layers:
+        if cfg.compile:
+            block.compile(dynamic=True)  # before fully_shard, and in place: names of weights stay what they are
+        fully_shard(block, **how)
+    fully_shard(model, **how)
+    for m in model.modules():
+        if isinstance(m, FSDPModule):  # the plain sum over processes; both calls, only together they mean it on every backend and version
+            m.set_gradient_divide_factor(1.0)
+            m.set_force_sum_reduction_for_comms(True)
+
+
+def share(indices, lengths, parts):
+    """Deal the clips of a step out to micro-batches of about the same number of frames: longest first, to and fro. A part may be empty."""
+    order = sorted(indices, key=lambda i: -lengths[i])
+    turns = [*range(parts), *reversed(range(parts))]
+    return [[i for k, i in enumerate(order) if turns[k % (2 * parts)] == p] for p in range(parts)]
+
+
+def micro_batch(clips, indices, prompt, tokenizer, device, drop=0.0, key=()):
+    """A packed batch of these clips; with none left for this process, one clip without targets: the collectives need every process."""
+    return pack([clips.sample(i, prompt, tokenizer, drop, key) for i in indices or [0]], device, with_targets=bool(indices))
+
+
+@torch.no_grad()
+def evaluate(model, dev, prompt, tokenizer, device, cfg):
+    """Dev loss a token, and BLEU and ROUGE of real decoding, the clips shared out. -> dict, the same on every process."""
+    model.eval()
+    model.set_reshard_after_forward(False)  # gather the weights once; from here on a forward needs no other process
+    for m in model.modules():
+        if isinstance(m, FSDPModule):
+            m.unshard()
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    lengths = [row["frames"] for row in dev.rows]
+    for start in range(0, len(dev), 16 * world()):  # as many forwards on every process
+        indices = share(range(start, min(start + 16 * world(), len(dev))), lengths, world())[rank()]
+        loss, n = model(micro_batch(dev, indices, prompt, tokenizer, device))
+        sums += torch.tensor([loss.item(), n], dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    scores = {"dev_loss": (sums[0] / sums[1]).item()}
+    chosen = range(len(dev))[:cfg.eval_clips if cfg.eval_clips >= 0 else None]
+    if chosen:
+        mine = list(chosen)[rank()::world()]
+        # compiled blocks would be compiled anew for every length of the cache
+        with torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext():
+            hyps = dict(zip(mine, translate(model, [dev.features(i) for i in mine], tokenizer, beam=cfg.beam)))
+        gathered = [None] * world()
+        dist.all_gather_object(gathered, hyps)
+        hyps = {i: s for part in gathered for i, s in part.items()}
+        pair = [hyps[i] for i in chosen], [dev.rows[i]["text"] for i in chosen]
+        lang = LANGUAGES.get(cfg.language, "de")
+        scores |= {"dev_bleu": bleu(*pair, lang), "dev_rouge": rouge(*pair, lang)}
+    for m in model.modules():
+        if isinstance(m, FSDPModule):
+            m.reshard()
+    model.set_reshard_after_forward(True)
+    model.set_reshard_after_forward(False, recurse=False)  # the root's weights are needed again at once
+    model.train()
+    return scores
+
+
+def save(folder, model, optimizer, state, cfg):
+    """Write a checkpoint folder: to folder.part, then renamed, so that a reader never sees half of one. Every process must call it."""
+    vision = {k: full(v).contiguous() for k, v in model.vision_state().items()}
+    lora = None if cfg.freeze_llm else adapter(model.llm, cfg.llm)
+    lora = lora and ({k: full(v).contiguous() for k, v in lora[0].items()}, lora[1])
+    moments = {}
+    if optimizer is not None:
+        for name, p in model.named_parameters():
+            for key in ("exp_avg", "exp_avg_sq") if p in optimizer.state else ():
+                moments[f"{key}.{name}"] = full(optimizer.state[p][key]).contiguous()
+    if rank() == 0:
+        part, old = folder + ".part", folder + ".old"
+        shutil.rmtree(part, ignore_errors=True)
+        os.makedirs(part)
+        save_file(vision, os.path.join(part, "vision.safetensors"))
+        if lora:
+            write_adapter(*lora, part)
+        if optimizer is not None:
+            save_file(moments, os.path.join(part, "optimizer.safetensors"))
+        with open(os.path.join(part, "state.json"), "w") as f:
+            json.dump(state, f, indent=1)
+        for name in os.listdir(part):
+            with open(os.path.join(part, name), "rb") as f:
+                os.fsync(f.fileno())
+        shutil.rmtree(old, ignore_errors=True)
+        if os.path.exists(folder):
+            os.rename(folder, old)  # a kill here leaves .old, and find_checkpoint looks there too
+        os.rename(part, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
+
+
+def load_optimizer(path, model, optimizer, step):
+    """Give AdamW the moments of a checkpoint; each process takes its own rows, so the number of processes may have changed."""
+    moments = load_tensors(path)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            optimizer.state[p] = {"step": torch.tensor(float(step))}
+            for key in ("exp_avg", "exp_avg_sq"):
+                if f"{key}.{name}" not in moments:
+                    raise BadInput(f"{path}: has no {key}.{name}")
+                optimizer.state[p][key] = torch.zeros_like(p)
+                fill(optimizer.state[p][key], moments[f"{key}.{name}"])
+
+
+def open_log(path, step):
+    """log.jsonl, ready to append; what a resumed run will log again is cut off."""
+    kept = []
+    if os.path.exists(path):
+        for line in open(path):
+            with contextlib.suppress(ValueError):  # a line that a kill cut short
+                kept += [line] if json.loads(line)["step"] <= step else []
+    with open(path + ".part", "w") as f:
+        f.writelines(kept)
+    os.replace(path + ".part", path)
+    return open(path, "a", buffering=1)
+
+
+def versions():
+    """What a number in a log depends on beside the variables."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:
+        commit = "unknown"
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "commit": commit, "processes": world()}
+
+
+def learning_rate(step, total, cfg):
+    """Linear warm-up, then a cosine to a tenth of the peak."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    return cfg.lr * (0.55 + 0.45 * math.cos(math.pi * (step - cfg.warmup) / max(1, total - cfg.warmup)))
+
+
+def check(cfg):
+    """Values that no run could make sense of: BadInput names the variable."""
+    for key, low in {"epochs": 1, "batch_size": 1, "grad_accum": 1, "ltn_layers": 1, "ltn_heads": 1, "beam": 1, "seed": 0, "window": 0, "ltn_dim": 0,
+                     "max_frames": 0, "warmup": 0, "lr": 0, "grad_clip": 0, "weight_decay": 0, "max_steps": -1, "log_every": -1, "eval_every": -1,
+                     "save_every": -1, "eval_clips": -1, "lora_rank": 1}.items():
+        if getattr(cfg, key) < low:
+            raise BadInput(f"{key}={getattr(cfg, key)}: must be at least {low}")
+    for key in ("frame_drop", "lora_dropout", "label_smoothing"):
+        if not 0 <= getattr(cfg, key) < 1:
+            raise BadInput(f"{key}={getattr(cfg, key)}: must be at least 0 and less than 1")
+
+
+def main():
+    cfg = configure(__file__, stages=("align", "sft"), choices={"stage": ("align", "sft"), "adaptor": ("mlp", "mlp_noact", "linear"),
+                                                                "dtype": ("auto", "float32", "bfloat16", "float16")})
+    check(cfg)
+    cfg.llm = cfg.llm or os.path.join(cfg.data_dir, "toy", "llm")
+    device = setup(cfg)
+    run_dir = os.path.join(cfg.out_dir, cfg.dataset, cfg.run)
+    run_folder = os.path.join(run_dir, cfg.stage)
+    last, best = (os.path.join(run_folder, name) for name in ("last", "best"))
+    if cfg.dataset == "toy":
+        from scripts import toy
+        toy.build(cfg.data_dir)  # nothing to do where it is there already
+
+    # ---- data
+    tokenizer = Tokenizer(cfg.llm, cfg.bos_id, cfg.eos_id)
+    clips = Clips(cfg.data_dir, cfg.dataset, cfg.backbone, "train", cfg.max_frames)
+    has_dev = os.path.exists(os.path.join(cfg.data_dir, cfg.dataset, "dev.jsonl")) and cfg.eval_every >= 0
+    dev = Clips(cfg.data_dir, cfg.dataset, cfg.backbone, "dev", cfg.max_frames) if has_dev else None
+    extractor = json.loads(clips.store.metadata.get("settings", "{}"))
+    dim_in = clips.features(0).shape[1]
+    lengths = [row["frames"] for row in clips.rows]
+    print0(f"data: {cfg.dataset}, {len(clips)} train clips of {sum(lengths) / len(clips):.0f} frames, features {cfg.backbone} of width {dim_in}, "
+           + (f"{len(dev)} dev clips" if dev else "no dev score: best/ is not written, eval.py takes last/"))
+    if cfg.max_frames:
+        print0(f"data: {clips.too_long} train clips are longer than max_frames={cfg.max_frames} and are thinned out evenly")
+
+    # ---- where to start
+    source, done = None, {"step": 0, "best": None}
+    if cfg.resume and any(os.path.exists(os.path.join(p, "state.json")) for p in (last, last + ".old")):
+        source = last if os.path.exists(os.path.join(last, "state.json")) else last + ".old"
+    elif cfg.resume:
+        print0(f"resume=true: {run_folder} holds no checkpoint yet, starting at step 0")
+    elif cfg.init_from or cfg.stage == "sft":
+        source = find_checkpoint(cfg.init_from or os.path.join(run_dir, "align"))
+    state, tensors, resuming = None, {}, cfg.resume and source is not None
+    if source:
+        state, tensors, _ = read_checkpoint(source)
+        if resuming:
+            done = {"step": state["step"], "best": state["best"]}
+            for key in FITS:
+                if state["config"].get(key) != getattr(cfg, key):
+                    raise BadInput(f"{source}: cannot be resumed with {key}={getattr(cfg, key)}, it was trained with {key}={state['config'].get(key)}")
+
+    # ---- model: its structure on the meta device, then sharded, then filled tensor by tensor
+    args = open_llm(cfg.llm)[0]
+    if tokenizer.vocab_size > args.vocab_size or max([tokenizer.bos_id, *tokenizer.eos_ids]) >= args.vocab_size:
+        raise BadInput(f"llm={cfg.llm}: its tokenizer has {tokenizer.vocab_size} pieces, its embedding {args.vocab_size} rows")
+    torch_dtype, why = pick_dtype(cfg.dtype, device)
+    with torch.device("meta"):
+        model = SLLaMA(args, dim_in, cfg)
+    model.requires_grad_(False)
+    model.adaptor.requires_grad_(True)
+    for part in (model.proj, model.ltn):
+        if part is not None:
+            part.requires_grad_(cfg.train_ltn)
+    model.llm.tok_embeddings.requires_grad_(cfg.train_embeddings)
+    if not cfg.freeze_llm:
+        apply_lora(model.llm, cfg.lora_rank, cfg.lora_alpha, [t.strip() for t in cfg.lora_targets.split(",")], cfg.lora_dropout)
+    for p in model.parameters():
+        p.data = p.data.to(torch.float32 if p.requires_grad else torch_dtype)
+    model.llm.activation_checkpointing = cfg.activation_checkpointing
+    shard(model, device, torch_dtype, cfg)
+    start = time.time()
+    model.load(cfg.llm, "cpu" if cfg.cpu_offload else device, cfg.seed, tensors)
+    if not tensors:  # statistics of the training features, from 200 clips spread over the set
+        some = torch.cat([clips.features(i).float() for i in range(0, len(clips), -(-len(clips) // 200))])
+        std = some.std(0)
+        model.mean.copy_(some.mean(0)), model.std.copy_(torch.where(std > 1e-4, std, 1.0))  # a dead feature stays as it is
+    model.mean, model.std = model.mean.to(device), model.std.to(device)
+    learning = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    count = lambda some: f"{sum(p.numel() for p in some) / 1e6:.2f}M"
+    print0(f"model: LLM {cfg.llm} ({args.model_type}, {args.n_layers} layers of width {args.dim}, {args.vocab_size} tokens), {count(model.parameters())} parameters, loaded in {time.time() - start:.1f} s"
+           + (f", the rest from {source}" if source else ""))
+    for part in ("proj", "ltn", "adaptor", "llm.tok_embeddings", "lora_"):
+        if found := [p for k, p in learning.items() if k.startswith(part) or part in k and part == "lora_"]:
+            print0(f"learns: {part.rstrip('_'):18} {count(found)}")
+    print0(f"learns: {count(learning.values())} in all; frozen: {count(p for p in model.parameters() if not p.requires_grad)}")
+    print0(f"dtype {str(torch_dtype).removeprefix('torch.')} ({why}), what learns in float32; {world()} process(es) on {device.type} (" + ("a GPU is there)" if device.type == "cuda" else "no GPU)"))
+
+    # ---- optimizer and its schedule
+    groups = [{"params": [p for p in learning.values() if (p.dim() > 1) == matrices], "weight_decay": cfg.weight_decay * matrices} for matrices in (True, False)]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(0.9, 0.95))
+    if resuming:
+        load_optimizer(os.path.join(source, "optimizer.safetensors"), model, optimizer, done["step"])
+    per_epoch = -(-len(clips) // cfg.batch_size)
+    total = cfg.epochs * per_epoch
+    stop = total if cfg.max_steps < 0 else min(total, cfg.max_steps or per_epoch)
+    often = lambda n: per_epoch if n == 0 else n if n > 0 else total + 1  # 0: once an epoch, -1: never
+    log_every, eval_every, save_every = often(cfg.log_every), often(cfg.eval_every), often(cfg.save_every)
+
+    # ---- the run's folder
+    log = None
+    if rank() == 0:
+        if not resuming and (os.path.exists(last) or os.path.exists(best)):
+            n = next(n for n in range(1, 10**6) if not os.path.exists(f"{run_folder}.{n}"))
+            os.rename(run_folder, f"{run_folder}.{n}")  # nothing that was saved is lost
+            print0(f"{run_folder} held an earlier run: moved to {run_folder}.{n}")
+        os.makedirs(run_folder, exist_ok=True)
+        with open(os.path.join(run_folder, "config.json"), "w") as f:
+            json.dump(vars(cfg) | {"versions": versions()}, f, indent=1)
+        log = open_log(os.path.join(run_folder, "log.jsonl"), done["step"])
+    dist.barrier()
+
+    # ---- the loop
+    prompt = prompt_ids(model.prompt, tokenizer)
+    parts = world() * cfg.grad_accum
+    scale = 2.0**10 if torch_dtype == torch.float16 else 1.0  # keeps small gradients out of float16's underflow
+    best_score, checkpoint = done["best"], {"config": vars(cfg), "dim_in": dim_in, "extractor": extractor}
+    model.train()
+    began, tokens_seen, step_loss, last_said = time.time(), 0, 0.0, (time.time(), done["step"])
+    print0(f"{cfg.stage}: {total} steps of {cfg.batch_size} clips in {cfg.epochs} epochs" + (f", going on at step {done['step']}" if resuming else ""))
+    for step in range(done["step"], stop):
+        epoch, at = divmod(step, per_epoch)
+        if at == 0 or step == done["step"]:
+            order = stateless(cfg.seed, "order", epoch).permutation(len(clips))
+        chosen = order[at * cfg.batch_size:(at + 1) * cfg.batch_size].tolist()
+        mine = share(chosen, lengths, parts)[rank() * cfg.grad_accum:(rank() + 1) * cfg.grad_accum]
+        batches = [micro_batch(clips, part, prompt, tokenizer, device, cfg.frame_drop, (cfg.seed, "drop", epoch)) for part in mine]
+        sums = torch.tensor([sum(len(b.targets) for b in batches), sum(len(b.tokens) for b in batches)], dtype=torch.float64, device=device)
+        dist.all_reduce(sums)
+        n_targets = sums[0].item()
+        torch.manual_seed(int(stateless(cfg.seed, "dropout", step, rank()).integers(2**62)))  # dropout too has no state to save
+        loss = torch.zeros((), dtype=torch.float64, device=device)
+        for i, batch in enumerate(batches):
+            model.set_requires_gradient_sync(i == len(batches) - 1)  # gradients travel once a step
+            # the mean over the target tokens of the whole step: the same gradient however many processes and micro-batches share it
+            part_loss, _ = model(batch)
+            (part_loss * (scale / n_targets)).backward()
+            loss += part_loss.detach() / n_targets
+        dist.all_reduce(loss)
+        for p in learning.values():
+            if scale != 1.0 and p.grad is not None:
+                p.grad.div_(scale)
+        norm = torch.nn.utils.clip_grad_norm_(learning.values(), cfg.grad_clip or math.inf)
+        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+        rate = learning_rate(step, total, cfg)
+        if math.isfinite(norm):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+        else:
+            print0(f"step {step + 1}: the gradient is not finite, the step is skipped; its clips: {', '.join(clips.rows[i]['name'] for i in chosen)}")
+            scale = max(1.0, scale / 2) if scale != 1.0 else 1.0
+        optimizer.zero_grad(set_to_none=True)
+        tokens_seen, step_loss, now = tokens_seen + sums[1].item(), loss.item(), time.time()
+
+        # ---- looking at it
+        finished = step + 1
+        entry = {}
+        if finished % log_every == 0 or finished == stop:
+            step_s = (now - last_said[0]) / (finished - last_said[1])
+            entry = {"step": finished, "epoch": round(finished / per_epoch, 3), "loss": step_loss, "grad_norm": norm, "lr": rate,
+                     "tokens_per_s": round(tokens_seen / max(now - last_said[0], 1e-9)), "step_s": round(step_s, 4)}
+            print0(f"step {finished}/{total} epoch {finished / per_epoch:.2f} loss {step_loss:.4f} norm {norm:.3f} lr {rate:.1e} "
+                   f"{entry['tokens_per_s']} tokens/s {step_s:.3f} s/step, {(stop - finished) * step_s:.0f} s left")
+            tokens_seen = 0
+        if dev and (finished % eval_every == 0 or finished == stop):
+            scores = evaluate(model, dev, prompt, tokenizer, device, cfg)
+            entry = {"step": finished, "epoch": round(finished / per_epoch, 3)} | entry | scores
+            print0(f"step {finished}/{total} dev loss {scores['dev_loss']:.4f}" + (f" BLEU-4 {scores['dev_bleu'][3]:.2f} ROUGE {scores['dev_rouge']:.2f}" if "dev_bleu" in scores else ""))
+            score = scores["dev_bleu"][3] if "dev_bleu" in scores else -scores["dev_loss"]
+            if best_score is None or score > best_score:
+                best_score = score
+                save(best, model, None, checkpoint | {"step": finished, "best": best_score}, cfg)
+        if log and entry:
+            log.write(json.dumps(entry) + "\n")
+        if finished % save_every == 0 or finished == stop:
+            save(last, model, optimizer, checkpoint | {"step": finished, "best": best_score}, cfg)
+        if entry:
+            last_said = (time.time(), finished)
+    print0(f"{cfg.stage}: done in {time.time() - began:.0f} s, {run_folder}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    launch(main)
