@@ -237,7 +237,8 @@ def load_model(ckpt, device="auto", dtype="auto", **overrides):
         sllama = SLLaMA(args, state["dim_in"], cfg).to(dtype)
     if lora:
         apply_lora(sllama.llm, *lora[:4])
-    sllama.mean, sllama.std = sllama.mean.float(), sllama.std.float()
+    for name, b in sllama.named_buffers():
+        setattr(sllama, name, b.float())  # statistics of the features, not weights
     sllama.requires_grad_(False).load(cfg.llm, device, 0, tensors)
     return sllama.eval(), Tokenizer(cfg.llm, cfg.bos_id, cfg.eos_id), cfg
 

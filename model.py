@@ -110,8 +110,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        h = x.float()  # fp32 inside, whatever the model runs in
-        return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight  # fp32 inside, whatever the model runs in
 
 
 class FeedForward(nn.Module):
@@ -400,6 +399,8 @@ class SLLaMA(nn.Module):
         # Where the paper is silent: features are standardised with the training set's statistics, so that one learning rate fits all backbones
         self.register_buffer("mean", torch.zeros(dim_in))
         self.register_buffer("std", torch.ones(dim_in))
+        # ... and frames enter the LLM at the size of its words: LLaMA-2's embeddings have a deviation of 0.02, not 1
+        self.register_buffer("scale", torch.ones(()))
         self.proj = nn.Linear(dim_in, width, bias=False) if width != dim_in else None
         self.ltn = LocalTransformer(width, cfg.ltn_layers, cfg.ltn_heads, cfg.window) if cfg.ltn else None
         self.adaptor = Adaptor(width, llm_args.dim, cfg.adaptor)
@@ -413,7 +414,7 @@ class SLLaMA(nn.Module):
         x = x if self.proj is None else self.proj(x)
         x = x if self.ltn is None else self.ltn(x, batch.clip[None])
         h = self.llm.tok_embeddings(batch.tokens)  # (N, dim)
-        return h.index_copy(0, batch.frame_at, self.adaptor(x)[0].type_as(h))[None]
+        return h.index_copy(0, batch.frame_at, (self.adaptor(x)[0] * self.scale).type_as(h))[None]
 
     def forward(self, batch):
         """batch: data.Batch -> (sum of the token losses, number of target tokens); targets are the answer and EOS."""
@@ -445,11 +446,9 @@ class SLLaMA(nn.Module):
         for name, p in self.named_parameters():
             fill(p, state[name] if name in state else read(name[4:]) if name not in learnt else init_weight(name, p.shape, seed))
         for name, b in self.named_buffers():
-            b.copy_(state.get(name, torch.tensor(float(name == "std"))))
-        if not state:  # frames start at the size of words: LLaMA-2's embeddings have a deviation of 0.02, not 1
-            last = self.adaptor.w1 if self.adaptor.w2 is None else self.adaptor.w2
-            words = read("tok_embeddings.weight").float()
-            fill(last.weight, init_weight("adaptor", last.weight.shape, seed) * words.pow(2).mean().sqrt())
+            b.copy_(state.get(name, torch.tensor(float(name != "mean"))))
+        if not state:
+            self.scale.fill_(read("tok_embeddings.weight").float().pow(2).mean().sqrt())
 
     def vision_state(self):
         """What a checkpoint's vision.safetensors holds, by name: all but the LLM, and the word embeddings where they learn."""

@@ -334,7 +334,8 @@ def main():
         some = torch.cat([clips.features(i).float() for i in range(0, len(clips), -(-len(clips) // 200))])
         std = some.std(0)
         model.mean.copy_(some.mean(0)), model.std.copy_(torch.where(std > 1e-4, std, 1.0))  # a dead feature stays as it is
-    model.mean, model.std = model.mean.to(device), model.std.to(device)
+    for name, b in model.named_buffers():
+        setattr(model, name, b.to(device))  # with cpu_offload only the parameters stay behind
     learning = {k: p for k, p in model.named_parameters() if p.requires_grad}
     count = lambda some: f"{sum(p.numel() for p in some) / 1e6:.2f}M"
     print0(f"model: LLM {cfg.llm} ({args.model_type}, {args.n_layers} layers of width {args.dim}, {args.vocab_size} tokens), {count(model.parameters())} parameters, loaded in {time.time() - start:.1f} s"
@@ -347,7 +348,7 @@ def main():
 
     # ---- optimizer and its schedule
     groups = [{"params": [p for p in learning.values() if (p.dim() > 1) == matrices], "weight_decay": cfg.weight_decay * matrices} for matrices in (True, False)]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(0.9, 0.95), fused=True)
     if resuming:
         load_optimizer(os.path.join(source, "optimizer.safetensors"), model, optimizer, done["step"])
     per_epoch = -(-len(clips) // cfg.batch_size)

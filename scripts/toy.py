@@ -3,8 +3,8 @@ The embedded default: a small sign language as real video files, and a tiny LLaM
 
     python -m scripts.toy                  # clips, tokenizer, LLaMA and features into data/toy (train.py does it by itself where it is absent)
 
-A stick figure signs weather sentences: one handshape, place and movement a sign, in an order unlike German's; a head shake during the
-weather sign is all that says "not". Speed, place, size, brightness and noise vary; between signs the hands travel.
+A stick figure signs weather sentences: one handshape, place and movement a sign, in an order unlike German's; a head shake from the
+last sign on is all that says "not". Speed, place, size, brightness and noise vary; between signs the hands travel.
 The LLaMA (Meta's layout: params.json, consolidated.00.pth, tokenizer.model) is trained on text alone, to restore a sentence from its
 content words in the wrong order: that stands in for what a real LLM has learnt from reading. Trained on plain sentences
 instead it would write fluent weather and never look at the clip.
@@ -34,23 +34,20 @@ seed = 1337  # everything follows from it: sentences, signs, clips, tokenizer, L
 n_train = 1000  # clips to learn from
 n_dev = 100  # clips to select on
 n_test = 100  # clips to report on; their sentences occur neither in train nor in dev nor in the LLaMA's text
-text_steps = 600  # steps of the LLaMA's training on text
+text_steps = 400  # steps of the LLaMA's training on text
 text_batch = 64  # sentences a step
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The language: sign -> words of a German sentence. Sign order: degrees, place, time, manner, weather (with or without head shake)
 
-TIMES = {"HEUTE": "heute", "MORGEN": "morgen", "ABEND": "am abend", "NACHT": "in der nacht", "MITTAG": "am mittag", "MONTAG": "am montag",
-         "DIENSTAG": "am dienstag", "MITTWOCH": "am mittwoch", "DONNERSTAG": "am donnerstag", "FREITAG": "am freitag",
+TIMES = {"HEUTE": "heute", "MORGEN": "morgen", "ABEND": "am abend", "NACHT": "in der nacht", "MONTAG": "am montag", "MITTWOCH": "am mittwoch",
          "SAMSTAG": "am samstag", "SONNTAG": "am sonntag"}
-PLACES = {"NORD": "im norden", "SUED": "im süden", "WEST": "im westen", "OST": "im osten", "KUESTE": "an der küste", "ALPEN": "in den alpen",
-          "RHEIN": "am rhein", "DONAU": "an der donau", "BERLIN": "in berlin", "BAYERN": "in bayern", "INSEL": "auf den inseln"}
-MANNER = {"": "", "BALD": "bald", "SPAETER": "später", "LANGE": "lange", "KURZ": "kurz", "WIEDER": "wieder", "OFT": "oft"}
+PLACES = {"NORD": "im norden", "SUED": "im süden", "KUESTE": "an der küste", "ALPEN": "in den alpen", "RHEIN": "am rhein", "INSEL": "auf den inseln"}
+MANNER = {"": "", "SPAETER": "später", "LANGE": "lange", "WIEDER": "wieder", "OFT": "oft"}
 WEATHER = {"REGEN": ("regnet es {}", "regnet es {} nicht"), "SCHNEE": ("schneit es {}", "schneit es {} nicht"),
            "SONNE": ("scheint {} die sonne", "scheint {} die sonne nicht"), "WIND": ("weht {} der wind", "weht {} der wind nicht"),
-           "WOLKEN": ("gibt es {} wolken", "gibt es {} keine wolken"), "NEBEL": ("gibt es {} nebel", "gibt es {} keinen nebel"),
-           "GEWITTER": ("gibt es {} gewitter", "gibt es {} kein gewitter"), "FROST": ("gibt es {} frost", "gibt es {} keinen frost")}
-DEGREES = {"": "", "NULL": "null", "FUENF": "fünf", "ZEHN": "zehn", "FUENFZEHN": "fünfzehn", "ZWANZIG": "zwanzig", "DREISSIG": "dreißig"}
+           "WOLKEN": ("gibt es {} wolken", "gibt es {} keine wolken"), "NEBEL": ("gibt es {} nebel", "gibt es {} keinen nebel")}
+DEGREES = {"": "", "NULL": "null", "FUENF": "fünf", "ZEHN": "zehn", "ZWANZIG": "zwanzig", "DREISSIG": "dreißig"}
 SIGNS = [s for words in (TIMES, PLACES, WEATHER, MANNER, DEGREES) for s in words if s]
 FUNCTION_WORDS = set("am im in an auf der den die es bei grad gibt".split())
 NEGATIONS = {"nicht", "kein", "keine", "keinen"}  # one meaning, so one word among the content words
@@ -83,11 +80,14 @@ SHOULDERS, REST = ((-0.30, -0.34), (0.30, -0.34)), ((-0.34, 0.55), (0.34, 0.55))
 
 
 def sign_table(seed):
-    """sign -> (place, movement, fingers, what the other hand does), all different; a dictionary of the language."""
+    """sign -> (place, movement, fingers, what the other hand does); a dictionary of the language. Any two differ in two of the four at least."""
     places = [(-0.30, -0.75), (0.32, -0.72), (0.0, -0.30), (-0.42, -0.05), (0.45, -0.05), (0.0, 0.25)]
-    forms = list(itertools.product(range(len(places)), range(8), range(6), range(3)))
-    pick = stateless(seed, "signs").permutation(len(forms))[:len(SIGNS)]
-    return {sign: (places[forms[i][0]],) + forms[i][1:] for sign, i in zip(SIGNS, pick)}
+    forms = list(itertools.product(range(len(places)), range(8), (0, 1, 3, 5), range(3)))
+    chosen = []
+    for i in stateless(seed, "signs").permutation(len(forms)):
+        if all(sum(a != b for a, b in zip(forms[i], other)) >= 2 for other in chosen):
+            chosen.append(forms[i])
+    return {sign: (places[form[0]],) + form[1:] for sign, form in zip(SIGNS, chosen)}
 
 
 def movement(kind, t):
@@ -101,7 +101,7 @@ def movement(kind, t):
 def choreography(signs, shaken, table, rng):
     """Signs -> right hand (T, 2), left hand (T, 2), fingers of both (T, 2), turn of the head (T,)."""
     speed = rng.uniform(0.8, 1.3)
-    right, left, fingers, head = [np.array([REST[1]])], [np.array([REST[0]])], [np.zeros((1, 2))], [np.zeros(1)]
+    right, left, fingers = [np.array([REST[1]])], [np.array([REST[0]])], [np.zeros((1, 2))]
     for number, sign in enumerate(signs):
         place, kind, shape, other = table[sign]
         n = max(4, round(rng.uniform(6, 8) / speed))
@@ -112,8 +112,15 @@ def choreography(signs, shaken, table, rng):
         right += [right[-1][-1:] * (1 - s) + path[:1] * s, path]
         left += [left[-1][-1:] * (1 - s) + mirror[:1] * s, mirror]
         fingers += [np.tile(fingers[-1][-1:], (between, 1)), np.tile([(shape, shape if other else 0)], (n, 1))]
-        head += [np.zeros(between), 0.13 * np.sin(np.linspace(0, 4 * np.pi, n)) if number == shaken else np.zeros(n)]
-    return [np.concatenate(part) for part in (right, left, fingers, head)]
+        if number == shaken:
+            shake_from = sum(map(len, right[:-2]))  # it sets in on the way to the sign
+    home = np.linspace(0, 1, max(3, round(4 / speed)))[:, None]  # and the hands go back to rest
+    right, left = (np.concatenate(p + [p[-1][-1:] * (1 - home) + REST[i] * home]) for p, i in ((right, 1), (left, 0)))
+    fingers = np.concatenate(fingers + [np.tile(fingers[-1][-1:], (len(home), 1))])
+    head = np.zeros(len(right))
+    if shaken >= 0:
+        head[shake_from:] = 0.28 * np.sin(1.2 * speed * np.arange(len(head) - shake_from))
+    return right, left, fingers, head
 
 
 def render(signs, shaken, table, rng):
@@ -186,6 +193,9 @@ def make_clips(root, seed, counts):
 # ---------------------------------------------------------------------------------------------------------------------
 # The tiny LLaMA and its tokenizer, from text alone
 
+BLUR = 2.0  # noise on the embeddings of content words, in units of their own size: frames will never be as sharp as words
+
+
 def train_tokenizer(folder, texts):
     """A SentencePiece model with LLaMA's own settings (BPE, byte fallback, no normalisation), one piece a word."""
     import sentencepiece
@@ -193,7 +203,7 @@ def train_tokenizer(folder, texts):
     # the prompt weighs as much as the rest, so that it too is a piece a word
     corpus = texts + [p.strip() for p in PROMPT.split("{clip}")] * len(texts)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus), model_writer=model, model_type="bpe", vocab_size=700, byte_fallback=True, split_digits=True,
+        sentence_iterator=iter(corpus), model_writer=model, model_type="bpe", vocab_size=640, byte_fallback=True, split_digits=True,
         normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=1.0, minloglevel=2)
     with open(os.path.join(folder, "tokenizer.model"), "wb") as f:
         f.write(model.getvalue())
@@ -208,7 +218,7 @@ def content_words(text, rng):
 def text_batch_of(texts, tokenizer, rng):
     """Packed stream of (content words -> sentence), half of them inside the prompt: tokens (1, N), pos (1, N), docs, target_at, targets."""
     prompt = [tokenizer.encode(p.strip()) for p in PROMPT.split("{clip}")]
-    tokens, lens, at, targets = [], [], [], []
+    tokens, lens, at, targets, blurred = [], [], [], [], []
     for text in texts:
         before, after = prompt if rng.random() < 0.5 else ([], [])
         pieces = [t for w in content_words(text, rng) for t in tokenizer.encode(w)]
@@ -218,9 +228,10 @@ def text_batch_of(texts, tokenizer, rng):
         at += range(len(tokens) + len(document) - len(answer), len(tokens) + len(document))
         targets += answer
         tokens += document
+        blurred += [0.0] * (1 + len(before)) + [1.0] * len(signed) + [0.0] * (len(after) + len(answer) - 1)
         lens.append(len(document))
     pos = torch.cat([torch.arange(n) for n in lens])
-    return torch.tensor([tokens]), pos[None], Docs.of(lens), torch.tensor(at), torch.tensor(targets)
+    return torch.tensor([tokens]), pos[None], Docs.of(lens), torch.tensor(at), torch.tensor(targets), torch.tensor(blurred)
 
 
 def train_llama(folder, texts, seed, steps, batch):
@@ -241,11 +252,14 @@ def train_llama(folder, texts, seed, steps, batch):
     peak = 3e-3
     optimizer = torch.optim.AdamW(params, lr=peak, betas=(0.9, 0.95), weight_decay=0.01)
     show, rng = Progress("tiny LLaMA", steps), stateless(seed, "text")
+    noise = torch.Generator().manual_seed(seed)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = peak * min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-        tokens, pos, docs, at, targets = text_batch_of([texts[i] for i in rng.integers(len(texts), size=batch)], tokenizer, rng)
-        loss = F.cross_entropy(llama(tokens, pos=pos, docs=docs, at=at)[0], targets)
+        tokens, pos, docs, at, targets, signed = text_batch_of([texts[i] for i in rng.integers(len(texts), size=batch)], tokenizer, rng)
+        h = llama.tok_embeddings(tokens)
+        blur = BLUR * h.detach().pow(2).mean().sqrt() * torch.randn(h.shape, generator=noise)
+        loss = F.cross_entropy(llama(h=h + blur * signed[:, None], pos=pos, docs=docs, at=at)[0], targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
@@ -280,7 +294,7 @@ def build(data_dir, seed=seed, n_train=n_train, n_dev=n_dev, n_test=n_test, text
         if not os.path.exists(os.path.join(root, "clips.tsv")):
             make_clips(root, seed, counts)
         if not os.path.exists(llm):
-            every = sentences(seed, 30000)
+            every = sentences(seed, None)
             train_llama(llm, [text for *_, text in every[:n_train] + every[sum(counts.values()):]], seed, text_steps, text_batch)
         torch.set_num_threads(threads)
     barrier()
