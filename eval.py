@@ -47,6 +47,7 @@ dtype = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, b
 device = "auto"  # auto, cpu, cuda
 seed = 1337  # of the shuffle and noise controls
 
+VIDEO_ENDINGS = (".mp4", ".webm", ".gif", ".mov", ".avi", ".mkv")
 LANGUAGES = {"German": "de", "English": "en", "Chinese": "zh"}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,7 +57,7 @@ def _metric(lang, order=4):
     if not re.fullmatch(r"[a-z]{2,3}", lang):
         raise BadInput(f"lang={lang}: is no language code such as de, en, zh")
     # one character a token for Chinese, sacrebleu's default for languages with spaces
-    return BLEU(tokenize="char" if lang == "zh" else "13a", smooth_method="exp", max_ngram_order=order)
+    return BLEU(tokenize="char" if lang == "zh" else "13a", smooth_method="exp", max_ngram_order=order, force=True)
 
 
 def _check(hyps, refs):
@@ -302,7 +303,7 @@ def main():
                                        "dtype": ("auto", "float32", "bfloat16", "float16")})
     for key in ("beam", "max_new_tokens", "batch_size"):
         if getattr(cfg, key) < 1:
-            raise BadInput(f"{key}={getattr(cfg, key)}: must be at least 1")
+            usage_error(__file__, f"{key}={getattr(cfg, key)}: must be at least 1")
     if cfg.hyps:
         return score_file(cfg.hyps, cfg.lang)
     folder = cfg.ckpt or newest_run(cfg.out_dir)
@@ -321,6 +322,9 @@ def main():
         extractor = Extractor(made["backbone"], cfg.weights or made["weights"], cfg.device)
         paths = [cfg.video] if cfg.video else sorted(os.path.join(cfg.videos, f) for f in os.listdir(cfg.videos))
         for path in paths:
+            if cfg.videos and not os.path.isdir(path) and not path.lower().endswith(VIDEO_ENDINGS):
+                say(f"{path}: passed over, its ending is none of {' '.join(VIDEO_ENDINGS)}")
+                continue
             (sentence,) = translate(sllama, [torch.from_numpy(extractor(path))], tokenizer, **how)
             print(" ".join(sentence.split()) if cfg.video else f"{os.path.basename(path)}\t{' '.join(sentence.split())}", flush=True)
         return

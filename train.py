@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from config import BadInput, configure, launch, print0, rank
+from config import BadInput, configure, launch, print0, rank, usage_error
 from data import Clips, Tokenizer, pack, prompt_ids, stateless, world
 from eval import LANGUAGES, bleu, find_checkpoint, pick_dtype, read_checkpoint, rouge, translate
-from lora import adapter, apply_lora, write_adapter
+from lora import TARGETS, adapter, apply_lora, write_adapter
 from model import SLLaMA, fill, full, load_tensors, open_llm
 
 # what to run
@@ -43,9 +43,9 @@ bos_id = -1  # -1 = the tokenizer's own
 eos_id = -1  # -1 = the tokenizer's own
 # the model
 ltn = True  # the local transformer (Table 6)
-ltn_dim = 256  # its width, 0 = the features' (paper: 1024)
+ltn_dim = 192  # its width, 0 = the features' (paper: 1024)
 ltn_layers = 2  # its depth (paper: silent)
-ltn_heads = 4  # its heads (paper: silent)
+ltn_heads = 6  # its heads (paper: silent)
 window = 8  # frames, half to each side (paper: 8; Table 9: 4, 8, 12, 16)
 adaptor = "mlp"  # mlp, mlp_noact, linear (paper: mlp; Table 3)
 lora_rank = 8  # (paper: 8; Table 8: 4, 8, 16, 32)
@@ -75,7 +75,7 @@ save_every = 0  # steps between checkpoints, 0 = once an epoch, -1 = at the end 
 
 # what differs between the stages
 align = {
-    "epochs": 8,  # (paper: 3)
+    "epochs": 10,  # (paper: 3)
     "batch_size": 16,  # clips a step, over all processes (paper: 4)
     "lr": 1e-3,  # peak (paper: silent)
     "frame_drop": 0.1,  # share of frames left out at random (paper: 0.1)
@@ -85,7 +85,7 @@ align = {
     "train_embeddings": False,  # the LLM's word embeddings
 }
 sft = {
-    "epochs": 4,  # (paper: 2)
+    "epochs": 5,  # (paper: 2)
     "batch_size": 16,  # (paper: 2)
     "lr": 1e-3,
     "frame_drop": 0.1,  # (paper: silent)
@@ -95,8 +95,9 @@ sft = {
     "train_embeddings": False,  # (paper: learn, Table 4's best row)
 }
 
-FITS = ("stage", "dataset", "backbone", "llm", "ltn", "ltn_dim", "ltn_layers", "ltn_heads", "window", "adaptor", "lora_rank", "lora_alpha",
-        "lora_targets", "train_ltn", "train_embeddings", "freeze_llm", "batch_size", "seed")  # a resumed run must agree in these
+SHAPE = ("ltn", "ltn_dim", "ltn_layers", "ltn_heads", "window", "adaptor", "backbone")  # a stage must agree in these with the one it starts from
+FITS = SHAPE + ("stage", "dataset", "llm", "lora_rank", "lora_alpha", "lora_targets", "train_ltn", "train_embeddings", "freeze_llm", "batch_size",
+                "epochs", "seed")  # and a resumed run in these too
 
 
 def setup(cfg):
@@ -255,15 +256,20 @@ def learning_rate(step, total, cfg):
 
 
 def check(cfg):
-    """Values that no run could make sense of: BadInput names the variable."""
+    """Values that no run could make sense of end it with exit code 2 and the variable's name."""
     for key, low in {"epochs": 1, "batch_size": 1, "grad_accum": 1, "ltn_layers": 1, "ltn_heads": 1, "beam": 1, "seed": 0, "window": 0, "ltn_dim": 0,
                      "max_frames": 0, "warmup": 0, "lr": 0, "grad_clip": 0, "weight_decay": 0, "max_steps": -1, "log_every": -1, "eval_every": -1,
                      "save_every": -1, "eval_clips": -1, "lora_rank": 1}.items():
         if getattr(cfg, key) < low:
-            raise BadInput(f"{key}={getattr(cfg, key)}: must be at least {low}")
+            usage_error(__file__, f"{key}={getattr(cfg, key)}: must be at least {low}")
     for key in ("frame_drop", "lora_dropout", "label_smoothing"):
         if not 0 <= getattr(cfg, key) < 1:
-            raise BadInput(f"{key}={getattr(cfg, key)}: must be at least 0 and less than 1")
+            usage_error(__file__, f"{key}={getattr(cfg, key)}: must be at least 0 and less than 1")
+    for target in cfg.lora_targets.split(","):
+        if target not in TARGETS:
+            usage_error(__file__, f"lora_targets: {target!r} is none of {','.join(TARGETS)}")
+    if cfg.prompt.count("{clip}") != 1:
+        usage_error(__file__, f"prompt={cfg.prompt!r}: must hold {{clip}} once")
 
 
 def main():
@@ -303,11 +309,11 @@ def main():
     state, tensors, resuming = None, {}, cfg.resume and source is not None
     if source:
         state, tensors, _ = read_checkpoint(source)
+        for key in FITS if resuming else SHAPE:
+            if state["config"].get(key) != getattr(cfg, key):
+                raise BadInput(f"{source}: was trained with {key}={state['config'].get(key)}, this run says {key}={getattr(cfg, key)}")
         if resuming:
             done = {"step": state["step"], "best": state["best"]}
-            for key in FITS:
-                if state["config"].get(key) != getattr(cfg, key):
-                    raise BadInput(f"{source}: cannot be resumed with {key}={getattr(cfg, key)}, it was trained with {key}={state['config'].get(key)}")
 
     # ---- model: its structure on the meta device, then sharded, then filled tensor by tensor
     args = open_llm(cfg.llm)[0]
@@ -323,7 +329,7 @@ def main():
             part.requires_grad_(cfg.train_ltn)
     model.llm.tok_embeddings.requires_grad_(cfg.train_embeddings)
     if not cfg.freeze_llm:
-        apply_lora(model.llm, cfg.lora_rank, cfg.lora_alpha, [t.strip() for t in cfg.lora_targets.split(",")], cfg.lora_dropout)
+        apply_lora(model.llm, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets.split(","), cfg.lora_dropout)
     for p in model.parameters():
         p.data = p.data.to(torch.float32 if p.requires_grad else torch_dtype)
     model.llm.activation_checkpointing = cfg.activation_checkpointing

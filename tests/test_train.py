@@ -1,0 +1,206 @@
+"""
+The training loop on a tiny toy: both stages under torchrun, resuming, process counts, and what must not change.
+
+    python -m pytest tests/test_train.py
+"""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+import eval as evaluation
+import train
+from config import BadInput
+from model import LLaMA
+from scripts import toy
+
+ROOT = Path(__file__).resolve().parents[1]
+# two layers of everything, a clip of seven frames or so a sign: seconds, not minutes
+SMALL = ["ltn_dim=32", "ltn_heads=2", "batch_size=6", "epochs=2", "eval_clips=2", "log_every=1", "warmup=2"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a toy of 20 clips in data/."""
+    home = tmp_path_factory.mktemp("home")
+    toy.build(str(home / "data"), n_train=20, n_dev=4, n_test=4, text_steps=3, text_batch=8)
+    return home
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    """A run that ended with an error must not leave its process group to the next."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def in_process(home, monkeypatch, out, *args):
+    monkeypatch.setattr(sys, "argv", ["train.py", f"data_dir={home}/data", f"out_dir={home}/{out}", *SMALL, *args])
+    train.main()
+    return home / out / "toy"
+
+
+def in_processes(n, home, out, *args, program="train.py", check=True):
+    start = ["torchrun", f"--nproc_per_node={n}"] if n > 1 else [sys.executable]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if start[0] == "torchrun":
+        start = [sys.executable, "-m", "torch.distributed.run", *start[1:]]
+    done = subprocess.run([*start, str(ROOT / program), *args], cwd=home, env=env, capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def spawn_train(n, home, out, *args):
+    in_processes(n, home, out, f"out_dir={out}", *SMALL, *args)
+    return home / out / "toy"
+
+
+def losses(run):
+    return [json.loads(line)["loss"] for line in open(run / "log.jsonl")]
+
+
+def weights(run, stage, name="vision"):
+    return load_file(run / stage / "last" / f"{name}.safetensors")
+
+
+def same(a, b, tolerance=0.0):
+    assert a.keys() == b.keys()
+    for k in a:
+        assert (a[k] - b[k]).abs().max() <= tolerance * max(1e-6, a[k].abs().max()), k
+
+
+def test_both_stages_and_eval_under_torchrun(home):
+    run = spawn_train(2, home, "smoke", "stage=align")
+    spawn_train(2, home, "smoke", "stage=sft")
+    assert {p.name for p in (run / "sft" / "last").iterdir()} == {
+        "vision.safetensors", "adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "state.json"}
+    # every LoRA B has had a gradient, though the weights were spread over two processes
+    adapter = weights(run, "sft", "adapter_model")
+    assert len(adapter) == 4 * 4 * 2 and all(t.abs().max() > 0 for t in adapter.values())
+    first = json.loads(open(run / "sft" / "log.jsonl").readline())
+    assert {"step", "epoch", "loss", "grad_norm", "lr", "tokens_per_s", "step_s"} <= first.keys()
+    assert any("dev_bleu" in json.loads(line) for line in open(run / "sft" / "log.jsonl"))
+    config = json.load(open(run / "sft" / "config.json"))
+    assert config["stage"] == "sft" and config["versions"]["processes"] == 2
+
+    one = in_processes(1, home, "", "out_dir=smoke", "beam=2", program="eval.py")
+    hyps = [json.loads(line) for line in open(run / "sft" / "hyps.jsonl")]
+    scores = json.load(open(run / "sft" / "scores.json"))
+    assert len(hyps) == 4 and scores["clips"] == 4 and scores["control"] == "none" and len(scores["bleu"]) == 4
+    assert "BLEU-4" in one.stdout and scores["signature"]["bleu"] in one.stdout
+    in_processes(2, home, "", "out_dir=smoke", "beam=2", program="eval.py")  # sharded: the same sentences
+    assert [json.loads(line) for line in open(run / "sft" / "hyps.jsonl")] == hyps
+    in_processes(1, home, "", "out_dir=smoke", "beam=2", "control=shuffle", program="eval.py")
+    assert json.load(open(run / "sft" / "scores.shuffle.json"))["control"] == "shuffle"
+    assert json.load(open(run / "sft" / "scores.json")) == json.load(open(run / "sft" / "scores.json")) and (run / "sft" / "hyps.shuffle.jsonl").exists()
+
+    clip = home / "data" / "toy" / "clips" / "00022.mp4"
+    said = in_processes(1, home, "", f"ckpt={run / 'sft'}", f"video={clip}", program="eval.py")
+    assert said.stdout.count("\n") == 1  # the sentence, and all else on stderr
+
+
+def test_one_process_is_two_processes_is_accumulation(home):
+    runs = [spawn_train(1, home, "one", "max_steps=4"), spawn_train(2, home, "two", "max_steps=4"), spawn_train(1, home, "three", "max_steps=4", "grad_accum=3")]
+    for other in runs[1:]:
+        assert losses(other / "align") == pytest.approx(losses(runs[0] / "align"), rel=1e-4)
+        same(weights(runs[0], "align"), weights(other, "align"), 2e-3)  # Adam's first steps divide small gradients by their own size
+
+
+@pytest.mark.parametrize("stage", ["align", "sft"])
+def test_resumed_is_uninterrupted(home, monkeypatch, stage):
+    if stage == "sft":
+        for out in ("whole", "halves"):
+            in_process(home, monkeypatch, out, "stage=align", "max_steps=2")
+    whole = in_process(home, monkeypatch, "whole", f"stage={stage}", "lora_dropout=0.1")
+    halves = in_process(home, monkeypatch, "halves", f"stage={stage}", "lora_dropout=0.1", "max_steps=3")
+    # a line that was logged after the checkpoint belongs to a future that did not happen
+    with open(halves / stage / "log.jsonl", "a") as f:
+        f.write('{"step": 4, "loss": 99.0}\n{"step": 5, "lo')
+    in_process(home, monkeypatch, "halves", f"stage={stage}", "lora_dropout=0.1", "resume=true")
+    same(weights(whole, stage), weights(halves, stage))
+    same(weights(whole, stage, "optimizer"), weights(halves, stage, "optimizer"))
+    assert losses(whole / stage) == losses(halves / stage)
+
+
+def test_resumed_with_another_number_of_processes(home):
+    whole = spawn_train(1, home, "whole1", "max_steps=6")
+    spawn_train(2, home, "halves21", "max_steps=3")
+    halves = spawn_train(1, home, "halves21", "max_steps=6", "resume=true")
+    assert losses(halves / "align") == pytest.approx(losses(whole / "align"), rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["align", "sft"])
+def test_frozen_weights_stay_bitwise(home, monkeypatch, stage):
+    """align leaves the whole LLM as it was, sft its base weights and the local transformer; what is to learn, learns."""
+    seen = {}
+    keep = lambda folder, model, *_: seen.update({k: v.full_tensor().detach().clone() if hasattr(v, "full_tensor") else v.clone() for k, v in model.named_parameters()})
+    if stage == "sft":
+        in_process(home, monkeypatch, "frozen", "stage=align", "max_steps=1")
+        before = weights(home / "frozen" / "toy", "align")
+    monkeypatch.setattr(train, "save", keep)
+    in_process(home, monkeypatch, "frozen", f"stage={stage}", "max_steps=2", "train_embeddings=false")
+    for name, w in LLaMA.from_pretrained(str(home / "data" / "toy" / "llm")).state_dict().items():
+        assert torch.equal(seen["llm." + name], w), name
+    if stage == "sft":
+        assert all(torch.equal(seen[k], before[k]) for k in seen if k.startswith(("ltn.", "proj.")))
+        assert not torch.equal(seen["adaptor.w1.weight"], before["adaptor.w1.weight"])
+        assert all(seen[k].abs().max() > 0 for k in seen if k.endswith("lora_B"))
+
+
+def test_variants_of_the_model_train_and_load_again(home, monkeypatch):
+    """Tables 3, 4, 6 and the switches of the machine: each a few steps, then a translation from the checkpoint."""
+    for n, args in enumerate((["adaptor=linear", "ltn=false"], ["adaptor=mlp_noact", "window=4", "activation_checkpointing=true"], ["ltn_dim=0", "max_frames=10"])):
+        in_process(home, monkeypatch, f"variant{n}", "stage=align", "max_steps=1", *args)
+        run = in_process(home, monkeypatch, f"variant{n}", "stage=sft", "max_steps=1", "train_embeddings=true", "freeze_llm=" + str(n == 1).lower(), *args)
+        assert ("llm.tok_embeddings.weight" in weights(run, "sft")) and (run / "sft" / "last" / "adapter_model.safetensors").exists() == (n != 1)
+        sllama, tokenizer, _ = evaluation.load_model(str(run / "sft"))
+        assert evaluation.translate(sllama, [torch.randn(9, 1024)], tokenizer, max_new_tokens=3)[0] is not None
+
+
+def test_an_earlier_run_is_moved_aside(home, monkeypatch):
+    run = in_process(home, monkeypatch, "again", "max_steps=1")
+    first = weights(run, "align")
+    in_process(home, monkeypatch, "again", "max_steps=1", "seed=5")
+    same(first, load_file(run / "align.1" / "last" / "vision.safetensors"))
+
+
+def test_what_does_not_fit_is_named(home, monkeypatch):
+    run = in_process(home, monkeypatch, "fits", "max_steps=1")
+    for args, word in ((["stage=sft", "window=4"], "window=8"), (["stage=align", "resume=true", "seed=2"], "seed=1337"),
+                       (["stage=sft", "init_from=nowhere"], "nowhere"), (["stage=sft", "ltn_dim=64"], "ltn_dim=32"),
+                       (["dataset=nothing"], "nothing"), ([f"llm={home}"], "tokenizer")):
+        with pytest.raises(BadInput, match=word):
+            in_process(home, monkeypatch, "fits", *args)
+        dist.is_initialized() and dist.destroy_process_group()
+    assert weights(run, "align")  # nothing that was saved is lost
+
+
+@pytest.mark.parametrize("args, word", [(["stage=pretrain"], "stage"), (["epoch=3"], "epochs"), (["lr=fast"], "lr"), (["batch_size=0"], "batch_size"),
+                                        (["frame_drop=1"], "frame_drop"), (["lora_targets=wq,wx"], "wx"), (["adaptor=qformer"], "adaptor"), (["prompt=hello"], "prompt")])
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(monkeypatch, capsys, args, word):
+    monkeypatch.setattr(sys, "argv", ["train.py", *args])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and word in said
+
+
+def test_bad_input_is_one_line_and_exit_code_1(home):
+    done = in_processes(1, home, "", "dataset=nothing", "llm=data/toy/llm", check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "nothing" in done.stderr
+
+
+def test_share_deals_out_every_clip_once():
+    lengths = [50, 10, 40, 30, 20, 60, 5]
+    parts = train.share([0, 2, 3, 4, 5, 6], lengths, 4)
+    assert sorted(i for p in parts for i in p) == [0, 2, 3, 4, 5, 6]
+    assert [len(p) for p in train.share([1, 2], lengths, 3)] == [1, 1, 0]  # fewer clips than processes
+    loads = [sum(lengths[i] for i in p) for p in train.share([0, 1, 2, 3, 4, 5], lengths, 2)]
+    assert max(loads) - min(loads) <= 20
