@@ -176,8 +176,11 @@ def generate(llm, h, docs, eos_ids, beam=1, length_penalty=1.0, max_new_tokens=2
 
 
 @torch.no_grad()
-def translate(sllama, features, tokenizer, beam=4, length_penalty=1.0, max_new_tokens=200, batch_size=16, progress=None):
-    """Features of clips, a list of (T, D) -> list of sentences. Clips of like length are decoded together; the order is kept."""
+def translate(sllama, features, tokenizer, beam=4, length_penalty=1.0, max_new_tokens=200, batch_size=16, progress=None, warn=True):
+    """
+    Features of clips, a list of (T, D) -> list of sentences. Clips of like length are decoded together; the order is kept.
+    progress: called with the number of clips done; warn: say on stderr how many answers were cut at max_new_tokens.
+    """
     before, after = prompt_ids(sllama.prompt, tokenizer)
     device, out, cut = sllama.mean.device, [None] * len(features), 0
     order = sorted(range(len(features)), key=lambda i: len(features[i]))
@@ -190,7 +193,7 @@ def translate(sllama, features, tokenizer, beam=4, length_penalty=1.0, max_new_t
             cut += not ended
         if progress:
             progress(start + len(chosen))
-    if cut:
+    if cut and warn:
         print(f"{cut} of {len(features)} answers did not end within max_new_tokens={max_new_tokens} and were cut there", file=sys.stderr)
     return out
 

@@ -75,7 +75,7 @@ save_every = 0  # steps between checkpoints, 0 = once an epoch, -1 = at the end 
 
 # what differs between the stages
 align = {
-    "epochs": 10,  # (paper: 3)
+    "epochs": 12,  # (paper: 3)
     "batch_size": 16,  # clips a step, over all processes (paper: 4)
     "lr": 1e-3,  # peak (paper: silent)
     "frame_drop": 0.1,  # share of frames left out at random (paper: 0.1)
@@ -164,7 +164,8 @@ def evaluate(model, dev, prompt, tokenizer, device, cfg):
         mine = list(chosen)[rank()::world()]
         # compiled blocks would be compiled anew for every length of the cache
         with torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext():
-            hyps = dict(zip(mine, translate(model, [dev.features(i) for i in mine], tokenizer, beam=cfg.beam)))
+            longest = max(len(tokenizer.encode(row["text"])) for row in dev.rows)  # a model that has not learnt to end need not babble on
+            hyps = dict(zip(mine, translate(model, [dev.features(i) for i in mine], tokenizer, cfg.beam, max_new_tokens=2 * longest, warn=False)))
         gathered = [None] * world()
         dist.all_gather_object(gathered, hyps)
         hyps = {i: s for part in gathered for i, s in part.items()}

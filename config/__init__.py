@@ -75,7 +75,7 @@ def read_literals(path, strict=False):
             value = ast.literal_eval(node.value)
             comments = {k.value: comment(v) for k, v in zip(node.value.keys, node.value.values)} if isinstance(value, dict) else comment(node)
             found[target.id] = value, comments
-        except (AttributeError, ValueError):
+        except (AttributeError, ValueError, TypeError):  # TypeError: {[]: 1}
             if strict and not is_docstring:
                 raise BadInput(f"{path}:{node.lineno}: a config file holds assignments of literals only") from None
     return found
@@ -84,9 +84,9 @@ def read_literals(path, strict=False):
 def coerce(value, like):
     """value (text from the command line, or a literal) as the type of like; ValueError with the reason where it is not one."""
     kind = type(like)
-    if kind is str or kind is dict:
-        if not isinstance(value, kind):
-            raise ValueError(f"{value!r} is not a {'text in quotes' if kind is str else 'dict'}")
+    if kind is str:
+        if not isinstance(value, str):
+            raise ValueError(f"{value!r} is not a text in quotes")
         return value
     words = {"true": True, "false": False, "1": True, "0": False}
     if kind is bool:
@@ -114,10 +114,10 @@ def configure(program, argv=None, choices={}, stages=()):
     """
     argv = sys.argv[1:] if argv is None else argv
     page = read_literals(program)
-    per_stage, comments = {}, {name: text for name, (_, text) in page.items() if name not in stages}
+    per_stage, stage_comments = {}, {}
     for name in stages:
-        values, texts = page.pop(name)
-        per_stage[name], comments = dict(values), texts | comments
+        values, stage_comments[name] = page.pop(name)
+        per_stage[name] = dict(values)
     cfg = {name: value for name, (value, _) in page.items()} | {k: v for values in per_stage.values() for k, v in values.items()}
     origin = {}  # variable -> the config file that set it
 
@@ -141,8 +141,10 @@ def configure(program, argv=None, choices={}, stages=()):
         elif arg.endswith(".py"):
             for name, (value, _) in read_literals(arg, strict=True).items():
                 if name in stages:
-                    for k, v in coerce(value, {}).items():
-                        put(per_stage[name], k, v, f"{arg}: {name}: ")
+                    if not isinstance(value, dict):
+                        usage_error(program, f"{arg}: {name}: {value!r} is not a dict")
+                    for k, v in value.items():
+                        put(per_stage[name], str(k), v, f"{arg}: {name}: ")
                 else:
                     put(cfg, name, value, f"{arg}: ")
                     origin[name] = arg
@@ -161,6 +163,7 @@ def configure(program, argv=None, choices={}, stages=()):
 
     if show_help:
         print0(ast.get_docstring(ast.parse(open(program, encoding="utf-8").read())), "\n")
+        comments = {name: text for name, (_, text) in page.items()} | (stage_comments[stage] if stages else {})
         for name, value in cfg.items():
             print0(f"{name + ' = ' + repr(value):36} {comments[name]}")
         raise SystemExit(0)

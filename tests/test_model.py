@@ -1,0 +1,711 @@
+"""
+model.py, with tiny random weights: LLaMA against transformers in every layout, the band, packing, decoding with a cache, the loss.
+
+    python -m pytest tests/test_model.py
+"""
+import itertools
+import json
+import os
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from config import BadInput
+from data import Sample, Tokenizer, pack
+from eval import generate, translate
+from model import Docs, GoogLeNet, LLaMA, LocalTransformer, ModelArgs, RandomCNN, SLLaMA, from_hf, init_weight, local_attention, open_llm, to_hf
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "real"  # real weights beside the repository
+SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             max_position_embeddings=256)
+# so short an original context that at heads of width 8 all three cases occur: kept, blended, stretched
+LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+TOKENS = torch.arange(100).view(2, 50) * 37 % 96
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the tests are made of
+
+def tiny_hf(kind="llama", **changes):
+    """A random Hugging Face model that is wide awake: its weights are large enough that a mistake anywhere moves the logits."""
+    transformers = pytest.importorskip("transformers")
+    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[kind]
+    config = getattr(transformers, name + "Config")(**{**SIZES, **changes})
+    model = getattr(transformers, name + "ForCausalLM")(config).eval()
+    torch.manual_seed(0)
+    for key, p in model.named_parameters():
+        p.data = torch.randn(p.shape) * 0.2 + ("norm" in key)
+    return model
+
+
+def hf_folder(folder, form="new", kind="llama", shard_size="1GB", dtype=torch.float32, **changes):
+    """Save a tiny_hf. form: where config.json says how positions turn, in rope_parameters ("new") or at the top level ("old")."""
+    model = tiny_hf(kind, **changes).to(dtype)
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    with edit(folder) as c:
+        rope = c.pop("rope_parameters", None) or c.pop("rope_scaling", None) or {}
+        rope = {"rope_type": "default", "rope_theta": c.pop("rope_theta", 10000.0), **rope}
+        if form == "new":
+            c["rope_parameters"] = rope
+        else:
+            c["rope_theta"] = rope.pop("rope_theta")
+            c["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+    return model
+
+
+class edit:
+    """with edit(folder) as c: change the JSON object in folder/config.json (or another file)."""
+
+    def __init__(self, folder, file="config.json"):
+        self.path = Path(folder) / file
+
+    def __enter__(self):
+        self.value = json.loads(self.path.read_text())
+        return self.value
+
+    def __exit__(self, *error):
+        self.path.write_text(json.dumps(self.value))
+
+
+@torch.no_grad()
+def distance(model, llama, tokens=TOKENS):
+    """The largest difference between the logits of transformers and ours."""
+    theirs = model.float()(tokens).logits
+    assert theirs.std() > 0.5  # logits near zero would be equal whatever the model did
+    return (theirs - llama(tokens)).abs().max().item()
+
+
+META = {"q_proj": "attention.wq", "k_proj": "attention.wk", "v_proj": "attention.wv", "o_proj": "attention.wo", "gate_proj": "feed_forward.w1",
+        "down_proj": "feed_forward.w2", "up_proj": "feed_forward.w3", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+
+
+def meta_tensors(model):
+    """The weights of a Hugging Face LLaMA as Meta lays them out, written apart from model.py: rows of wq and wk interleaved."""
+    out = {"rope.freqs": torch.ones(4)}  # LLaMA 2's files hold this table; it is no weight
+    heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
+    for name, w in model.state_dict().items():
+        parts = name.split(".")
+        if parts[1] == "layers":
+            kind = parts[-2]
+            if kind in heads:
+                d = len(w) // heads[kind]
+                rows = [h * d + half * d // 2 + i for h in range(heads[kind]) for i in range(d // 2) for half in (0, 1)]
+                w = w[rows]  # row i of the first half, row i of the second half, row i + 1 of the first half, ...
+            name = f"layers.{parts[2]}.{META[kind]}.weight"
+        else:
+            name = {"model.embed_tokens.weight": "tok_embeddings.weight", "model.norm.weight": "norm.weight", "lm_head.weight": "output.weight"}[name]
+        out[name] = w.detach().clone()
+    return out
+
+
+def meta_folder(folder, model, shards=1, embedding_axis=1, **params):
+    """Write Meta's layout as Meta ships LLaMA 2: vocab_size -1, no n_kv_heads; params: what params.json says beyond that."""
+    folder.mkdir(exist_ok=True)
+    c = model.config
+    say = dict(dim=c.hidden_size, n_layers=c.num_hidden_layers, n_heads=c.num_attention_heads, vocab_size=-1, multiple_of=16, norm_eps=c.rms_norm_eps)
+    (folder / "params.json").write_text(json.dumps({**say, **params}))
+    axes = {"wo": 1, "w2": 1, "tok_embeddings": embedding_axis}  # row-parallel layers; all other matrices are column-parallel
+    for i in range(shards):
+        part = lambda name, w: w if w.dim() == 1 else w.chunk(shards, axes.get(name.split(".")[-2], 0))[i].clone()
+        torch.save({name: part(name, w) for name, w in meta_tensors(model).items()}, folder / f"consolidated.{i:02d}.pth")
+
+
+def awake(module):
+    """Random weights for a module of ours, as tiny_hf's."""
+    torch.manual_seed(0)
+    for name, p in module.named_parameters():
+        p.data = torch.randn(p.shape) * 0.2 + ("norm" in name)
+    return module
+
+
+def tiny_llama(vocab_size=96, **changes):
+    return awake(LLaMA(ModelArgs(**{**dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=vocab_size, head_dim=8), **changes}))).eval()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Raw weights: parity
+
+@pytest.mark.parametrize("form", ["new", "old"])
+@pytest.mark.parametrize("kind, changes", [
+    ("llama", {}),
+    ("llama", dict(num_key_value_heads=4)),
+    ("llama", dict(rope_parameters=dict(rope_type="default", rope_theta=500.0))),
+    ("llama", dict(rope_parameters=LLAMA3)),
+    ("llama", dict(tie_word_embeddings=True, rms_norm_eps=1e-3)),
+    ("mistral", dict(sliding_window=None, head_dim=16, rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+    ("mistral", dict(sliding_window=50)),  # as long as the sequence: the window cuts nothing off
+    ("qwen2", dict(tie_word_embeddings=False)),
+    ("qwen2", dict(tie_word_embeddings=True)),
+], ids=lambda x: x if isinstance(x, str) else ",".join(x) or "gqa")
+def test_equals_transformers(tmp_path, kind, changes, form):
+    model = hf_folder(tmp_path, form, kind, **changes)
+    assert ("rope_theta" in json.loads((tmp_path / "config.json").read_text())) == (form == "old")
+    assert distance(model, LLaMA.from_pretrained(str(tmp_path))) < 1e-4
+
+
+def test_parity_would_notice_a_wrong_angle(tmp_path):
+    model = hf_folder(tmp_path, rope_parameters=LLAMA3)
+    with edit(tmp_path) as c:
+        c["rope_parameters"]["high_freq_factor"] = 2.0
+    assert distance(model, LLaMA.from_pretrained(str(tmp_path))) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_several_files_and_bf16(tmp_path, kind):
+    model = hf_folder(tmp_path, kind=kind, shard_size="10KB", dtype=torch.bfloat16)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert distance(model, LLaMA.from_pretrained(str(tmp_path))) < 1e-4  # the same rounded weights, computed in fp32 by both
+    bf16 = LLaMA.from_pretrained(str(tmp_path), torch.bfloat16)
+    assert torch.equal(bf16.layers[0].attention.wq.weight.float(), model.model.layers[0].self_attn.q_proj.weight)
+    (tmp_path / "model.safetensors.index.json").unlink()  # not needed: the files say what they hold
+    assert distance(model, LLaMA.from_pretrained(str(tmp_path))) < 1e-4
+
+
+@pytest.mark.parametrize("shards, embedding_axis", [(1, 1), (2, 1), (2, 0)], ids=["one file", "two as LLaMA 2", "two as LLaMA 3"])
+def test_meta_layout(tmp_path, shards, embedding_axis):
+    model = tiny_hf()
+    meta_folder(tmp_path, model, shards, embedding_axis)
+    llama = LLaMA.from_pretrained(str(tmp_path))
+    assert (llama.args.vocab_size, llama.args.n_kv_heads) == (96, 2)
+    assert distance(model, llama) < 1e-4
+
+
+def test_meta_layout_that_says_everything(tmp_path):
+    model = tiny_hf(rope_parameters=dict(rope_type="default", rope_theta=500.0))
+    meta_folder(tmp_path, model, vocab_size=96, n_kv_heads=2, rope_theta=500.0, ffn_dim_multiplier=1.3)
+    assert distance(model, LLaMA.from_pretrained(str(tmp_path))) < 1e-4
+
+
+def test_folder_with_a_stray_params_json(tmp_path):
+    # Mistral's folders on the hub hold a params.json of another kind beside the Hugging Face files
+    model = hf_folder(tmp_path, kind="mistral")
+    (tmp_path / "params.json").write_text(json.dumps(dict(dim=32, n_layers=2, head_dim=8, hidden_dim=48, n_heads=4, norm_eps=1e-6)))
+    assert distance(model, LLaMA.from_pretrained(str(tmp_path))) < 1e-4
+
+
+def test_names_there_and_back():
+    for name in tiny_hf("qwen2").state_dict():
+        assert to_hf(from_hf(name)) == name
+
+
+def test_stories260K_continues_as_llama2_c_does():
+    folder = REAL / "stories260K"
+    if not folder.exists():
+        pytest.skip(f"real weights are not there ({folder})")
+    llama, tokenizer = LLaMA.from_pretrained(str(folder)), Tokenizer(str(folder))
+    start = llama.tok_embeddings(torch.tensor([[tokenizer.bos_id]]))
+    (ids, ended), = generate(llama, start, Docs.of([1]), [tokenizer.bos_id], max_new_tokens=200)  # these weights end a story with BOS
+    assert not ended
+    assert tokenizer.decode(ids).encode() == (REAL / "stories260K_golden.txt").read_bytes()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Raw weights: what cannot be run exactly is an error that says why
+
+def refused(folder, *words, tokens=None):
+    with pytest.raises(BadInput) as e:
+        llama = LLaMA.from_pretrained(str(folder))
+        if tokens is not None:
+            llama(tokens)
+    assert all(w in str(e.value) for w in words), f"{words} not in: {e.value}"
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(model_type="gpt2"), ["model_type", "gpt2"]),
+    (dict(attention_bias=True), ["attention_bias"]),
+    (dict(mlp_bias=True), ["mlp_bias"]),
+    (dict(hidden_act="gelu"), ["hidden_act", "gelu"]),
+    (dict(quantization_config={"bits": 4}), ["quantization_config"]),
+    (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), ["rope_parameters", "yarn"]),
+    (dict(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}), ["rope_scaling", "linear"]),
+    (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), ["rope_scaling", "dynamic"]),  # beside rope_parameters: transformers obeys it
+    (dict(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}), ["rope_parameters"]),  # half of what llama3 needs
+    (dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}), ["rope_parameters", "partial_rotary_factor"]),
+    (dict(intermediate_size=64), ["w1"]),
+    (dict(num_hidden_layers=3), ["layers.2."]),
+    (dict(num_hidden_layers=1), ["layers.1."]),
+    (dict(tie_word_embeddings=True), ["tie_word_embeddings"]),  # though the file's lm_head differs from its embedding
+], ids=lambda x: ",".join(x) if isinstance(x, dict) else "")
+def test_config_that_cannot_be_run(tmp_path, change, words):
+    hf_folder(tmp_path)
+    with edit(tmp_path) as c:
+        c.update(change)
+    refused(tmp_path, *words)
+
+
+@pytest.mark.parametrize("key", ["model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size", "rms_norm_eps"])
+def test_config_without_a_key(tmp_path, key):
+    hf_folder(tmp_path)
+    with edit(tmp_path) as c:
+        del c[key]
+    refused(tmp_path, "config.json", key)
+
+
+def test_sliding_window_shorter_than_the_sequence(tmp_path):
+    hf_folder(tmp_path, kind="mistral", sliding_window=49)
+    refused(tmp_path, "sliding_window=49", tokens=TOKENS)
+    llama = LLaMA.from_pretrained(str(tmp_path))
+    llama(TOKENS[:, :49])
+    h = llama.tok_embeddings(TOKENS[:1])
+    llama(h=h, pos=torch.arange(50)[None] % 25, docs=Docs.of([25, 25]))  # a stream may be longer, its documents are not
+    with pytest.raises(BadInput, match="sliding_window"):  # decoding would outgrow it
+        generate(llama, h[:, :40], Docs.of([40]), [1], max_new_tokens=10)
+    # Qwen2 says how long its window is, and that it does not use it
+    hf_folder(tmp_path, kind="qwen2")
+    with edit(tmp_path) as c:
+        c.update(sliding_window=10, use_sliding_window=False)
+    LLaMA.from_pretrained(str(tmp_path))(TOKENS)
+
+
+def test_tensors_missing_surplus_misshaped(tmp_path):
+    hf_folder(tmp_path)
+    file = tmp_path / "model.safetensors"
+    good, up = load_file(file), "model.layers.1.mlp.up_proj.weight"
+    save_file({k: v for k, v in good.items() if k != up}, file)
+    refused(tmp_path, "layers.1.", "w3")
+    save_file({**good, "model.layers.1.self_attn.q_norm.weight": torch.ones(8)}, file)
+    refused(tmp_path, "layers.1.", "q_norm")
+    save_file({**good, up: good[up][:-1].clone()}, file)
+    refused(tmp_path, "layers.1.", "w3", "(47, 32)", "(48, 32)")
+    save_file({**good, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, file)
+    LLaMA.from_pretrained(str(tmp_path))  # a table that old files hold, no weight
+
+
+def test_damaged_files(tmp_path):
+    refused(tmp_path, str(tmp_path), "params.json", "config.json")  # an empty folder
+    refused(tmp_path / "nowhere", "nowhere")
+    hf_folder(tmp_path, shard_size="10KB")
+    last = sorted(tmp_path.glob("*.safetensors"))[-1]
+    whole = last.read_bytes()
+    for damaged in (whole[:-100], whole[:5], b"", b"\xff" * 100):
+        last.write_bytes(damaged)
+        refused(tmp_path, last.name)
+    last.unlink()
+    refused(tmp_path, last.name)
+    for f in tmp_path.glob("*.safetensors*"):
+        f.unlink()
+    refused(tmp_path, "safetensors")
+    for text in ("{", "[]", "\udcff"):
+        (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+        refused(tmp_path, "config.json")
+
+
+def test_damaged_meta_files(tmp_path):
+    meta_folder(tmp_path, tiny_hf())
+    file, params = tmp_path / "consolidated.00.pth", (tmp_path / "params.json").read_text()
+    whole, tensors = file.read_bytes(), torch.load(file)
+    for damaged in (whole[:-100], whole[:len(whole) // 2], b"", b"weights"):
+        file.write_bytes(damaged)
+        refused(tmp_path, "consolidated.00.pth")
+    for value in ([1, 2], {"a": 1}, torch.ones(3), {"model": tensors}):
+        torch.save(value, file)
+        refused(tmp_path, "consolidated.00.pth", "tensors")
+    torch.save({k: v for k, v in tensors.items() if k != "layers.1.ffn_norm.weight"}, file)
+    refused(tmp_path, "layers.1.ffn_norm.weight")
+    torch.save({**tensors, "layers.1.attention.wq.bias": torch.ones(32)}, file)
+    refused(tmp_path, "layers.1.attention.wq.bias")
+    for name in ("tok_embeddings.weight", "output.weight", "layers.0.attention.wk.weight", "layers.1.attention.wk.weight"):
+        torch.save({**tensors, name: tensors[name][:-1].clone()}, file)
+        refused(tmp_path, "weight is (")
+    file.unlink()
+    refused(tmp_path, "consolidated.00.pth")
+    file.write_bytes(whole)
+    for key in ("dim", "n_layers", "n_heads", "norm_eps"):
+        (tmp_path / "params.json").write_text(params)
+        with edit(tmp_path, "params.json") as p:
+            del p[key]
+        refused(tmp_path, "params.json", key)
+    (tmp_path / "params.json").write_text(params)
+    with edit(tmp_path, "params.json") as p:
+        p["use_scaled_rope"] = True  # LLaMA 3.1, whose params.json does not say by how much
+    refused(tmp_path, "use_scaled_rope")
+
+
+class Bomb:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_weights_never_execute_code(tmp_path):
+    meta_folder(tmp_path, tiny_hf())
+    proof, file = str(tmp_path / "executed"), tmp_path / "consolidated.00.pth"
+    torch.save({"tok_embeddings.weight": Bomb(proof)}, file)
+    refused(tmp_path, "consolidated.00.pth")
+    torch.save({"tok_embeddings.weight": Bomb(proof)}, file, _use_new_zipfile_serialization=False)
+    refused(tmp_path, "consolidated.00.pth")
+    file.write_bytes(pickle.dumps({"tok_embeddings.weight": Bomb(proof)}))
+    refused(tmp_path, "consolidated.00.pth")
+    assert not os.path.exists(proof)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The band
+
+def dense(q, k, v, window, doc=None):
+    """local_attention as the paper writes it: every product, then a mask."""
+    i = torch.arange(q.shape[2])
+    see = ((i[:, None] - i).abs() <= window // 2)[None]
+    if doc is not None:
+        see = see & (doc[:, :, None] == doc[:, None])
+    scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(~see[:, None], float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("with_doc", [False, True], ids=["one clip", "clips"])
+@pytest.mark.parametrize("T", [1, 5, 63, 64, 65, 200])
+def test_local_attention_equals_dense(T, with_doc):
+    torch.manual_seed(T)
+    doc = torch.randint(0, 4, (2, T)).sort(1)[0] if with_doc else None
+    for window in (0, 1, 4, 8, 9, 16):
+        q, k, v = (torch.randn(2, 3, T, 8, requires_grad=True) for _ in range(3))
+        up = torch.randn(2, 3, T, 8)  # the gradient that comes from above
+        ours, theirs = local_attention(q, k, v, window, doc), dense(q, k, v, window, doc)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        for a, b in zip(torch.autograd.grad(ours, (q, k, v), up), torch.autograd.grad(theirs, (q, k, v), up)):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_band_by_hand():
+    nothing, v = torch.zeros(1, 1, 6, 6), torch.eye(6)[None, None]  # equal scores: a row of the output shows whom it saw
+    assert (local_attention(nothing, nothing, v, 4)[0, 0] > 0).sum(1).tolist() == [3, 4, 5, 5, 4, 3]
+    assert (local_attention(nothing, nothing, v, 4, torch.tensor([[0, 0, 0, 1, 1, 1]]))[0, 0] > 0).sum(1).tolist() == [3, 3, 3, 3, 3, 3]
+    assert (local_attention(nothing, nothing, v, 0)[0, 0] > 0).sum(1).tolist() == [1] * 6
+
+
+def test_local_transformer_sees_its_reach_and_no_further():
+    ltn = awake(LocalTransformer(16, 2, 2, 4)).eval()
+    x = torch.randn(1, 150, 16)
+    other = x.clone()
+    other[0, 70] += 3
+    with torch.no_grad():
+        moved = (ltn(x) - ltn(other)).abs().amax(2)[0] > 1e-6
+    assert moved.nonzero()[:, 0].tolist() == list(range(66, 75))  # two layers of +-2
+
+
+def test_local_transformer_on_two_clips_in_a_stream():
+    ltn = awake(LocalTransformer(16, 2, 2, 8)).eval()
+    a, b = torch.randn(1, 70, 16), torch.randn(1, 33, 16)
+    doc = torch.tensor([[0] * 70 + [1] * 33])
+    with torch.no_grad():
+        both, alone = ltn(torch.cat([a, b], 1), doc), torch.cat([ltn(a), ltn(b)], 1)
+        torch.testing.assert_close(both, alone, rtol=1e-4, atol=1e-5)
+        assert (ltn(torch.cat([a, b], 1)) - alone).abs().max() > 1e-2  # without clip numbers they do see each other
+    with pytest.raises(BadInput, match="ltn_heads=3"):
+        LocalTransformer(16, 1, 3, 4)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing
+
+def test_packed_equals_one_by_one():
+    llama, lens = tiny_llama(), [5, 1, 17, 9]
+    tokens = TOKENS.flatten()[:sum(lens)]
+    docs, pos = Docs.of(lens), torch.cat([torch.arange(n) for n in lens])
+    with torch.no_grad():
+        alone = torch.cat([llama(t[None])[0] for t in tokens.split(lens)])
+        packed = llama(tokens[None], pos=pos[None], docs=docs)[0]
+        torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+        at = torch.tensor([4, 5, 31, 0])
+        picked = llama(tokens[None], pos=pos[None], docs=docs, at=at)[0]
+    torch.testing.assert_close(picked, alone[at], rtol=1e-4, atol=1e-5)
+
+
+def test_activation_checkpointing_changes_nothing():
+    found = []
+    for on in (False, True):
+        llama = tiny_llama()
+        llama.activation_checkpointing = on
+        h = llama.tok_embeddings(TOKENS[:1]).detach().requires_grad_()
+        docs, pos = Docs.of([20, 30]), torch.cat([torch.arange(20), torch.arange(30)])
+        loss = F.cross_entropy(llama(h=h, pos=pos[None], docs=docs)[0], TOKENS[1])
+        loss.backward()
+        found.append([loss.detach(), h.grad] + [p.grad for p in llama.layers.parameters()])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding
+
+LENS = [3, 11, 1, 6]  # ragged prefixes
+
+
+def prefixes(dim=32):
+    torch.manual_seed(1)
+    return torch.randn(sum(LENS), dim) * 0.2
+
+
+@torch.no_grad()
+def next_log_probs(llama, prefix, answers):
+    """log p of the token after prefix + each answer (equally long lists of ids), by a full forward."""
+    h = torch.cat([prefix.expand(len(answers), -1, -1), llama.tok_embeddings(torch.tensor(answers, dtype=torch.long))], 1)
+    return llama(h=h)[:, -1].log_softmax(-1)
+
+
+def slow_beam(llama, prefix, eos, beam, length_penalty, max_new):
+    """generate's docstring, one clip at a time, with lists and full forwards."""
+    live, ended = [(0.0, [])], []
+    for step in range(1, max_new + 1):
+        log_p = next_log_probs(llama, prefix, [ids for _, ids in live])
+        candidates = sorted(((s + log_p[b, v].item(), ids + [v]) for b, (s, ids) in enumerate(live) for v in range(log_p.shape[1])), reverse=True)
+        ended += [(s / ((5 + step) / 6) ** length_penalty, ids[:-1]) for s, ids in candidates[:beam] if ids[-1] in eos]
+        live = [c for c in candidates if c[1][-1] not in eos][:beam]
+        if len(ended) >= beam:
+            break
+    return (max(ended)[1], True) if ended else (live[0][1], False)
+
+
+def test_greedy_is_the_argmax_of_full_forwards():
+    llama, h = tiny_llama(), prefixes()
+    found = generate(llama, h[None], Docs.of(LENS), [96], max_new_tokens=20)  # 96 is no token: nothing ends it
+    for prefix, (ids, ended) in zip(h.split(LENS), found):
+        assert not ended and len(ids) == 20
+        for i, token in enumerate(ids):
+            assert token == next_log_probs(llama, prefix, [ids[:i]])[0].argmax()
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+@pytest.mark.parametrize("beam", [1, 2, 5])
+@pytest.mark.parametrize("eos", [[3], [3, 7, 8]], ids=["one EOS", "three EOS"])
+def test_beam_equals_slow_beam_search_and_batched_equals_single(beam, length_penalty, eos):
+    # few words, so that EOS comes up early, late and never
+    llama, h = tiny_llama(vocab_size=16), prefixes()
+    how = dict(beam=beam, length_penalty=length_penalty, max_new_tokens=9)
+    batched = generate(llama, h[None], Docs.of(LENS), eos, **how)
+    for prefix, found in zip(h.split(LENS), batched):
+        assert found == slow_beam(llama, prefix, eos, beam, length_penalty, 9)
+        assert [found] == generate(llama, prefix[None], Docs.of([len(prefix)]), eos, **how)
+        assert not set(found[0]) & set(eos)
+
+
+def test_beam_cases_are_not_all_alike():
+    llama, h = tiny_llama(vocab_size=16), prefixes()
+    for eos in ([3], [3, 7, 8]):
+        lens = {len(ids) for beam in (1, 2, 5) for ids, _ in generate(llama, h[None], Docs.of(LENS), eos, beam=beam, max_new_tokens=9)}
+        assert len(lens) > 2, lens
+    penalised = [generate(llama, h[None], Docs.of(LENS), [3], 5, p, 9) for p in (0.0, 1.0)]
+    assert penalised[0] != penalised[1]
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 2.0])
+def test_wide_beam_finds_the_best_of_all_answers(length_penalty):
+    llama, h, eos = tiny_llama(vocab_size=5), prefixes(), 2
+    words = [0, 1, 3, 4]
+    found = generate(llama, h[None], Docs.of(LENS), [eos], beam=100, length_penalty=length_penalty, max_new_tokens=3)  # nothing falls off the beam
+    for prefix, (ids, ended) in zip(h.split(LENS), found):
+        scores = {}
+        for n in range(3):
+            for answer in itertools.product(words, repeat=n):
+                steps = [next_log_probs(llama, prefix, [list(answer[:i])])[0, t].item() for i, t in enumerate(answer + (eos,))]
+                scores[answer] = sum(steps) / ((5 + n + 1) / 6) ** length_penalty
+        assert ended and tuple(ids) == max(scores, key=scores.get)
+
+
+def test_max_new_tokens_cuts():
+    llama, h = tiny_llama(), prefixes()
+    long = generate(llama, h[None], Docs.of(LENS), [96], max_new_tokens=12)
+    short = generate(llama, h[None], Docs.of(LENS), [96], max_new_tokens=4)
+    assert [(ids[:4], False) for ids, _ in long] == short
+    assert all(len(ids) == 1 and not ended for ids, ended in generate(llama, h[None], Docs.of(LENS), [96], beam=3, max_new_tokens=1))
+
+
+class Words:
+    """A tokenizer of numbers: "7 8" <-> [7, 8]."""
+    bos_id, eos_ids, eos_id, vocab_size = 1, [2], 2, 96
+    encode = staticmethod(lambda text: [int(w) for w in text.split()])
+    decode = staticmethod(lambda ids: " ".join(map(str, ids)))
+
+
+def test_translate_keeps_the_order_and_does_not_depend_on_the_batch(tmp_path, capsys):
+    model = tiny_sllama(tmp_path, prompt="5 {clip} 7")
+    torch.manual_seed(0)
+    features = [torch.randn(n, 24) for n in (9, 2, 30, 1, 14)]
+    together = translate(model, features, Words, beam=3, max_new_tokens=8, batch_size=5)
+    assert together == translate(model, features, Words, beam=3, max_new_tokens=8, batch_size=2)
+    assert together == [translate(model, [f], Words, beam=3, max_new_tokens=8)[0] for f in features]
+    assert len(set(together)) > 1
+    translate(model, features, Words, beam=1, max_new_tokens=1)
+    assert "did not end" in capsys.readouterr().err  # a cut answer is said aloud
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SLLaMA
+
+def tiny_sllama(folder, tensors={}, seed=0, **changes):
+    """Built on the meta device, then loaded, as train.py does. The LLM is frozen."""
+    hf_folder(folder)
+    cfg = SimpleNamespace(**{**dict(ltn=True, ltn_dim=16, ltn_layers=1, ltn_heads=2, window=4, adaptor="mlp", prompt="{clip}", language="German",
+                                    label_smoothing=0.0), **changes})
+    with torch.device("meta"):
+        model = SLLaMA(open_llm(str(folder))[0], 24, cfg)
+    model.llm.requires_grad_(False)
+    model.load(str(folder), "cpu", seed, tensors)
+    return model.eval()
+
+
+def two_clips():
+    torch.manual_seed(2)
+    return [Sample("a", torch.randn(3, 24), [1, 5], [7], [8, 9, 2]), Sample("b", torch.randn(2, 24), [1, 5], [7], [10, 2])]
+
+
+def test_load_gives_every_parameter_a_value(tmp_path):
+    model = tiny_sllama(tmp_path)
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        assert t.device.type == "cpu" and t.isfinite().all(), name
+        assert name == "mean" or t.abs().sum() > 0, name
+    rms = model.llm.tok_embeddings.weight.pow(2).mean().sqrt()
+    assert torch.isclose(model.scale, rms)  # frames come in at the size of words
+    assert distance(tiny_hf(), model.llm) < 1e-4
+    same, other = tiny_sllama(tmp_path), tiny_sllama(tmp_path, seed=1)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, same.get_parameter(name)), name
+        drawn = p.requires_grad and p.dim() > 1
+        assert torch.equal(p, other.get_parameter(name)) != drawn, name
+
+
+def test_load_takes_a_checkpoint_and_names_what_does_not_fit(tmp_path):
+    model = tiny_sllama(tmp_path)
+    state = {k: v.detach() + 1 for k, v in model.vision_state().items()}
+    assert not any(k.startswith("llm.") for k in state)
+    for name, value in tiny_sllama(tmp_path, state).vision_state().items():
+        assert torch.equal(value, state[name]), name
+    for change, word in (({"adaptor.w1.weight": torch.ones(3, 3)}, "adaptor.w1.weight"), ({"adaptor.w9.weight": torch.ones(3)}, "adaptor.w9.weight")):
+        with pytest.raises(BadInput, match=word):
+            tiny_sllama(tmp_path, {**state, **change})
+    for missing in ("ltn.norm.weight", "std"):
+        with pytest.raises(BadInput, match=missing):
+            tiny_sllama(tmp_path, {k: v for k, v in state.items() if k != missing})
+
+
+def test_initial_weights_are_a_function_of_name_shape_and_seed():
+    torch.manual_seed(3)
+    a = init_weight("proj.weight", (64, 256), 0)
+    torch.manual_seed(4)
+    assert torch.equal(a, init_weight("proj.weight", (64, 256), 0))  # not of the global generator
+    assert not torch.equal(a, init_weight("other.weight", (64, 256), 0)) and not torch.equal(a, init_weight("proj.weight", (64, 256), 1))
+    assert abs(a.std().item() * 16 - 1) < 0.05  # 1/sqrt(fan in)
+    assert init_weight("x.lora_B", (4, 2), 0).abs().sum() == 0
+    assert init_weight("x.lora_A", (2, 16), 0).abs().max() <= 0.25  # kaiming_uniform(a=sqrt(5)): 1/sqrt(fan in)
+
+
+def test_targets_by_hand():
+    batch = pack(two_clips())
+    #                               0  1  2  3  4  5  6  7    8  9 10 11 12  13
+    assert batch.tokens.tolist() == [1, 5, 0, 0, 0, 7, 8, 9] + [1, 5, 0, 0, 7, 10]
+    assert batch.pos.tolist() == [0, 1, 2, 3, 4, 5, 6, 7] + [0, 1, 2, 3, 4, 5]
+    assert batch.frame_at.tolist() == [2, 3, 4, 10, 11] and batch.clip.tolist() == [0, 0, 0, 1, 1]
+    assert batch.target_at.tolist() == [5, 6, 7, 12, 13]  # the last of the prompt, and each token of the answer
+    assert batch.targets.tolist() == [8, 9, 2, 10, 2]  # the answers and their EOS, nothing else
+    batch = pack([Sample("a", torch.zeros(2, 24), [1], [], [8, 2])])  # align: nothing between the frames and the answer
+    assert batch.tokens.tolist() == [1, 0, 0, 8] and batch.target_at.tolist() == [2, 3] and batch.targets.tolist() == [8, 2]
+
+
+@pytest.mark.parametrize("changes", [{}, dict(ltn=False), dict(ltn_dim=0, ltn_heads=4, adaptor="linear")], ids=["", "no ltn", "no projection"])
+def test_loss_equals_clip_by_clip(tmp_path, changes):
+    model = tiny_sllama(tmp_path, **changes)
+    model.mean.fill_(0.3), model.std.fill_(1.7)
+    loss, n = model(pack(two_clips()))
+    expected = 0
+    for s in two_clips():  # no packing, no index: the clip's pieces side by side
+        x = (s.features - 0.3) / 1.7
+        x = x if model.proj is None else x @ model.proj.weight.T
+        x = x if model.ltn is None else model.ltn(x[None])[0]
+        word = lambda ids: model.llm.tok_embeddings(torch.tensor(ids))
+        h = torch.cat([word(s.before), model.adaptor(x) * model.scale, word(s.after), word(s.answer)])
+        log_p = model.llm(h=h[None])[0].log_softmax(-1)
+        start = len(h) - len(s.answer)
+        expected -= sum(log_p[start + i - 1, token] for i, token in enumerate(s.answer))
+    assert n == 5
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_reach_what_learns_and_nothing_else(tmp_path):
+    model = tiny_sllama(tmp_path)
+    model(pack(two_clips()))[0].backward()
+    for name, p in model.named_parameters():
+        if name.startswith("llm."):
+            assert p.grad is None, name
+        else:
+            assert p.grad.isfinite().all() and p.grad.abs().sum() > 0, name
+
+
+def test_batch_without_targets(tmp_path):
+    # the share of a process that has run out of clips: it must add nothing, and no NaN
+    model = tiny_sllama(tmp_path, label_smoothing=0.1).train()
+    loss, n = model(pack(two_clips(), with_targets=False))
+    assert loss.item() == 0 and n == 0
+    loss.backward()
+    for name, p in model.named_parameters():
+        assert p.grad is None or not p.grad.any(), name  # any() is true for NaN
+
+
+def test_label_smoothing_is_for_training_alone(tmp_path):
+    plain, smooth = tiny_sllama(tmp_path), tiny_sllama(tmp_path, label_smoothing=0.2)
+    batch = pack(two_clips())
+    assert torch.equal(plain(batch)[0], smooth(batch)[0])
+    assert not torch.isclose(plain.train()(batch)[0], smooth.train()(batch)[0])
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backbones
+
+def googlenet(seed=0):
+    """A GoogLeNet whose BatchNorms have met data, so that eval mode differs from training."""
+    torch.manual_seed(seed)
+    net = GoogLeNet()
+    for name, t in net.state_dict().items():
+        if name.endswith("running_var") or "bn.weight" in name:
+            t.uniform_(0.8, 1.2)
+        elif "running_mean" in name or "bn.bias" in name:
+            t.normal_(0, 0.1)
+        elif t.dim() == 4:
+            t.normal_(0, (2 / t[0].numel()) ** 0.5)
+    return net
+
+
+def test_googlenet_is_a_function_of_the_frame():
+    net, x = googlenet(), torch.rand(2, 3, 224, 224) * 2 - 1
+    a = net.features(x)
+    assert a.shape == (2, 1024) and a.std() > 0.01 and not a.requires_grad
+    net.train()
+    assert not any(m.training for m in net.modules())
+    torch.testing.assert_close(net.features(x[:1]), a[:1], rtol=1e-4, atol=1e-5)  # whatever frames are beside it
+    assert sum(p.numel() for p in net.parameters()) == 6_624_904 - 1_025_000  # torchvision's, less its classifier
+
+
+def test_googlenet_loads_its_weights(tmp_path):
+    net = googlenet()
+    state = {**net.state_dict(), "fc.weight": torch.ones(1000, 1024), "aux1.conv.conv.weight": torch.ones(2, 2)}
+    torch.save(state, tmp_path / "new.pth")
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)  # the format of torchvision's file, which is from 2018
+    save_file({k: v for k, v in state.items() if "num_batches" not in k}, tmp_path / "net.safetensors")
+    for file in ("new.pth", "old.pth", "net.safetensors"):
+        loaded = GoogLeNet().load(str(tmp_path / file)).state_dict()
+        assert all(torch.equal(v, loaded[k]) for k, v in net.state_dict().items() if "num_batches" not in k), file
+    name = "inception4c.branch3.1.bn.running_var"
+    for change, word in (({name: None}, name), ({"inception6.conv.weight": torch.ones(1)}, "inception6"), ({name: torch.ones(3)}, name)):
+        torch.save({k: v for k, v in {**state, **change}.items() if v is not None}, tmp_path / "bad.pth")
+        with pytest.raises(BadInput, match=word):
+            GoogLeNet().load(str(tmp_path / "bad.pth"))
+
+
+def test_googlenet_equals_torchvision(tmp_path):
+    models = pytest.importorskip("torchvision.models")
+    theirs = models.googlenet(weights=None, init_weights=False, aux_logits=True, transform_input=True).eval()
+    theirs.load_state_dict(googlenet().state_dict(), strict=False)
+    torch.save(theirs.state_dict(), tmp_path / "googlenet.pth")
+    theirs.fc, ours = torch.nn.Identity(), GoogLeNet().load(str(tmp_path / "googlenet.pth"))
+    x = torch.rand(2, 3, 224, 224)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    with torch.no_grad():  # frames prepared as torchvision's users do, and as data.py does
+        torch.testing.assert_close(ours.features((x - 0.5) / 0.5), theirs((x - mean) / std), rtol=1e-3, atol=1e-4)
+
+
+def test_random_cnn_is_the_same_for_everybody():
+    torch.manual_seed(5)
+    a, x = RandomCNN(), torch.rand(2, 3, 64, 64)
+    torch.manual_seed(6)
+    b = RandomCNN()
+    assert torch.equal(a.features(x), b.features(x)) and a.features(x).shape == (2, 1024)
+    assert not torch.equal(a.features(x), RandomCNN(seed=1).features(x))
+    assert not any(p.requires_grad for p in a.parameters())
