@@ -43,7 +43,7 @@ SPLITS = ("train", "dev", "test")
 
 def natural(name):
     """Sort key under which frame 2 comes before frame 10."""
-    return [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", name)]
+    return [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", name)]
 
 
 def frames(path, size=None):
@@ -56,6 +56,8 @@ def frames(path, size=None):
     to = dict(width=size, height=size) if size else {}
     for file in files:
         try:
+            if file.lower().endswith(".gif") and open(file, "rb").read().rstrip(b"\0\r\n ")[-1:] != b";":
+                raise BadInput(f"{file}: is cut off, a GIF ends with ';'")  # the decoder would give the frames up to there without a word
             with av.open(file) as container:
                 if not container.streams.video:
                     raise BadInput(f"{file}: holds no video")
@@ -84,7 +86,7 @@ def read_clips(root):
     """
     path = os.path.join(root, "clips.tsv")
     try:
-        lines = open(path, encoding="utf-8-sig", newline=None).read().splitlines()
+        lines = open(path, encoding="utf-8-sig").read().split("\n")  # splitlines would also split at U+2028
     except UnicodeDecodeError as e:
         raise BadInput(f"{path}: is not UTF-8 ({e.reason} at byte {e.start})") from None
     except OSError as e:
@@ -174,7 +176,7 @@ class Extractor:
 
 
 def fingerprint(path):
-    """Changes when a clip's file (or folder of frames) does."""
+    """Changes when a clip's file does; a folder of frames, when files come or go."""
     stat = os.stat(path)
     return f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
 
@@ -290,7 +292,8 @@ def prepare(name, splits, data_dir, extractor):
     keep = next((size for index, size in read_parts() if index == mine + ".jsonl"), 0)
     if os.path.exists(mine + ".f16"):
         os.truncate(mine + ".f16", keep)  # what a kill left behind the last entry of the index
-        with open(mine + ".jsonl", "rb+") as f:
+        with open(mine + ".jsonl", "ab+") as f:  # a: it may not be there yet
+            f.seek(0)
             f.truncate(f.read().rfind(b"\n") + 1)
     own, n_frames, show = todo[rank()::world()], 0, Progress("features", len(todo))
     with open(mine + ".f16", "ab") as data, open(mine + ".jsonl", "a") as index:

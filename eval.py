@@ -48,6 +48,7 @@ device = "auto"  # auto, cpu, cuda
 seed = 1337  # of the shuffle and noise controls
 
 VIDEO_ENDINGS = (".mp4", ".webm", ".gif", ".mov", ".avi", ".mkv")
+UNSPACED = ("zh", "yue", "ja", "th")  # written without spaces between words
 LANGUAGES = {"German": "de", "English": "en", "Chinese": "zh"}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,8 +57,8 @@ LANGUAGES = {"German": "de", "English": "en", "Chinese": "zh"}
 def _metric(lang, order=4):
     if not re.fullmatch(r"[a-z]{2,3}", lang):
         raise BadInput(f"lang={lang}: is no language code such as de, en, zh")
-    # one character a token for Chinese, sacrebleu's default for languages with spaces
-    return BLEU(tokenize="char" if lang == "zh" else "13a", smooth_method="exp", max_ngram_order=order, force=True)
+    # one character a token for Chinese and its like, sacrebleu's default for languages with spaces
+    return BLEU(tokenize="char" if lang in UNSPACED else "13a", smooth_method="exp", max_ngram_order=order, force=True)
 
 
 def _check(hyps, refs):
@@ -84,7 +85,7 @@ def _lcs(a, b):
 def rouge(hyps, refs, lang):
     """Two lists of sentences -> ROUGE-L in percent as coco-caption computes it: F with beta 1.2, mean over sentences."""
     _check(hyps, refs)
-    cut = (lambda s: list("".join(s.split()))) if lang == "zh" else str.split
+    cut = (lambda s: list("".join(s.split()))) if lang in UNSPACED else str.split
     total, beta2 = 0.0, 1.2**2
     for hyp, ref in zip(hyps, refs):
         h, r = cut(hyp), cut(ref)
@@ -115,7 +116,7 @@ def report(hyps, refs, lang):
         h, r = [change(s) for s in hyps], [change(s) for s in refs]
         scores["variants"][name] = {"bleu": bleu(h, r, lang), "rouge": rouge(h, r, lang)}
     scores["signature"] = {"bleu": str(metric.get_signature()), "chrf": str(chrf.get_signature()),
-                           "rouge": f"ROUGE-L|F:beta1.2|tok:{'char' if lang == 'zh' else 'space'}|mean:sentence"}
+                           "rouge": f"ROUGE-L|F:beta1.2|tok:{'char' if lang in UNSPACED else 'space'}|mean:sentence"}
     return scores
 
 
@@ -279,13 +280,13 @@ def score_file(path, lang):
     """hyps=FILE: score lines {"name","hyp","ref"} made by anyone."""
     found, names = [], set()
     try:
-        lines = open(path, encoding="utf-8").read().splitlines()
+        lines = list(open(path, encoding="utf-8-sig"))  # not splitlines: a sentence may hold U+2028
     except UnicodeDecodeError:
         raise BadInput(f"{path}: is not UTF-8") from None
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            name, hyp, ref = row["name"], row["hyp"], row["ref"]
+            name, hyp, ref = str(row["name"]), row["hyp"], row["ref"]
             if not isinstance(hyp, str) or not isinstance(ref, str):
                 raise ValueError("hyp and ref must be texts")
         except (ValueError, KeyError, TypeError) as e:

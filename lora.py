@@ -18,13 +18,14 @@ from config import BadInput, configure, launch
 
 ckpt = "out/toy/sft"  # run or checkpoint folder of the sft stage
 to = "merged"  # folder to write; it must not exist
-data_dir = "data"  # where the toy's LLM lies, when the run was trained on that
+llm = ""  # folder of the LLM's raw weights, if it has moved; "" = the run's
 
 TARGETS = {"wq": "self_attn.q_proj", "wk": "self_attn.k_proj", "wv": "self_attn.v_proj", "wo": "self_attn.o_proj",
            "w1": "mlp.gate_proj", "w2": "mlp.down_proj", "w3": "mlp.up_proj"}  # our names -> PEFT's
 # what PEFT may set without changing what is computed here; any other option that is set is refused by name
 HARMLESS = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "base_model_name_or_path", "inference_mode",
-            "init_lora_weights", "revision", "auto_mapping", "peft_version", "runtime_config", "ensure_weight_tying"}
+            "revision", "auto_mapping", "peft_version", "runtime_config", "ensure_weight_tying", "megatron_core", "qalora_group_size"}
+INITS = (True, "gaussian", "eva", "orthogonal")  # init_lora_weights that leave the frozen weights as they are; pissa and others change them
 UNSET = (None, False, 0, "none", "default", [], {})
 
 
@@ -39,6 +40,7 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **on))  # zero: the layer starts as it was
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)  # as PEFT
         self.alpha, self.dropout = alpha, nn.Dropout(dropout)
+        self.train(base.training)  # a new module is in training mode, and would drop out inside a model that is not
 
     def forward(self, x):
         down = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., in) -> (..., rank)
@@ -57,6 +59,8 @@ def apply_lora(llama, rank, alpha, targets, dropout=0.0):
         raise BadInput(f"lora_targets: {unknown[0]!r} is none of {' '.join(TARGETS)}")
     if not targets or rank < 1:
         raise BadInput(f"lora_rank={rank}, lora_targets={','.join(targets)!r}: there is nothing to adapt")
+    if layers(llama):
+        raise BadInput("the LLM has LoRA layers already; merge them first")
     for _, t, part, linear in layers(llama, nn.Linear):
         if t in targets:
             setattr(part, t, LoRALinear(linear, rank, alpha, dropout))
@@ -116,7 +120,7 @@ def read_adapter(folder):
     if c["peft_type"] != "LORA":
         raise BadInput(f"{where}: peft_type={c['peft_type']!r} is not LORA")
     for key, value in c.items():
-        if key not in HARMLESS and value not in UNSET:
+        if key not in HARMLESS and value not in UNSET and not (key == "init_lora_weights" and value in INITS):
             raise BadInput(f"{where}: {key}={value!r} is not implemented")
     path = os.path.join(folder, "adapter_model.safetensors")
     ours, state, per_layer = {v: k for k, v in TARGETS.items()}, {}, {}
@@ -148,10 +152,12 @@ def load_lora(llama, folder):
 def export_hf(llama, folder, source, shard_bytes=5 * 10**9):
     """Write a LLaMA as a Hugging Face folder: config.json, safetensors shards with their index, and the tokenizer files of `source`."""
     from model import load_json, to_hf
+    if layers(llama):
+        raise BadInput("the LLM's LoRA is not merged: a Hugging Face folder has no place for it")
     a = llama.args
     dtype = str(llama.tok_embeddings.weight.dtype).removeprefix("torch.")
     if os.path.exists(os.path.join(source, "config.json")):
-        c = {**load_json(os.path.join(source, "config.json")), "torch_dtype": dtype}
+        c = {**load_json(os.path.join(source, "config.json")), "torch_dtype": dtype, "dtype": dtype}  # older and newer transformers' name
     else:
         from data import Tokenizer
         tokenizer = Tokenizer(source)
@@ -193,7 +199,7 @@ def main():
     cfg = configure(__file__, [a for a in sys.argv[1:] if a != "merge"])
     if os.path.exists(cfg.to):
         raise BadInput(f"to={cfg.to}: exists already")
-    sllama, tokenizer, trained = load_model(cfg.ckpt, data_dir=cfg.data_dir, device="cpu", dtype="stored")
+    sllama, tokenizer, trained = load_model(cfg.ckpt, device="cpu", dtype="stored", llm=cfg.llm)
     export_hf(merge_lora(sllama.llm), cfg.to, trained.llm)
     print(f"{cfg.to}: {trained.llm} with the LoRA of {cfg.ckpt} merged in")
 

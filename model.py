@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import zipfile
 import zlib
 from dataclasses import dataclass
 
@@ -462,7 +463,7 @@ def init_weight(name, shape, seed):
         return torch.zeros(shape)  # LoRA starts as the identity
     if len(shape) == 1:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
-    g = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    g = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))  # NOTE the CPU's generator reads 32 bits of a seed and drops the rest
     fan_in = math.prod(shape[1:])
     if name.endswith("lora_A"):
         return (torch.rand(shape, generator=g) * 2 - 1) / fan_in**0.5  # as PEFT: kaiming_uniform(a=sqrt(5))
@@ -504,13 +505,14 @@ def to_hf(name):
     return "model." + name if name.startswith("layers.") else name
 
 
-def load_tensors(path, mmap=True):
+def load_tensors(path):
     """name -> tensor of a .safetensors or .pth file, memory-mapped. Nothing in the file is executed."""
     try:
         if path.endswith(".safetensors"):
             from safetensors import safe_open
             with safe_open(path, "pt") as f:
                 return {k: f.get_tensor(k) for k in f.keys()}
+        mmap = zipfile.is_zipfile(path)  # what torch < 1.6 wrote (torchvision's googlenet) is no zip and cannot be mapped
         state = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except OSError as e:
         raise BadInput(f"{path}: {e.strerror or e}") from None
@@ -533,19 +535,21 @@ def load_json(path):
 
 def check_names(path, want, have):
     """Two dicts name -> shape must be equal; BadInput names the first difference."""
+    both = lambda name: name if to_hf(name) == name else f"{name} ({to_hf(name)})"  # a Hugging Face file knows it by the other name
     for kind, names in (("has no tensor", sorted(want.keys() - have.keys())), ("has a surplus tensor", sorted(have.keys() - want.keys()))):
         if names:
-            raise BadInput(f"{path}: {kind} {names[0]}" + (f" (and {len(names) - 1} more)" if len(names) > 1 else ""))
+            raise BadInput(f"{path}: {kind} {both(names[0])}" + (f" (and {len(names) - 1} more)" if len(names) > 1 else ""))
     for name in want:
         if tuple(want[name]) != tuple(have[name]):
-            raise BadInput(f"{path}: {name} is {tuple(have[name])}, its configuration says {tuple(want[name])}")
+            raise BadInput(f"{path}: {both(name)} is {tuple(have[name])}, its configuration says {tuple(want[name])}")
 
 
 def open_llm(path):
     """A folder of raw weights -> (ModelArgs, name -> shape, read). read(name) is one whole tensor in our layout, read when it is asked for."""
-    if os.path.exists(os.path.join(path, "params.json")):
+    meta, hf = (os.path.exists(os.path.join(path, f)) for f in ("params.json", "config.json"))
+    if meta and not (hf and not glob.glob(os.path.join(glob.escape(path), "consolidated.*.pth"))):  # Mistral's folders hold another params.json
         return open_meta(path)
-    if os.path.exists(os.path.join(path, "config.json")):
+    if hf:
         return open_hf(path)
     raise BadInput(f"llm={path}: holds neither params.json (Meta's layout) nor config.json (Hugging Face's)")
 
@@ -583,6 +587,8 @@ def open_meta(path):
     def read(name):
         parts = [s[name] for s in shards]
         a = axis(name, parts[0])
+        if a is None and not all(torch.equal(p, parts[0]) for p in parts):
+            raise BadInput(f"{path}: {name} should be the same in every shard")
         w = parts[0] if a is None else torch.cat(parts, a)
         if name.endswith(("wq.weight", "wk.weight")):  # rows from interleaved pairs to halves; wk has its own number of heads
             w = w.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(w.shape)
@@ -615,13 +621,15 @@ def open_hf(path):
             raise refuse(key)
     if c.get("hidden_act", "silu") != "silu":
         raise refuse("hidden_act")
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}  # newer folders keep rope_theta in rope_parameters
-    key = "rope_parameters" if c.get("rope_parameters") else "rope_scaling"
+    key = "rope_scaling" if c.get("rope_scaling") else "rope_parameters"  # newer folders keep rope_theta in the latter; where both stand,
+    rope = c.get(key) or {}  # transformers obeys the former
     kind = rope.get("rope_type", rope.get("type", "default"))
     needed = {"default": set(), "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}}
     if kind not in needed or not needed[kind] <= rope.keys() or rope.get("partial_rotary_factor", 1) != 1:
         raise refuse(key)
-    window = c.get("sliding_window") if c.get("use_sliding_window", True) else None
+    if c.get("partial_rotary_factor", 1) != 1:
+        raise refuse("partial_rotary_factor")
+    window = c.get("sliding_window", 4096 if c["model_type"] == "mistral" else None) if c.get("use_sliding_window", c["model_type"] != "qwen2") else None
     heads, dim = c["num_attention_heads"], c["hidden_size"]
     args = ModelArgs(dim, c["num_hidden_layers"], heads, c.get("num_key_value_heads") or heads, c["intermediate_size"], c["vocab_size"],
                      c.get("head_dim") or dim // heads, c["rms_norm_eps"], rope.get("rope_theta") or c.get("rope_theta") or 10000.0,

@@ -119,7 +119,7 @@ def shard(model, device, dtype, cfg):
     mesh = init_device_mesh(device.type, (world(),))  # without a mesh FSDP picks an accelerator on its own
     # frozen weights lie in dtype, what learns in fp32; both compute in dtype, and gradients are summed in fp32
     policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    how = dict(mesh=mesh, mp_policy=policy) | ({"offload_policy": CPUOffloadPolicy()} if cfg.cpu_offload else {})
+    how = dict(mesh=mesh, mp_policy=policy) | ({"offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda")} if cfg.cpu_offload else {})
     for block in model.llm.layers:
         if cfg.compile:
             block.compile(dynamic=True)  # before fully_shard, and in place: names of weights stay what they are

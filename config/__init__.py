@@ -46,7 +46,7 @@ def launch(main):
     except (BadInput, OSError) as e:
         time.sleep(2 * (rank() > 0))  # the first process speaks first, and torchrun then ends the others before they repeat it
         print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
-        sys.stderr.flush()
+        sys.stdout.flush()
         os._exit(1)  # not sys.exit: a process group with a dead partner can hang in its destructor
 
 

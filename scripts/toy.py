@@ -17,7 +17,7 @@ import os
 import shutil
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 
 import av
@@ -34,7 +34,7 @@ seed = 1337  # everything follows from it: sentences, signs, clips, tokenizer, L
 n_train = 1000  # clips to learn from
 n_dev = 100  # clips to select on
 n_test = 100  # clips to report on; their sentences occur neither in train nor in dev nor in the LLaMA's text
-text_steps = 400  # steps of the LLaMA's training on text
+text_steps = 300  # steps of the LLaMA's training on text
 text_batch = 64  # sentences a step
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,15 +172,14 @@ def make_clip(job):
     write_mp4(path, render(signs, shaken, sign_table(seed), stateless(seed, "clip", number)))
 
 
-def make_clips(root, seed, counts):
+def make_clips(root, seed, counts, workers, show):
     """Render the clips and write root/clips.tsv, the form of anybody's own clips. A kill leaves no table, so the next run starts over."""
     shutil.rmtree(root, ignore_errors=True)
     os.makedirs(root)
     chosen = sentences(seed, sum(counts.values()))
     split = [s for s, n in counts.items() for _ in range(n)]
     jobs = [(os.path.join(root, f"{i:05d}.mp4"), signs, shaken, seed, i) for i, (signs, shaken, _) in enumerate(chosen)]
-    show = Progress("clips", len(jobs))
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         for done, _ in enumerate(pool.map(make_clip, jobs, chunksize=10), 1):
             show(done)
     with open(os.path.join(root, "clips.tsv.part"), "w", encoding="utf-8") as f:
@@ -289,14 +288,20 @@ def build(data_dir, seed=seed, n_train=n_train, n_dev=n_dev, n_test=n_test, text
     print0(f"toy: {os.path.join(data_dir, 'toy')} is not complete; rendering clips, training a tiny LLaMA on text, extracting features")
     counts = {"train": n_train, "dev": n_dev, "test": n_test}
     if rank() == 0:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(os.cpu_count())  # torchrun gives each process one; the others are waiting here
-        if not os.path.exists(os.path.join(root, "clips.tsv")):
-            make_clips(root, seed, counts)
-        if not os.path.exists(llm):
-            every = sentences(seed, None)
-            train_llama(llm, [text for *_, text in every[:n_train] + every[sum(counts.values()):]], seed, text_steps, text_batch)
-        torch.set_num_threads(threads)
+        no_clips, no_llm = not os.path.exists(os.path.join(root, "clips.tsv")), not os.path.exists(llm)
+        threads, cores = torch.get_num_threads(), os.cpu_count()
+        half = max(1, cores // 2) if no_clips else cores  # clips are rendered on half of the cores while the LLaMA learns on the other
+        with ThreadPoolExecutor(1) as beside:
+            if no_clips:
+                show = (lambda done: None) if no_llm else Progress("clips", sum(counts.values()))  # one line of progress at a time
+                clips = beside.submit(make_clips, root, seed, counts, max(1, cores - half) if no_llm else cores, show)
+            if no_llm:
+                torch.set_num_threads(half)  # torchrun gives each process one; the others are waiting at the barrier
+                every = sentences(seed, None)
+                train_llama(llm, [text for *_, text in every[:n_train] + every[sum(counts.values()):]], seed, text_steps, text_batch)
+                torch.set_num_threads(threads)
+            if no_clips:
+                clips.result()  # an error in there is an error here
     barrier()
     prepare("toy", read_clips(root)[0], data_dir, Extractor("toycnn", device="cpu"))
 

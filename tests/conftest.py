@@ -4,20 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch, and for the programs that the tests start
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-
 torch.set_num_threads(1)  # small shapes: threads cost more than they bring
-
-
-@pytest.fixture(scope="session")
-def root():
-    """The repository."""
-    return ROOT
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # and the same for the programs that the tests start
 
 
 @pytest.fixture(scope="session")

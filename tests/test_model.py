@@ -3,6 +3,7 @@ model.py, with tiny random weights: LLaMA against transformers in every layout, 
 
     python -m pytest tests/test_model.py
 """
+import copy
 import itertools
 import json
 import os
@@ -20,7 +21,6 @@ from data import Sample, Tokenizer, pack
 from eval import generate, translate
 from model import Docs, GoogLeNet, LLaMA, LocalTransformer, ModelArgs, RandomCNN, SLLaMA, from_hf, init_weight, local_attention, open_llm, to_hf
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "real"  # real weights beside the repository
 SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=256)
 # so short an original context that at heads of width 8 all three cases occur: kept, blended, stretched
@@ -44,8 +44,10 @@ def tiny_hf(kind="llama", **changes):
 
 def hf_folder(folder, form="new", kind="llama", shard_size="1GB", dtype=torch.float32, **changes):
     """Save a tiny_hf. form: where config.json says how positions turn, in rope_parameters ("new") or at the top level ("old")."""
-    model = tiny_hf(kind, **changes).to(dtype)
-    model.save_pretrained(folder, max_shard_size=shard_size)
+    model = tiny_hf(kind, **changes)
+    for p in model.parameters():
+        p.data = p.data.to(dtype).float()  # rounded weights, but transformers' own tables of angles stay exact
+    copy.deepcopy(model).to(dtype).save_pretrained(folder, max_shard_size=shard_size)
     with edit(folder) as c:
         rope = c.pop("rope_parameters", None) or c.pop("rope_scaling", None) or {}
         rope = {"rope_type": "default", "rope_theta": c.pop("rope_theta", 10000.0), **rope}
@@ -74,7 +76,7 @@ class edit:
 @torch.no_grad()
 def distance(model, llama, tokens=TOKENS):
     """The largest difference between the logits of transformers and ours."""
-    theirs = model.float()(tokens).logits
+    theirs = model(tokens).logits
     assert theirs.std() > 0.5  # logits near zero would be equal whatever the model did
     return (theirs - llama(tokens)).abs().max().item()
 
@@ -191,15 +193,13 @@ def test_names_there_and_back():
         assert to_hf(from_hf(name)) == name
 
 
-def test_stories260K_continues_as_llama2_c_does():
-    folder = REAL / "stories260K"
-    if not folder.exists():
-        pytest.skip(f"real weights are not there ({folder})")
+def test_stories260K_continues_as_llama2_c_does(real):
+    folder = real / "stories260K"
     llama, tokenizer = LLaMA.from_pretrained(str(folder)), Tokenizer(str(folder))
     start = llama.tok_embeddings(torch.tensor([[tokenizer.bos_id]]))
     (ids, ended), = generate(llama, start, Docs.of([1]), [tokenizer.bos_id], max_new_tokens=200)  # these weights end a story with BOS
     assert not ended
-    assert tokenizer.decode(ids).encode() == (REAL / "stories260K_golden.txt").read_bytes()
+    assert tokenizer.decode(ids).encode() == (real / "stories260K_golden.txt").read_bytes()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Raw weights: what cannot be run exactly is an error that says why
@@ -264,11 +264,11 @@ def test_tensors_missing_surplus_misshaped(tmp_path):
     file = tmp_path / "model.safetensors"
     good, up = load_file(file), "model.layers.1.mlp.up_proj.weight"
     save_file({k: v for k, v in good.items() if k != up}, file)
-    refused(tmp_path, "layers.1.", "w3")
+    refused(tmp_path, "layers.1.feed_forward.w3.weight", up)  # in our words and in the file's
     save_file({**good, "model.layers.1.self_attn.q_norm.weight": torch.ones(8)}, file)
-    refused(tmp_path, "layers.1.", "q_norm")
+    refused(tmp_path, "model.layers.1.self_attn.q_norm.weight")
     save_file({**good, up: good[up][:-1].clone()}, file)
-    refused(tmp_path, "layers.1.", "w3", "(47, 32)", "(48, 32)")
+    refused(tmp_path, up, "(47, 32)", "(48, 32)")
     save_file({**good, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, file)
     LLaMA.from_pretrained(str(tmp_path))  # a table that old files hold, no weight
 
@@ -308,7 +308,7 @@ def test_damaged_meta_files(tmp_path):
     refused(tmp_path, "layers.1.attention.wq.bias")
     for name in ("tok_embeddings.weight", "output.weight", "layers.0.attention.wk.weight", "layers.1.attention.wk.weight"):
         torch.save({**tensors, name: tensors[name][:-1].clone()}, file)
-        refused(tmp_path, "weight is (")
+        refused(tmp_path, "its configuration says")
     file.unlink()
     refused(tmp_path, "consolidated.00.pth")
     file.write_bytes(whole)
@@ -331,6 +331,7 @@ class Bomb:
         return os.mkdir, (self.folder,)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_weights_never_execute_code(tmp_path):
     meta_folder(tmp_path, tiny_hf())
     proof, file = str(tmp_path / "executed"), tmp_path / "consolidated.00.pth"
@@ -429,7 +430,7 @@ def test_activation_checkpointing_changes_nothing():
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding
 
-LENS = [3, 11, 1, 6]  # ragged prefixes
+LENS = [3, 11, 1, 6, 20, 2]  # ragged prefixes
 
 
 def prefixes(dim=32):
@@ -466,9 +467,9 @@ def test_greedy_is_the_argmax_of_full_forwards():
             assert token == next_log_probs(llama, prefix, [ids[:i]])[0].argmax()
 
 
-@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
-@pytest.mark.parametrize("beam", [1, 2, 5])
-@pytest.mark.parametrize("eos", [[3], [3, 7, 8]], ids=["one EOS", "three EOS"])
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("beam", [1, 2, 3, 5])
+@pytest.mark.parametrize("eos", [[3], [1, 3, 5, 7]], ids=["one EOS", "four EOS"])
 def test_beam_equals_slow_beam_search_and_batched_equals_single(beam, length_penalty, eos):
     # few words, so that EOS comes up early, late and never
     llama, h = tiny_llama(vocab_size=16), prefixes()
@@ -482,10 +483,10 @@ def test_beam_equals_slow_beam_search_and_batched_equals_single(beam, length_pen
 
 def test_beam_cases_are_not_all_alike():
     llama, h = tiny_llama(vocab_size=16), prefixes()
-    for eos in ([3], [3, 7, 8]):
+    for eos in ([3], [1, 3, 5, 7]):
         lens = {len(ids) for beam in (1, 2, 5) for ids, _ in generate(llama, h[None], Docs.of(LENS), eos, beam=beam, max_new_tokens=9)}
         assert len(lens) > 2, lens
-    penalised = [generate(llama, h[None], Docs.of(LENS), [3], 5, p, 9) for p in (0.0, 1.0)]
+    penalised = [generate(llama, h[None], Docs.of(LENS), [3], 5, p, 9) for p in (0.0, 2.0)]
     assert penalised[0] != penalised[1]
 
 
@@ -671,6 +672,7 @@ def test_googlenet_is_a_function_of_the_frame():
     assert not any(m.training for m in net.modules())
     torch.testing.assert_close(net.features(x[:1]), a[:1], rtol=1e-4, atol=1e-5)  # whatever frames are beside it
     assert sum(p.numel() for p in net.parameters()) == 6_624_904 - 1_025_000  # torchvision's, less its classifier
+    assert all(m.eps == 0.001 for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d))  # torchvision's too, and not PyTorch's default
 
 
 def test_googlenet_loads_its_weights(tmp_path):
@@ -690,7 +692,10 @@ def test_googlenet_loads_its_weights(tmp_path):
 
 
 def test_googlenet_equals_torchvision(tmp_path):
-    models = pytest.importorskip("torchvision.models")
+    try:
+        from torchvision import models
+    except Exception as e:  # one built for another torch raises a RuntimeError
+        pytest.skip(f"no torchvision that works here ({e})")
     theirs = models.googlenet(weights=None, init_weights=False, aux_logits=True, transform_input=True).eval()
     theirs.load_state_dict(googlenet().state_dict(), strict=False)
     torch.save(theirs.state_dict(), tmp_path / "googlenet.pth")

@@ -1,0 +1,717 @@
+"""
+Clips in, batches out: decoding, the reader of own clips, the extraction that may be killed, tokenizers, packing.
+
+    python -m pytest tests/test_data.py
+"""
+import json
+import math
+import os
+import shutil
+import struct
+
+import av
+import numpy as np
+import pytest
+import safetensors.numpy
+import sentencepiece
+import torch
+
+import data
+from config import BadInput
+from data import Clips, Extractor, Sample, Store, Tokenizer, deal_out, pack, prepare, prompt_ids, read_clips, read_video, stateless
+from model import RandomCNN
+
+H, W = 24, 40
+
+
+def shades(*levels, height=H, width=W):
+    """A clip whose frame i has the even grey of levels[i]: (T, H, W, 3)."""
+    return np.stack([np.full((height, width, 3), v, np.uint8) for v in levels])
+
+
+def write(path, video, codec, pix_fmt, **options):
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], pix_fmt
+        for frame in video:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        container.mux(stream.encode())
+    return path
+
+
+def write_image(path, frame):
+    return write(path, frame[None], *(("png", "rgb24") if str(path).endswith("png") else ("mjpeg", "yuvj420p")), update="1")
+
+
+def write_mp4(path, video, **options):
+    return write(path, video, "h264", "yuv420p", **options)
+
+
+def levels(video):
+    return video.mean((1, 2, 3))
+
+
+def bad(*says):
+    """pytest.raises of a BadInput in one line that holds these words."""
+    class Check:
+        def __enter__(self):
+            self.raises = pytest.raises(BadInput)
+            self.info = self.raises.__enter__()
+
+        def __exit__(self, *e):
+            self.raises.__exit__(*e)
+            message = str(self.info.value)
+            assert "\n" not in message
+            for word in map(str, says):
+                assert word in message
+            return True
+    return Check()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding
+
+@pytest.mark.parametrize("name, codec, pix_fmt", [("a.mp4", "h264", "yuv420p"), ("a.gif", "gif", "rgb8"), ("a.webm", "libvpx", "yuv420p"), ("a.webm", "libvpx-vp9", "yuv420p")])
+def test_video_files(tmp_path, name, codec, pix_fmt):
+    try:
+        av.codec.Codec(codec, "w")
+    except av.codec.codec.UnknownCodecError:
+        pytest.skip(f"this build of av cannot write {codec}")
+    want = shades(*range(0, 240, 20))
+    video = read_video(str(write(tmp_path / name, want, codec, pix_fmt)))
+    assert video.shape == want.shape and video.dtype == np.uint8
+    assert abs(levels(video) - levels(want)).max() < 3  # every frame, in order
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "JPEG"])
+def test_folder_of_frames_in_natural_order(tmp_path, ending):
+    for i in (10, 2, 1, 11):
+        write_image(tmp_path / f"frame{i}.{ending.lower()}", shades(20 * i)[0])
+        os.rename(tmp_path / f"frame{i}.{ending.lower()}", tmp_path / f"frame{i}.{ending}")
+    (tmp_path / "notes.txt").write_text("not a frame")
+    video = read_video(str(tmp_path))
+    assert video.shape == (4, H, W, 3) and video.dtype == np.uint8
+    assert abs(levels(video) - [20, 40, 200, 220]).max() < 3
+
+
+def test_png_frames_are_exact_and_rgb(tmp_path):
+    frame = np.random.default_rng(0).integers(0, 256, (H, W, 3), np.uint8)
+    write_image(tmp_path / "1.png", frame)
+    assert (read_video(str(tmp_path))[0] == frame).all()
+
+
+def test_phone_that_films_upright(tmp_path):
+    """Phones store frames lying down and note the turn in the track's header: here the right half is to be the lower one."""
+    frame = shades(10)[0]
+    frame[:, W // 2:] = 220
+    path = write_mp4(tmp_path / "a.mp4", np.stack([frame] * 3))
+    raw = path.read_bytes()
+    at = raw.index(b"tkhd") + 44
+    path.write_bytes(raw[:at] + struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30) + raw[at + 36:])
+    video = read_video(str(path))
+    assert video.shape == (3, W, H, 3)
+    assert video[:, :W // 2 - 2].max() < 20 and video[:, W // 2 + 2:].min() > 200
+
+
+def test_squeezed_frames(tmp_path):
+    frames = list(data.frames(str(write_mp4(tmp_path / "a.mp4", shades(10, 100, height=48, width=32))), 16))
+    assert [f.shape for f in frames] == [(16, 16, 3)] * 2 and [round(f.mean() / 10) for f in frames] == [1, 10]
+
+
+def test_frame_of_another_size(tmp_path):
+    write_image(tmp_path / "1.png", shades(1)[0])
+    write_image(tmp_path / "2.png", shades(1, height=26)[0])
+    with bad(tmp_path / "2.png", "40x26", "40x24"):
+        read_video(str(tmp_path))
+
+
+def test_no_frames(tmp_path):
+    (tmp_path / "notes.txt").write_text("not a frame")
+    with bad(tmp_path, "no frames"):
+        read_video(str(tmp_path))
+    path = str(tmp_path / "empty.mp4")
+    with av.open(path, "w") as container:
+        stream = container.add_stream("h264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = H, W, "yuv420p"
+        container.start_encoding()
+        container.mux(stream.encode())
+    with bad(path):
+        read_video(path)
+    path = str(tmp_path / "sound.mp4")
+    with av.open(path, "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with bad(path, "no video"):
+        read_video(path)
+
+
+@pytest.mark.parametrize("options", [{}, {"movflags": "faststart"}], ids=["index at the end", "index in front"])
+def test_truncated_mp4(tmp_path, options):
+    noise = np.random.default_rng(0).integers(0, 256, (12, H, W, 3), np.uint8)
+    path = write_mp4(tmp_path / "cut.mp4", noise, **options)
+    path.write_bytes(path.read_bytes()[:path.stat().st_size * 2 // 3])
+    with bad(path):
+        read_video(str(path))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a video at all\n" * 100])
+def test_no_video_at_all(tmp_path, content):
+    path = tmp_path / "text.mp4"
+    path.write_bytes(content)
+    with bad(path):
+        read_video(str(path))
+    path.rename(tmp_path / "1.png")
+    with bad(tmp_path / "1.png"):
+        read_video(str(tmp_path))
+
+
+def test_absent_clip(tmp_path):
+    with bad(tmp_path / "absent.mp4"):
+        read_video(str(tmp_path / "absent.mp4"))
+
+
+@pytest.mark.parametrize("name, T, height, width", [("how2sign_rhythm.mp4", 47, 720, 1280), ("dailymoth_landslides.gif", 181, 224, 224), ("phoenix_like_53frames.mp4", 53, 260, 210)])
+def test_real_clips(real, name, T, height, width):
+    frames = list(data.frames(str(real / "video" / name)))  # not stacked: the large one would take 130 MB more
+    assert [f.shape for f in frames] == [(height, width, 3)] * T
+    assert all(f.dtype == np.uint8 and f.std() > 10 for f in frames[::20])
+    assert any((a != b).any() for a, b in zip(frames, frames[1:]))
+
+
+@pytest.mark.parametrize("split", data.SPLITS)
+def test_real_phoenix_frames(real, split):
+    (folder,) = (real / "phoenix14t/PHOENIX-2014-T-release-v3/PHOENIX-2014-T/features/fullFrame-210x260px" / split).iterdir()
+    video = read_video(str(folder))
+    assert video.shape == (2, 260, 210, 3) and video.dtype == np.uint8 and video.std() > 10
+
+
+def test_real_own_clips(real):
+    splits, dealt = read_clips(str(real / "isl"))
+    assert len(splits["train"]) == 10 and not splits["dev"] and not splits["test"] and not dealt
+    for row in splits["train"]:
+        sizes = {f.shape for f in data.frames(row["video"], 32)}  # decoded in full, kept small
+        assert sizes == {(32, 32, 3)}, row["video"]
+    assert {"name": "sit_down", "text": "sit down", "video": str(real / "isl" / "sit_down.gif")} in splits["train"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Own clips
+
+@pytest.fixture
+def own(tmp_path):
+    """Content of clips.tsv -> what read_clips says of it; a.mp4, b.mp4, c.gif and a folder d of frames are there."""
+    for name in ("a.mp4", "b.mp4", "c.gif"):
+        (tmp_path / name).touch()
+    (tmp_path / "d.x").mkdir()
+
+    def read(table):
+        (tmp_path / "clips.tsv").write_bytes(table if isinstance(table, bytes) else table.encode())
+        return read_clips(str(tmp_path))
+    return read
+
+
+def test_clips_tsv(own, tmp_path):
+    splits, dealt = own("text\tfile\n Wie geht's? \ta.mp4\n\n\"quoted\"\td.x\nmit\u2028Zeichen\tc.gif\n")
+    assert not dealt and splits == {"dev": [], "test": [], "train": [
+        {"name": "a", "text": "Wie geht's?", "video": str(tmp_path / "a.mp4")}, {"name": "d.x", "text": '"quoted"', "video": str(tmp_path / "d.x")},
+        {"name": "c", "text": "mit\u2028Zeichen", "video": str(tmp_path / "c.gif")}]}
+
+
+def test_clips_tsv_as_windows_writes_it(own):
+    splits, dealt = own("\ufefffile\ttext\tsplit\tsigner\tgloss\r\na.mp4\tüber\ttest\tS1\tÜBER ICH\r\nb.mp4\tja\t\t\t\r\n")
+    assert dealt and [r["name"] for r in splits["train"]] == ["b"] and not splits["dev"]
+    assert splits["test"][0] | {"video": ""} == {"name": "a", "text": "über", "video": "", "signer": "S1", "gloss": "ÜBER ICH"}
+    assert "signer" not in splits["train"][0]
+
+
+@pytest.mark.parametrize("table, says", [
+    ("file\ttext\na.mp4\tja\nz.mp4\tnein\n", (":3", "z.mp4")),
+    ("file\ttext\na.mp4\tja\n\tnein\n", (":3",)),
+    ("file\ttext\na.mp4\tja\nb.mp4\t \n", (":3", "clip b", "empty text")),
+    ("file\ttext\na.mp4\tja\na.mp4\tnein\n", (":3", "clip a", "twice")),
+    ("file\tsentence\na.mp4\tja\n", ("no column text",)),
+    ("a.mp4\tja\n", ("no column file",)),
+    ("file,text\na.mp4,ja\n", ("no column file",)),
+    ("", ("no column file",)),
+    ("file\ttext\n\n", ("no clips",)),
+    ("file\ttext\n\na.mp4\tja\tnein\n", (":3", "3 columns", "2")),
+    ("file\ttext\na.mp4\n", (":2", "1 columns", "2")),
+    ("file\ttext\tsplit\na.mp4\tja\tvalid\n", (":2", "clip a", "valid", "train, dev, test")),
+    ("file\ttext\na.mp4\tfür\n".encode("latin-1"), ("UTF-8",)),
+    ("file\ttext\na.mp4\tja\n".encode("utf-16"), ("UTF-8",))])
+def test_wrong_clips_tsv(own, tmp_path, table, says):
+    with bad(tmp_path / "clips.tsv", *says):
+        own(table)
+
+
+def test_two_files_of_one_name(own, tmp_path):
+    (tmp_path / "a.gif").touch()
+    with bad(":3", "clip a", "a.mp4", "a.gif"):
+        own("file\ttext\na.mp4\tja\na.gif\tnein\n")
+
+
+def test_no_clips_tsv(tmp_path):
+    with bad(tmp_path / "clips.tsv", "file<TAB>text"):
+        read_clips(str(tmp_path))
+    with bad(tmp_path / "absent"):
+        read_clips(str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("n, ratio, want", [(20, "0.8,0.1,0.1", (16, 2, 2)), (1000, "0.8,0.1,0.1", (800, 100, 100)), (30, "1,0,0", (30, 0, 0)), (21, ".5,.25,.25", (10, 6, 5))])
+def test_deal_out(n, ratio, want):
+    rows = [{"name": f"clip{i}"} for i in range(n)]
+    splits = deal_out(rows, ratio)
+    assert tuple(len(splits[s]) for s in data.SPLITS) == want
+    assert sorted(r["name"] for part in splits.values() for r in part) == sorted(r["name"] for r in rows)
+    assert deal_out(rows[::-1], ratio) == splits  # the order of the table does not matter
+    if n == 1000:
+        assert splits["train"] != rows[:800]  # the test clips are not just the last ones
+
+
+@pytest.mark.parametrize("ratio", ["0.8,0.2", "0.8,0.1,0.2", "a,b,c", "", "1.1,-0.1,0", "nan,0,0"])
+def test_wrong_ratio(ratio):
+    with bad("ratio="):
+        deal_out([{"name": "a"}], ratio)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Extraction and store
+
+class Fake:
+    """Stands in for a CNN: the file's bytes as features. After `limit` clips it is killed."""
+
+    def __init__(self, limit=10**6, weights=""):
+        self.settings, self.limit, self.seen = {"backbone": "fake", "weights": weights}, limit, []
+
+    def __call__(self, path):
+        if len(self.seen) == self.limit:
+            raise KeyboardInterrupt
+        self.seen.append(os.path.basename(path))
+        return np.frombuffer(open(path, "rb").read(), np.uint8).astype(np.float16).reshape(-1, 4)
+
+
+@pytest.fixture
+def clips(tmp_path):
+    """{split: rows} of seven clips with 2 to 8 frames of width 4, names with what names may have in them."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    rows = []
+    for i, name in enumerate(["a", "b c", "ü", "d/e", 'f"g', "h", "11August_2010_Wednesday-1"]):
+        path = folder / f"{i}.bin"
+        path.write_bytes(np.random.default_rng(i).integers(0, 256, 4 * (i + 2), np.uint8).tobytes())
+        rows.append({"name": name, "text": f"satz {i} für\u2028alle", "video": str(path)})
+    return {"train": rows[:5], "dev": rows[5:6], "test": rows[6:]}
+
+
+def parts(tmp_path, home="data"):
+    return tmp_path / home / "own" / "fake" / ".parts"
+
+
+def stores(tmp_path, home):
+    """Every file of a prepared data set, byte for byte."""
+    folder = tmp_path / home / "own"
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_prepare(tmp_path, clips, capsys):
+    fake = Fake()
+    prepare("own", clips, str(tmp_path / "data"), fake)
+    assert sorted(fake.seen) == [f"{i}.bin" for i in range(7)]
+    assert stores(tmp_path, "data").keys() == {f"{s}.jsonl" for s in data.SPLITS} | {f"fake/{s}.safetensors" for s in data.SPLITS}
+    for split, rows in clips.items():
+        path = tmp_path / "data" / "own" / "fake" / f"{split}.safetensors"
+        store, arrays = Store(str(path)), safetensors.numpy.load_file(path)  # the format's own reader agrees
+        assert store.names == arrays.keys() == {r["name"] for r in rows}
+        for row in rows:
+            want = Fake()(row["video"])
+            assert arrays[row["name"]].dtype == np.float16 and (arrays[row["name"]] == want).all() and (store[row["name"]].numpy() == want).all()
+        lines = (tmp_path / "data" / "own" / f"{split}.jsonl").read_text("utf-8").split("\n")
+        assert [json.loads(line) for line in lines[:-1]] == [r | {"frames": os.path.getsize(r["video"]) // 4} for r in rows]
+    assert "5 train, 1 dev, 1 test clips" in capsys.readouterr().out
+
+
+def test_second_run_reuses_everything(tmp_path, clips, capsys):
+    home = str(tmp_path / "data")
+    prepare("own", clips, home, Fake())
+    before = stores(tmp_path, "data")
+    prepare("own", clips, home, Fake(limit=0))  # would be killed at the first clip
+    assert stores(tmp_path, "data") == before
+    assert "7 of 7 clips are there already" in capsys.readouterr().out
+
+
+def test_new_texts_and_splits_keep_the_features(tmp_path, clips):
+    home = str(tmp_path / "data")
+    prepare("own", clips, home, Fake())
+    clips["train"][0]["text"] = "anders"
+    moved = {"train": clips["train"] + clips["dev"], "dev": [], "test": clips["test"]}
+    prepare("own", moved, home, Fake(limit=0))
+    assert not (tmp_path / "data/own/dev.jsonl").exists()
+    train = Clips(home, "own", "fake", "train")
+    assert len(train) == 6 and train.rows[0]["text"] == "anders" and len(train.features(5)) == 7
+
+
+@pytest.mark.parametrize("k", [0, 1, 3, 6])
+def test_killed_extraction_goes_on(tmp_path, clips, k):
+    prepare("own", clips, str(tmp_path / "whole"), Fake())
+    with pytest.raises(KeyboardInterrupt):
+        prepare("own", clips, str(tmp_path / "data"), Fake(limit=k))
+    assert not (tmp_path / "data/own/train.jsonl").exists()  # nobody takes it for complete
+    with open(parts(tmp_path) / "0000.f16", "ab") as f:
+        f.write(b"half a clip's features"[:11])  # a kill in the middle of a write
+    with open(parts(tmp_path) / "0000.jsonl", "a") as f:
+        f.write('{"name": "half a li')
+    rest = Fake()
+    prepare("own", clips, str(tmp_path / "data"), rest)
+    assert len(rest.seen) == 7 - k
+    assert stores(tmp_path, "data") == stores(tmp_path, "whole")
+
+
+def test_killed_before_the_first_line(tmp_path, clips):
+    with pytest.raises(KeyboardInterrupt):
+        prepare("own", clips, str(tmp_path / "data"), Fake(limit=0))
+    (parts(tmp_path) / "0000.jsonl").unlink()  # a kill between the two files
+    prepare("own", clips, str(tmp_path / "data"), Fake())
+    assert len(Clips(str(tmp_path / "data"), "own", "fake", "train")) == 5
+
+
+def test_killed_twice_and_in_parts_of_other_processes(tmp_path, clips):
+    home = str(tmp_path / "data")
+    for k in (2, 1):
+        with pytest.raises(KeyboardInterrupt):
+            prepare("own", clips, home, Fake(limit=k))
+    for ending in ("f16", "jsonl"):  # as if two processes had been at work
+        shutil.move(parts(tmp_path) / f"0000.{ending}", parts(tmp_path) / f"0001.{ending}")
+    rest = Fake()
+    prepare("own", clips, home, rest)
+    assert len(rest.seen) == 4
+    prepare("own", clips, str(tmp_path / "whole"), Fake())
+    assert stores(tmp_path, "data") == stores(tmp_path, "whole")
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_changed_clip_is_extracted_again(tmp_path, clips, killed):
+    home, path = str(tmp_path / "data"), clips["train"][1]["video"]
+    if killed:
+        with pytest.raises(KeyboardInterrupt):
+            prepare("own", clips, home, Fake(limit=4))
+    else:
+        prepare("own", clips, home, Fake())
+    with open(path, "wb") as f:
+        f.write(bytes(4 * 9))
+    again = Fake()
+    prepare("own", clips, home, again)
+    assert again.seen == ["1.bin"] + ["4.bin", "5.bin", "6.bin"] * killed
+    prepare("own", clips, str(tmp_path / "whole"), Fake())
+    assert stores(tmp_path, "data") == stores(tmp_path, "whole")
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_another_cnn_starts_over(tmp_path, clips, killed):
+    home = str(tmp_path / "data")
+    if killed:
+        with pytest.raises(KeyboardInterrupt):
+            prepare("own", clips, home, Fake(limit=4))
+    else:
+        prepare("own", clips, home, Fake())
+    other = Fake(weights="others.pth")
+    prepare("own", clips, home, other)
+    assert len(other.seen) == 7
+    assert json.loads(Store(os.path.join(home, "own/fake/train.safetensors")).metadata["settings"])["weights"] == "others.pth"
+
+
+def test_store_equals_direct_features(tmp_path):
+    """The toy's CNN through prepare, in batches of 64 frames, against one plain call on the decoded clip."""
+    clip = np.random.default_rng(0).integers(0, 256, (70, 64, 64, 3), np.uint8)
+    path = str(write_mp4(tmp_path / "a.mp4", clip))
+    prepare("own", {"train": [{"name": "a", "text": "ja", "video": path}], "dev": [], "test": []}, str(tmp_path / "data"), Extractor("toycnn", device="cpu"))
+    got = Clips(str(tmp_path / "data"), "own", "toycnn", "train").features(0)
+    x = torch.from_numpy(read_video(path)).permute(0, 3, 1, 2)  # (70, 3, 64, 64)
+    want = RandomCNN().features((x.float() / 255 - 0.5) / 0.5)  # mean 0.5, deviation 0.5
+    assert got.dtype == torch.float16 and got.shape == (70, 1024)
+    torch.testing.assert_close(got.float(), want, rtol=2e-3, atol=1e-3)
+
+
+def test_features_that_are_not_finite(tmp_path):
+    extractor = Extractor("toycnn", device="cpu")
+    extractor.cnn.convs[0].bias.data[:] = math.nan
+    path = str(write_mp4(tmp_path / "a.mp4", shades(1, 2)))
+    with bad(path, "not finite"):
+        extractor(path)
+
+
+def test_wrong_backbones():
+    with bad("backbone=vgg", "googlenet"):
+        Extractor("vgg")
+    with bad("weights", "googlenet"):
+        Extractor("googlenet")
+
+
+def test_wrong_store(tmp_path):
+    path = tmp_path / "train.safetensors"
+    with bad(path):
+        Store(str(path))
+    path.write_bytes(b"\x10\0\0\0\0\0\0\0{'half a header")
+    with bad(path):
+        Store(str(path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+TEXTS = ["am montag regnet es im süden", "heute scheint die sonne bei zehn grad", "In der Nacht: 5 Grad, Nebel & Wind!", "今天我想吃面条。"]
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """A folder with a small SentencePiece model, bytes and all."""
+    folder = tmp_path_factory.mktemp("pieces")
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS * 5), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=340,
+                                             byte_fallback=True, normalization_rule_name="identity", character_coverage=1.0, minloglevel=2)
+    return str(folder)
+
+
+@pytest.fixture
+def jsons(tmp_path):
+    """Names and contents of further files -> folder with a tokenizer.json (byte-level BPE; <s> 0, </s> 1, <|eot|> 2) and them."""
+    tokenizers = pytest.importorskip("tokenizers")
+
+    def make(**files):
+        tok = tokenizers.Tokenizer(tokenizers.models.BPE())
+        tok.pre_tokenizer, tok.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+        tok.train_from_iterator(TEXTS, tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>", "<|eot|>"], show_progress=False,
+                                                                      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+        tok.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])  # as Llama 3 has it
+        tok.save(str(tmp_path / "tokenizer.json"))
+        for name, content in files.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        return str(tmp_path)
+    return make
+
+
+def test_sentencepiece(pieces):
+    tokenizer = Tokenizer(pieces)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_ids, tokenizer.vocab_size) == (1, 2, [2], 340)
+    for text in TEXTS + ["neue wörter: ½ 雪"]:
+        ids = tokenizer.encode(text)
+        assert isinstance(ids, list) and all(isinstance(i, int) for i in ids)
+        assert tokenizer.bos_id not in ids and tokenizer.eos_id not in ids and tokenizer.decode(ids) == text
+    assert tokenizer.encode("") == [] and tokenizer.decode([]) == ""
+
+
+def test_ids_beyond_the_vocabulary_mean_nothing(pieces):
+    tokenizer = Tokenizer(pieces)
+    ids = tokenizer.encode(TEXTS[0])
+    assert tokenizer.decode([-1] + ids + [340, 10**6]) == TEXTS[0]  # an embedding padded to a round number has such rows
+
+
+def test_ids_given(pieces, jsons):
+    assert Tokenizer(pieces, eos_id=1).eos_ids == [1]
+    assert Tokenizer(pieces, bos_id=7).bos_id == 7
+    folder = jsons(tokenizer_config={"bos_token": "<s>", "eos_token": "</s>"})
+    assert Tokenizer(folder, bos_id=5, eos_id=2).eos_ids == [2] and Tokenizer(folder, bos_id=5).bos_id == 5
+
+
+@pytest.mark.parametrize("name, size", [("stories260K/tokenizer.model", 512), ("llama2_tokenizer.model", 32000)])
+def test_real_tokenizers(real, tmp_path, name, size):
+    shutil.copy(real / name, tmp_path / "tokenizer.model")
+    tokenizer = Tokenizer(str(tmp_path))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, size)
+    for text in TEXTS + ["Once upon a time, there was a little girl named Lily."]:
+        ids = tokenizer.encode(text)
+        assert not {1, 2} & set(ids) and tokenizer.decode(ids) == text
+    if size == 32000:
+        assert tokenizer.encode("Hello world") == [15043, 3186]  # as everybody's LLaMA-2 has it
+
+
+def test_tokenizer_json(jsons):
+    tokenizer = Tokenizer(jsons(tokenizer_config={"bos_token": "<s>", "eos_token": "</s>"}))
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.vocab_size) == (0, [1], 300)
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert isinstance(ids, list) and not {0, 1, 2} & set(ids) and tokenizer.decode(ids) == text  # no <s> by itself
+    assert tokenizer.decode(tokenizer.encode(TEXTS[0]) + [1, 300]) == TEXTS[0]
+
+
+@pytest.mark.parametrize("files, bos, eos", [
+    ({"tokenizer_config": {"bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>"}}}, 0, [1]),
+    ({"config": {"bos_token_id": 0, "eos_token_id": 1}}, 0, [1]),
+    ({"generation_config": {"bos_token_id": 0, "eos_token_id": [2, 1]}}, 0, [2, 1]),  # all stop, the first is learnt
+    ({"config": {"bos_token_id": 0, "eos_token_id": 1}, "generation_config": {"eos_token_id": [1, 2]}}, 0, [1, 2]),
+    ({"generation_config": {"eos_token_id": [2, 1]}, "tokenizer_config": {"bos_token": "<s>", "eos_token": "</s>"}}, 0, [1, 2]),
+    ({"config": {"bos_token_id": None, "eos_token_id": 1}, "tokenizer_config": {"bos_token": None, "eos_token": "<|eot|>"}}, -1, [2, 1]),
+    ({"tokenizer_config": {"eos_token": "</s>"}}, -1, [1])])  # Qwen2 begins without BOS
+def test_tokenizer_json_bos_and_eos(jsons, files, bos, eos):
+    tokenizer = Tokenizer(jsons(**files))
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.eos_id) == (bos, eos, eos[0])
+
+
+def test_wrong_tokenizers(jsons, tmp_path):
+    with bad(tmp_path, "tokenizer.model", "tokenizer.json"):
+        Tokenizer(str(tmp_path))
+    folder = jsons()
+    with bad(folder, "eos_id="):
+        Tokenizer(folder)
+    assert Tokenizer(folder, eos_id=1).eos_ids == [1]
+    jsons(tokenizer_config={"eos_token": "<unknown>"})
+    with bad(folder, "eos_id="):
+        Tokenizer(folder)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with bad(tmp_path / "tokenizer_config.json"):
+        Tokenizer(folder)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with bad(tmp_path / "tokenizer.json"):
+        Tokenizer(folder)
+    (tmp_path / "tokenizer.model").write_bytes(b"no model")  # comes first where both are there
+    with bad(tmp_path / "tokenizer.model"):
+        Tokenizer(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches out
+
+class Words:
+    """A tokenizer whose words are their ids."""
+    bos_id, eos_id = 1, 2
+
+    def encode(self, text):
+        return [int(w) for w in text.split()]
+
+
+def test_prompt_ids():
+    words = Words()
+    assert prompt_ids("{clip}", words) == ([1], [])  # align: just BOS
+    assert prompt_ids("10 11 {clip} 12", words) == ([1, 10, 11], [12])
+    assert prompt_ids(" {clip} 12 13\n", words) == ([1], [12, 13])
+    words.bos_id = -1
+    assert prompt_ids("10 {clip}", words) == ([10], [])
+    for prompt in ("", "10 11", "{clip} {clip}"):
+        with bad("prompt=", "{clip}"):
+            prompt_ids(prompt, words)
+
+
+def test_a_prompts_line_break_reaches_the_llm(pieces):
+    tokenizer = Tokenizer(pieces)
+    before, after = prompt_ids("[INST] <sign> {clip} </sign> \n Translate [/INST]", tokenizer)
+    assert before[0] == 1 and tokenizer.decode(before[1:]) == "[INST] <sign>" and tokenizer.decode(after) == "</sign> \n Translate [/INST]"
+
+
+def samples():
+    """Three clips of 2, 1 and 3 frames of width 1."""
+    f = lambda *x: torch.tensor(x, dtype=torch.float16)[:, None]
+    return [Sample("a", f(.1, .2), [1, 10], [20, 21], [30, 31, 2]), Sample("b", f(.3), [1], [], [2]), Sample("c", f(.4, .5, .6), [1, 10], [20], [40, 2])]
+
+
+def test_pack_against_hand_written_ids():
+    b = pack(samples())
+    #                     1 10  F  F 20 21 30 31   1  F   1 10  F  F  F 20 40     the last token of an answer is only predicted
+    assert b.tokens.tolist() == [1, 10, 0, 0, 20, 21, 30, 31, 1, 0, 1, 10, 0, 0, 0, 20, 40]
+    assert b.pos.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 0, 1, 2, 3, 4, 5, 6]
+    assert b.frame_at.tolist() == [2, 3, 9, 12, 13, 14]
+    assert b.clip.tolist() == [0, 0, 1, 2, 2, 2]
+    assert b.features.dtype == torch.float16 and b.features[:, 0].tolist() == pytest.approx([.1, .2, .3, .4, .5, .6], abs=1e-3)
+    assert b.target_at.tolist() == [5, 6, 7, 9, 15, 16]  # 21 -> 30, 30 -> 31, 31 -> EOS; the frame -> EOS; 20 -> 40, 40 -> EOS
+    assert b.targets.tolist() == [30, 31, 2, 2, 40, 2]
+    assert b.docs.lens.tolist() == [8, 2, 7]
+    rows = b.docs.rows.tolist()
+    assert [row[:n] for row, n in zip(rows, (8, 2, 7))] == [[*range(8)], [8, 9], [*range(10, 17)]]
+    assert b.docs.rows.flatten()[b.docs.back].tolist() == list(range(17))
+    assert all(x.dtype == torch.long for x in (b.tokens, b.pos, b.frame_at, b.clip, b.target_at, b.targets))
+
+
+def test_pack_without_answers():
+    some = samples()
+    for s in some:
+        s.answer = None  # to be generated
+    b = pack(some)
+    assert b.tokens.tolist() == [1, 10, 0, 0, 20, 21, 1, 0, 1, 10, 0, 0, 0, 20] and b.docs.lens.tolist() == [6, 2, 6]
+    assert len(b.targets) == len(b.target_at) == 0
+
+
+def test_pack_without_targets():
+    b, full = pack(samples(), with_targets=False), pack(samples())
+    assert (b.tokens == full.tokens).all() and len(b.targets) == len(b.target_at) == 0 and b.targets.dtype == torch.long
+
+
+def test_stateless():
+    draw = lambda *key: stateless(*key).random(5).tolist()
+    assert draw(1, "drop", 2, "a") == draw(1, "drop", 2, "a")
+    keys = [(1, "drop", 2, "a"), (2, "drop", 2, "a"), (1, "order", 2, "a"), (1, "drop", 3, "a"), (1, "drop", 2, "b")]
+    assert len({str(draw(*k)) for k in keys}) == len(keys)
+
+
+def frame_numbers(x):
+    return x[:, 0].int().tolist()
+
+
+@pytest.fixture
+def split(tmp_path):
+    """Writes a train split whose clip i has lens[i] frames, feature 0 of a frame its number -> Clips."""
+    def make(*lens, max_frames=0):
+        os.makedirs(tmp_path / "own" / "cnn", exist_ok=True)
+        arrays = {f"clip{i}": np.arange(n, dtype=np.float16)[:, None].repeat(2, 1) for i, n in enumerate(lens)}
+        data.write_store(str(tmp_path / "own/cnn/train.safetensors"), arrays, {})
+        (tmp_path / "own/train.jsonl").write_text("".join(json.dumps({"name": n, "text": "30 31", "frames": len(a)}) + "\n" for n, a in arrays.items()))
+        return Clips(str(tmp_path), "own", "cnn", "train", max_frames)
+    return make
+
+
+def test_sample(split):
+    s = split(3, 2).sample(1, ([1, 10], [20]), Words())
+    assert (s.name, s.before, s.after, s.answer) == ("clip1", [1, 10], [20], [30, 31, 2]) and frame_numbers(s.features) == [0, 1]
+
+
+@pytest.mark.parametrize("T, most", [(100, 30), (101, 100), (31, 30), (2000, 512), (7, 1)])
+def test_thinning_is_even(split, T, most):
+    clips = split(T, most, most - 1 or 1, max_frames=most)
+    kept = frame_numbers(clips.features(0))
+    steps = np.diff(kept)
+    assert len(kept) == most and kept[0] == 0 and (most == 1 or kept[-1] == T - 1)
+    assert most == 1 or set(steps) <= {(T - 1) // (most - 1), -(-(T - 1) // (most - 1))}  # at most one apart
+    assert frame_numbers(clips.features(0)) == kept  # nothing random in it
+    assert len(clips.features(1)) == most and len(clips.features(2)) == (most - 1 or 1)
+    assert clips.too_long == 1
+
+
+def test_frame_drop(split):
+    clips = split(2000, 2000, 3)
+    drop = lambda i, *key: frame_numbers(clips.features(i, 0.1, key))
+    kept = drop(0, 1337, "drop", 0)
+    assert 0.88 < len(kept) / 2000 < 0.92 and kept == sorted(kept)
+    torch.manual_seed(1), np.random.seed(1), drop(1, 1337, "drop", 0)
+    assert drop(0, 1337, "drop", 0) == kept  # whatever happened in between
+    others = [drop(0, 1338, "drop", 0), drop(0, 1337, "drop", 1), drop(1, 1337, "drop", 0)]  # seed, epoch, clip
+    assert all(o != kept for o in others)
+    assert frame_numbers(clips.features(0)) == list(range(2000))  # no drop, no loss
+    assert all(len(clips.features(2, 0.99, (e,))) >= 1 for e in range(20))  # something is always left
+
+
+def test_frame_drop_comes_after_thinning(split):
+    kept = frame_numbers(split(1000, max_frames=500).features(0, 0.1, (1,)))
+    assert 430 < len(kept) < 470 and set(kept) <= set(frame_numbers(split(1000, max_frames=500).features(0)))
+
+
+def test_what_is_missing_is_named(split, tmp_path):
+    split(3, 4)
+    with bad(tmp_path / "own/dev.jsonl", "own", "no split dev", "it has train"):
+        Clips(str(tmp_path), "own", "cnn", "dev")
+    with bad("other", "no split train", "data.py"):
+        Clips(str(tmp_path), "other", "cnn", "train")
+    with bad(tmp_path / "own/googlenet/train.safetensors"):
+        Clips(str(tmp_path), "own", "googlenet", "train")
+    with open(tmp_path / "own/train.jsonl", "a") as f:
+        f.write('{"name": "new", "text": "40"}\n')
+    with bad(tmp_path / "own/cnn/train.safetensors", "clip new"):
+        Clips(str(tmp_path), "own", "cnn", "train")
+
+
+@pytest.mark.parametrize("line", ['{"name": "b"', '{"name": "b", "text": ""}', '{"name": "", "text": "ja"}', '{"text": "ja"}', "[1]", "3", ""])
+def test_wrong_jsonl(split, tmp_path, line):
+    split(3)
+    with open(tmp_path / "own/train.jsonl", "a") as f:
+        f.write(line + "\n")
+    with bad(tmp_path / "own/train.jsonl", ":2"):
+        Clips(str(tmp_path), "own", "cnn", "train")

@@ -1,0 +1,331 @@
+"""
+The scores against sacrebleu and against second implementations written here, files of hypotheses, controls.
+
+    python -m pytest tests/test_eval.py
+"""
+import json
+import math
+import re
+import subprocess
+import sys
+from collections import Counter
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import sacrebleu
+import torch
+
+from config import BadInput
+from data import stateless
+from eval import _lcs, bleu, controlled, report, rouge, score_file, variants
+
+ROOT = Path(__file__).resolve().parents[1]
+
+GERMAN = ["am montag regnet es im süden bei zehn grad", "in der nacht gibt es an der küste keine wolken", "heute scheint in den alpen die sonne nicht", "guten abend liebe zuschauer",
+          "und nun die wettervorhersage für morgen freitag den zwölften august", "am tag elf grad im vogtland und einundzwanzig grad am oberrhein", "schnee"]
+ENGLISH = ["The next area we're going to talk about is rhythm.", "A major concern is landslides in mountainous areas.", "It cost $3.50, i.e. 1,000 times less (in 2009-10)!",
+           "\"Well,\" he said; \"that's it: don't you think?\"", "Open the door.", "What's the 1st rule of state-of-the-art A/B tests?", "No."]
+CHINESE = ["今天我想吃面条。", "他们每天早上都去公园跑步，对吗？", "我的2个朋友在ABC公司工作。", "请把门打开！", "天气预报说：明天有雨", "我妈妈做的菜很好吃；你要不要尝一尝？", "好"]
+SPACED = [" ".join(s) for s in CHINESE]
+TEXTS = {"German": (GERMAN, "de"), "English": (ENGLISH, "en"), "Chinese": (CHINESE, "zh"), "Chinese, spaced": (SPACED, "zh")}
+
+
+def spoilt(refs, rng, cut):
+    """Hypotheses of every quality: tokens dropped, doubled, swapped, taken from another sentence; the first is right."""
+    hyps = refs[:1]
+    for ref in refs[1:]:
+        tokens = cut(ref)
+        for _ in range(rng.integers(0, len(tokens) // 2 + 2)):
+            if not tokens:
+                break
+            i, j = rng.integers(len(tokens), size=2)
+            kind = rng.integers(4)
+            if kind == 0:
+                del tokens[i]
+            elif kind == 1:
+                tokens.insert(i, tokens[j])
+            elif kind == 2:
+                tokens[i], tokens[j] = tokens[j], tokens[i]
+            else:
+                other = cut(refs[rng.integers(len(refs))])
+                tokens[i] = other[rng.integers(len(other))]
+        hyps.append(("" if cut is list else " ").join(tokens))
+    return hyps
+
+
+def pairs(name, n=3):
+    """n pairs of (hyps, refs), and their language."""
+    refs, lang = TEXTS[name]
+    for k in range(n):
+        yield spoilt(refs, stateless("spoilt", k), list if name == "Chinese" else str.split), refs, lang
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Second implementations
+
+def mteval(line):
+    """Tokens as NIST's mteval-v13a cuts them: punctuation apart, but . and , stay between digits, and - in words."""
+    line = f" {line.replace('&quot;', chr(34)).replace('&amp;', '&').replace('&lt;', '<').replace('&gt;', '>')} "
+    line = re.sub(r"([{-~\[-` -&(-+:-@/])", r" \1 ", line)
+    line = re.sub(r"([^0-9])([.,])", r"\1 \2 ", line)
+    line = re.sub(r"([.,])([^0-9])", r" \1 \2", line)
+    return re.sub(r"([0-9])(-)", r"\1 \2 ", line).split()
+
+
+def own_bleu(hyps, refs, lang, order):
+    """Papineni et al. 2002 over a corpus; the k-th order without a match counts 1/2^k matches (mteval's smoothing)."""
+    cut = (lambda s: [c for c in s if not c.isspace()]) if lang == "zh" else mteval
+    match, total, hyp_len, ref_len = [0] * order, [0] * order, 0, 0
+    for hyp, ref in zip(hyps, refs):
+        h, r = cut(hyp), cut(ref)
+        hyp_len, ref_len = hyp_len + len(h), ref_len + len(r)
+        for n in range(1, order + 1):
+            grams = lambda t: Counter(tuple(t[i:i + n]) for i in range(len(t) - n + 1))
+            match[n - 1] += (grams(h) & grams(r)).total()
+            total[n - 1] += grams(h).total()
+    if not match[0] or not all(total):
+        return 0.0
+    logs, k = 0.0, 0
+    for m, t in zip(match, total):
+        k += m == 0
+        logs += math.log((m or 0.5**k) / t)
+    return 100 * math.exp(min(0, 1 - ref_len / hyp_len) + logs / order)
+
+
+def own_rouge(hyps, refs, lang):
+    """coco-caption's Rouge: F = (1+b^2) P R / (R + b^2 P) with b = 1.2 and P, R of the longest common subsequence; the mean of the sentences."""
+    cut = (lambda s: s.replace(" ", "")) if lang == "zh" else (lambda s: s.split(" "))
+    scores = []
+    for hyp, ref in zip(hyps, refs):
+        h, r = cut(hyp), cut(ref)
+
+        @lru_cache(None)
+        def lcs(i, j):
+            return 0 if not i or not j else lcs(i - 1, j - 1) + 1 if h[i - 1] == r[j - 1] else max(lcs(i - 1, j), lcs(i, j - 1))
+        if n := lcs(len(h), len(r)):
+            p, q = n / len(h), n / len(r)
+            scores.append((1 + 1.2**2) * p * q / (q + 1.2**2 * p))
+        else:
+            scores.append(0.0)
+    return 100 * sum(scores) / len(scores)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_bleu(name):
+    for hyps, refs, lang in pairs(name):
+        got = bleu(hyps, refs, lang)
+        direct = [sacrebleu.metrics.BLEU(tokenize="char" if lang == "zh" else "13a", max_ngram_order=n).corpus_score(hyps, [refs]).score for n in (1, 2, 3, 4)]
+        assert got == pytest.approx(direct, abs=1e-9)
+        assert got == pytest.approx([own_bleu(hyps, refs, lang, n) for n in (1, 2, 3, 4)], abs=0.01)
+        assert 5 < got[3] < got[2] < got[1] < got[0] < 100  # cumulative, as the field prints it
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_rouge(name):
+    for hyps, refs, lang in pairs(name):
+        assert rouge(hyps, refs, lang) == pytest.approx(own_rouge(hyps, refs, lang), abs=1e-9)
+        assert 5 < rouge(hyps, refs, lang) < 100
+
+
+def test_rouge_by_hand():
+    # "a b c d" against "a c e": 2 in common, P = 2/4, R = 2/3
+    assert rouge(["a b c d"], ["a c e"], "en") == pytest.approx(100 * 2.44 * (1 / 3) / (2 / 3 + 1.44 / 2))
+
+
+def test_bleu_by_hand():
+    # 3 of 4 words, 2 of 3 pairs; as long as the reference
+    assert bleu(["a b c x"], ["a b c d"], "en")[:2] == pytest.approx([75, 100 * (3 / 4 * 2 / 3) ** 0.5])
+    # shorter by half: exp(1 - 4/2)
+    assert bleu(["a b"], ["a b c d"], "en")[:2] == pytest.approx([100 * math.exp(-1)] * 2)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_perfect(name):
+    refs, lang = TEXTS[name]
+    assert bleu(refs, refs, lang) == pytest.approx([100] * 4) and rouge(refs, refs, lang) == pytest.approx(100)
+
+
+def test_spaces_do_not_matter_in_chinese():
+    for (hyps, refs, _) in pairs("Chinese"):
+        for change in (lambda s: " ".join(s), lambda s: "  ".join(s) + " "):
+            for h, r in ((list(map(change, hyps)), refs), (hyps, list(map(change, refs)))):
+                assert bleu(h, r, "zh") == pytest.approx(bleu(hyps, refs, "zh")) and rouge(h, r, "zh") == pytest.approx(rouge(hyps, refs, "zh"))
+
+
+@pytest.mark.parametrize("hyps", [[""], ["regnet"], ["xyzzy"], ["am montag"], ["regnet", ""], ["", GERMAN[1]], ["", ""], [" ", "\n"]])
+def test_short_hypotheses(hyps):
+    refs = GERMAN[:len(hyps)]
+    got = bleu(hyps, refs, "de")
+    assert got == pytest.approx([own_bleu(hyps, refs, "de", n) for n in (1, 2, 3, 4)], abs=0.01)
+    assert all(map(math.isfinite, got)) and 0 <= rouge(hyps, refs, "de") <= 100
+    if not "".join(hyps).strip():
+        assert got == [0] * 4 and rouge(hyps, refs, "de") == 0
+
+
+def test_one_word_against_one_word():
+    assert bleu(["schnee"], ["schnee"], "de")[0] == pytest.approx(100) and rouge(["schnee"], ["schnee"], "de") == pytest.approx(100)
+
+
+def test_lcs():
+    for a, b, n in (("", "", 0), ("abc", "", 0), ("abc", "abc", 3), ("abcbdab", "bdcaba", 4), ("aaaa", "aa", 2), ("abc", "cba", 1), ("xaxbxc", "abc", 3)):
+        assert _lcs(list(a), list(b)) == _lcs(list(b), list(a)) == n
+
+
+@pytest.mark.parametrize("metric", [bleu, rouge])
+@pytest.mark.parametrize("hyps, refs", [([], []), (["a"], []), (["a"], ["a", "b"]), (["a", "b"], ["a"])])
+def test_unequal_lengths(metric, hyps, refs):
+    with pytest.raises(BadInput, match=f"{len(hyps)} .* {len(refs)} "):
+        metric(hyps, refs, "de")
+
+
+@pytest.mark.parametrize("lang", ["German", "", "d", "DE", "de-DE"])
+def test_wrong_language(lang):
+    with pytest.raises(BadInput, match="lang="):
+        bleu(["a"], ["a"], lang)
+
+
+def test_report():
+    ((hyps, refs, lang),) = pairs("German", 1)
+    got = report(hyps, refs, lang)
+    assert got["bleu"] == bleu(hyps, refs, lang) and got["rouge"] == rouge(hyps, refs, lang)
+    assert got["chrf"] == pytest.approx(sacrebleu.corpus_chrf(hyps, [refs]).score)
+    assert got["exact"] == pytest.approx(100 * sum(map(str.__eq__, hyps, refs)) / 7) and got["clips"] == 7
+    assert "tok:13a" in got["signature"]["bleu"] and "smooth:exp" in got["signature"]["bleu"] and "beta1.2" in got["signature"]["rouge"]
+    assert "tok:char" in report(CHINESE, CHINESE, "zh")["signature"]["bleu"]
+    json.dumps(got)  # it goes into scores.json
+
+
+def test_variants():
+    ((hyps, refs, _),) = pairs("German", 1)
+    (dot,) = report(hyps, refs, "de")["variants"].values()
+    dotted = [h + " ." for h in hyps], [r + " ." for r in refs]
+    assert dot == {"bleu": bleu(*dotted, "de"), "rouge": rouge(*dotted, "de")}
+    assert dot["rouge"] > rouge(hyps, refs, "de")  # why it is printed: a dot for free
+    mapped, stripped = variants("zh").values()
+    assert mapped("你好，ABC。对吗？") == "你好,ABC.对吗?" and stripped("你好，“ABC”。 对吗?") == "你好ABC 对吗"
+    full, ascii_ = ["今天我想吃面条。对吗？"], ["今天我想吃面条.对吗?"]
+    got = report(ascii_, full, "zh")
+    assert got["bleu"][3] < 100 and all(v["bleu"][3] == pytest.approx(100) for v in got["variants"].values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of hypotheses
+
+@pytest.fixture
+def file(tmp_path):
+    """Content (lines, or rows) -> path of a file of hypotheses."""
+    def write(content):
+        if isinstance(content, list):
+            content = "".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in content)
+        path = tmp_path / "theirs.jsonl"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+    return write
+
+
+def rows(hyps, refs):
+    return [{"name": f"clip{i}", "hyp": h, "ref": r} for i, (h, r) in enumerate(zip(hyps, refs))]
+
+
+GOOD = json.dumps({"name": "a", "hyp": "b", "ref": "c"})
+
+
+def command(*args):
+    return subprocess.run([sys.executable, "eval.py", *args], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_command_line(file):
+    ((hyps, refs, lang),) = pairs("German", 1)
+    done = command("hyps=" + file(rows(hyps, refs)), "lang=de")
+    assert done.returncode == 0 and not done.stderr
+    assert "theirs.jsonl" in done.stdout and "7 clips" in done.stdout and report(hyps, refs, lang)["signature"]["bleu"] in done.stdout
+    plain, dotted = (list(map(float, re.findall(r"\d+\.\d\d", line))) for line in done.stdout.splitlines()[2:4])
+    assert plain == pytest.approx(bleu(hyps, refs, lang) + [rouge(hyps, refs, lang)], abs=0.006)
+    assert dotted[4] > plain[4]
+
+
+def test_command_line_error_is_one_line(file):
+    done = command("hyps=" + file([GOOD, "{"]), "lang=de")
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("eval.py: ") and "theirs.jsonl:2: " in done.stderr
+
+
+def test_sentences_with_odd_characters(file, capsys):
+    refs = ["eins\u2028zwei", "mit\ttab \x85 und \x0c", "\"zitat\" \\ ende"]
+    score_file(file(rows(refs, refs)), "de")
+    assert "3 clips" in capsys.readouterr().out
+    score_file(file("\ufeff" + json.dumps({"name": 1, "hyp": "über", "ref": "über"})), "de")  # as Windows writes it, without a last line end
+    assert "1 clips" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content, says", [
+    ([GOOD, '{"name": "b", "hyp": "b"'], ":2: "), ([GOOD, '{"name": "b", "hyp": "b"}'], ":2: "), ([GOOD, "[1]"], ":2: "), ([GOOD, "3"], ":2: "), ([GOOD, "null"], ":2: "),
+    ([GOOD, {"name": "b", "hyp": None, "ref": "c"}], ":2: "), ([GOOD, {"name": "b", "hyp": "b", "ref": ["c"]}], ":2: "), ([GOOD, ""], ":2: "),
+    ([GOOD, GOOD], ":2: a stands there twice"), ([{"name": [], "hyp": "b", "ref": "c"}] * 2, ":2: "), ("", "no lines"),
+    (GOOD.replace("b", "ü").encode("latin-1"), "UTF-8"), (GOOD.encode("utf-16"), "UTF-8")])
+def test_wrong_files(file, capsys, content, says):
+    path = file(content)
+    with pytest.raises(BadInput) as e:
+        score_file(path, "de")
+    assert path in str(e.value) and says in str(e.value) and "\n" not in str(e.value)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lang", ["", "German"])
+def test_wrong_language_of_a_file(file, capsys, lang):
+    with pytest.raises(BadInput, match="lang"):
+        score_file(file([GOOD]), lang)
+    assert not capsys.readouterr().out
+
+
+def test_absent_file(tmp_path):
+    with pytest.raises((BadInput, OSError), match="absent.jsonl"):
+        score_file(str(tmp_path / "absent.jsonl"), "de")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Controls
+
+FEATURES = [torch.full((3 + i % 4, 5), float(i)) for i in range(20)]
+MODEL = SimpleNamespace(mean=torch.arange(5.0) * 10, std=torch.arange(1.0, 6.0))
+
+
+@pytest.mark.parametrize("n", [2, 3, 20])
+def test_shuffle_is_a_permutation_without_fixed_point(n):
+    out = controlled(FEATURES[:n], "shuffle", 1337, MODEL)
+    order = [int(x[0, 0]) for x in out]
+    assert sorted(order) == list(range(n)) and all(i != j for i, j in enumerate(order))
+    assert all(x is FEATURES[j] for x, j in zip(out, order))  # the very features
+    assert [int(x[0, 0]) for x in controlled(FEATURES[:n], "shuffle", 1337, MODEL)] == order
+    if n == 20:
+        assert [int(x[0, 0]) for x in controlled(FEATURES, "shuffle", 1, MODEL)] != order
+
+
+def test_shuffle_of_one_clip():
+    with pytest.raises(BadInput, match="shuffle"):
+        controlled(FEATURES[:1], "shuffle", 1337, MODEL)
+
+
+def test_blank():
+    out = controlled(FEATURES, "blank", 1337, MODEL)
+    assert [x.shape for x in out] == [x.shape for x in FEATURES] and all((x == 0).all() for x in out)
+    assert FEATURES[1][0, 0] == 1  # the real ones are left alone
+
+
+def test_noise():
+    out = controlled(FEATURES, "noise", 1337, MODEL)
+    assert [x.shape for x in out] == [x.shape for x in FEATURES] and all(x.isfinite().all() for x in out)
+    assert all((a == b).all() for a, b in zip(out, controlled(FEATURES, "noise", 1337, MODEL)))
+    assert (out[0] != out[4]).all() and (out[0] != controlled(FEATURES, "noise", 1, MODEL)[0]).all()
+    (big,) = controlled([torch.zeros(4000, 5)], "noise", 1337, MODEL)  # spread as real features are
+    torch.testing.assert_close(big.mean(0), MODEL.mean, rtol=0, atol=0.4)
+    torch.testing.assert_close(big.std(0), MODEL.std, rtol=0.05, atol=0)
+
+
+def test_no_control():
+    assert all(a is b for a, b in zip(controlled(FEATURES, "none", 1337, MODEL), FEATURES))

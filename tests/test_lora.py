@@ -1,0 +1,303 @@
+"""
+lora.py: identity, merging, gradients, and files exchanged with PEFT and transformers in both directions.
+
+    python -m pytest tests/test_lora.py
+"""
+import copy
+import itertools
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceTrainer
+
+from config import BadInput
+from lora import TARGETS, LoRALinear, apply_lora, export_hf, load_lora, main, merge_lora, save_lora
+from model import LLaMA
+from test_model import LLAMA3, TOKENS, distance, edit, hf_folder, meta_folder, tiny_hf, tiny_llama, tiny_sllama
+
+ALL = list(TARGETS)
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # among transformers and peft
+
+
+def with_lora(llama, rank=3, alpha=5, targets=ALL, dropout=0.0):
+    """apply_lora with a B that is not zero, as after training."""
+    apply_lora(llama, rank, alpha, targets, dropout)
+    torch.manual_seed(7)
+    for name, p in llama.named_parameters():
+        if "lora_" in name:
+            p.data = torch.randn(p.shape) * 0.2
+    return llama
+
+
+@torch.no_grad()
+def difference(a, b):
+    return (a(TOKENS) - b(TOKENS)).abs().max().item()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The layer
+
+def test_starts_as_the_identity():
+    plain = tiny_llama()
+    lora = apply_lora(tiny_llama(), 4, 8, ALL)
+    assert torch.equal(plain(TOKENS), lora(TOKENS))
+    assert all(m.lora_A.abs().sum() > 0 for m in lora.modules() if isinstance(m, LoRALinear))  # with A zero too nothing would ever learn
+
+
+def test_update_by_hand():
+    linear = torch.nn.Linear(4, 3)
+    lora = LoRALinear(linear, 2, 6.0)
+    torch.nn.init.normal_(lora.lora_B)
+    x = torch.randn(5, 4)
+    expected = x @ (linear.weight + 6 / 2 * lora.lora_B @ lora.lora_A).T + linear.bias
+    torch.testing.assert_close(lora(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["llama", "qwen2"])
+def test_merged_equals_unmerged(bias):
+    lora = with_lora(tiny_llama(qkv_bias=bias))
+    merged = merge_lora(copy.deepcopy(lora))
+    assert difference(lora, merged) < 1e-4 < 1e-1 < difference(merged, tiny_llama(qkv_bias=bias))
+    assert merged.state_dict().keys() == tiny_llama(qkv_bias=bias).state_dict().keys()
+    assert not any(isinstance(m, LoRALinear) for m in merged.modules())
+
+
+def test_merging_rounds_once():
+    lora = with_lora(tiny_llama().bfloat16(), alpha=0.05)
+    before = {f"layers.{i}.attention.{t}": getattr(lora.layers[i].attention, t) for i in (0, 1) for t in ("wq", "wv")}
+    merged = merge_lora(copy.deepcopy(lora))
+    for name, m in before.items():
+        exact = m.weight.double() + 0.05 / 3 * (m.lora_B.double() @ m.lora_A.double())
+        after = merged.get_submodule(name).weight
+        assert after.dtype == torch.bfloat16
+        # no farther from the exact sum than half a step of bfloat16 (8 bits); product and sum in bfloat16 would be
+        assert ((after.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-8).all()
+        assert not torch.equal(after, m.weight)
+
+
+def test_only_the_update_learns():
+    lora = with_lora(tiny_llama().requires_grad_(False), rank=2)
+    lora(TOKENS).square().mean().backward()
+    for name, p in lora.named_parameters():
+        if "lora_" in name:
+            assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0, name
+        else:
+            assert p.grad is None, name
+
+
+def test_every_B_has_a_gradient_from_the_first_step_on():
+    lora = apply_lora(tiny_llama().requires_grad_(False), 2, 4, ALL)
+    lora(TOKENS).square().mean().backward()
+    grads = [m.lora_B.grad for m in lora.modules() if isinstance(m, LoRALinear)]
+    assert len(grads) == 7 * 2 and all(g is not None and g.abs().sum() > 0 for g in grads)
+
+
+def test_targets():
+    for targets in itertools.chain.from_iterable(itertools.combinations(ALL, n) for n in range(1, 8)):
+        llama = apply_lora(tiny_llama(), 2, 4, list(targets))
+        found = {name.split(".")[-1] for name, m in llama.named_modules() if isinstance(m, LoRALinear)}
+        assert found == set(targets)
+    with pytest.raises(BadInput, match="q_proj"):
+        apply_lora(tiny_llama(), 2, 4, ["wq", "q_proj"])
+    for rank, targets in ((2, []), (0, ["wq"])):
+        with pytest.raises(BadInput, match="lora_rank"):
+            apply_lora(tiny_llama(), rank, 4, targets)
+    with pytest.raises(BadInput, match="already"):  # a second LoRA would throw the first one away
+        apply_lora(apply_lora(tiny_llama(), 2, 4, ["wq"]), 2, 4, ["wv"])
+
+
+def test_fp32_updates_beside_bf16_weights():
+    lora = with_lora(tiny_llama().bfloat16())
+    assert {p.dtype for name, p in lora.named_parameters() if "lora_" in name} == {torch.float32}
+    assert lora(TOKENS).dtype == torch.bfloat16
+
+
+def test_dropout_is_for_training_alone():
+    lora = with_lora(tiny_llama(), dropout=0.5)  # tiny_llama is in eval mode, and so is what is put into it
+    assert torch.equal(lora(TOKENS), lora(TOKENS))
+    lora.train()
+    assert not torch.equal(lora(TOKENS), lora(TOKENS))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PEFT's files
+
+SUBSETS = [ALL, ["wq", "wk", "wv", "wo"], ["w1", "w2", "w3"], ["wv", "w2"]]
+comma = lambda x: ",".join(x) if isinstance(x, list) else x
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("targets", SUBSETS, ids=comma)
+def test_peft_reads_what_we_save(tmp_path, targets, kind):
+    peft = pytest.importorskip("peft")
+    base = hf_folder(tmp_path / "base", kind=kind)
+    llama = with_lora(LLaMA.from_pretrained(str(tmp_path / "base")), targets=targets)
+    save_lora(llama, str(tmp_path / "lora"), "base")
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "lora")).eval()
+    assert distance(theirs, llama) < 1e-4
+    assert theirs.peft_config["default"].r == 3 and theirs.peft_config["default"].lora_alpha == 5
+    # and we read it back
+    assert difference(llama, load_lora(LLaMA.from_pretrained(str(tmp_path / "base")), str(tmp_path / "lora"))) == 0
+
+
+def peft_saves(folder, targets, **options):
+    """PEFT makes, fills and saves a LoRA on a tiny model -> its own model."""
+    peft = pytest.importorskip("peft")
+    base = hf_folder(folder / "base")
+    modules = [TARGETS[t].split(".")[1] for t in targets]
+    theirs = peft.get_peft_model(base, peft.LoraConfig(**{**dict(r=3, lora_alpha=5, target_modules=modules), **options})).eval()
+    torch.manual_seed(8)
+    for name, p in theirs.named_parameters():
+        if "lora_" in name:
+            p.data = torch.randn(p.shape) * 0.2
+    theirs.save_pretrained(folder / "lora")
+    return theirs
+
+
+@pytest.mark.parametrize("targets", SUBSETS, ids=comma)
+def test_we_read_what_peft_saves(tmp_path, targets):
+    theirs = peft_saves(tmp_path, targets)  # with every option of the installed version at its default
+    llama = load_lora(LLaMA.from_pretrained(str(tmp_path / "base")), str(tmp_path / "lora"))
+    assert distance(theirs, llama) < 1e-4
+    assert distance(theirs, merge_lora(llama)) < 1e-4
+    assert difference(llama, LLaMA.from_pretrained(str(tmp_path / "base"))) > 1e-1  # it is not the base that was compared
+
+
+@pytest.mark.parametrize("options", [dict(lora_dropout=0.3), dict(init_lora_weights="gaussian"), dict(init_lora_weights=False),
+                                     dict(target_modules="all-linear", task_type="CAUSAL_LM"), dict(target_modules=r".*\.(q_proj|up_proj)")], ids=lambda x: comma(list(x)))
+def test_options_of_peft_that_change_nothing(tmp_path, options):
+    theirs = peft_saves(tmp_path, ["wq", "w3"], **options)
+    assert distance(theirs, load_lora(LLaMA.from_pretrained(str(tmp_path / "base")), str(tmp_path / "lora"))) < 1e-4
+
+
+@pytest.mark.parametrize("option, value", [("use_rslora", True), ("use_dora", True), ("rank_pattern", {"q_proj": 4}), ("alpha_pattern", {"q_proj": 4}),
+                                           ("layers_to_transform", [0]), ("layers_to_transform", 1), ("bias", "all"), ("bias", "lora_only"),
+                                           ("modules_to_save", ["embed_tokens"]), ("init_lora_weights", "pissa"), ("init_lora_weights", "pissa_niter_4"),
+                                           ("init_lora_weights", "olora"), ("lora_bias", True), ("layer_replication", [[0, 2], [1, 2]]),
+                                           ("trainable_token_indices", [1, 2]), ("fan_in_fan_out", True)])
+def test_options_of_peft_that_we_lack_are_refused_by_name(tmp_path, option, value):
+    # some options need other layers, or are refused by one version of PEFT or another: of those the saved file is edited
+    if option in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights"):
+        peft_saves(tmp_path, ["wq", "wv"], **{option: value})
+    else:
+        peft_saves(tmp_path, ["wq", "wv"])
+        with edit(tmp_path / "lora", "adapter_config.json") as c:
+            assert option in c
+            c[option] = value
+    with pytest.raises(BadInput, match=option):
+        load_lora(LLaMA.from_pretrained(str(tmp_path / "base")), str(tmp_path / "lora"))
+
+
+def test_adapters_that_do_not_fit(tmp_path):
+    folder = tmp_path / "lora"
+    save_lora(with_lora(tiny_llama(), targets=["wq", "w2"]), str(folder))
+    file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    tensors, text = load_file(file), config.read_text()
+    name = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
+
+    def refused(*words):
+        with pytest.raises(BadInput) as e:
+            load_lora(tiny_llama(), str(folder))
+        assert all(w in str(e.value) for w in words), f"{words} not in: {e.value}"
+
+    for key, value in (("peft_type", "LOHA"), ("peft_type", None), ("r", None), ("lora_alpha", None), ("r", 4), ("an_option_of_tomorrow", 1)):
+        with edit(folder, "adapter_config.json") as c:
+            c.update({key: value}) if value else c.pop(key)
+        refused("adapter_config.json", key)
+        config.write_text(text)
+    save_file({k: v for k, v in tensors.items() if k != name}, file)
+    refused("layers.1.feed_forward.w2.lora_B")
+    save_file({**tensors, "base_model.model.lm_head.lora_A.weight": torch.ones(3, 32)}, file)
+    refused("lm_head")
+    save_file({**tensors, name.replace("layers.1", "layers.2"): tensors[name].clone()}, file)
+    refused("layers.2")
+    save_file({**tensors, name: torch.ones(31, 3)}, file)
+    refused("layers.1.feed_forward.w2.lora_B", "(31, 3)")
+    for damaged in (file.read_bytes()[:-9], b""):
+        file.write_bytes(damaged)
+        refused("adapter_model.safetensors")
+    file.unlink()
+    refused("adapter_model.safetensors")
+    config.unlink()
+    refused("adapter_config.json")
+    with pytest.raises(BadInput, match="no LoRA"):
+        save_lora(tiny_llama(), str(folder))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A Hugging Face folder out of a merged model
+
+def tokenizer(folder):
+    """Put a tokenizer.model of 18 pieces into a folder."""
+    SentencePieceTrainer.train(sentence_iterator=iter(["the weather will be fine in the north"] * 9), model_prefix=str(folder / "tokenizer"),
+                               vocab_size=18, minloglevel=2)
+
+
+def transformers_loads(folder, **how):
+    return pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(folder, **how).eval()
+
+
+@pytest.mark.parametrize("kind, changes", [("llama", {}), ("llama", dict(rope_parameters=LLAMA3)), ("mistral", dict(head_dim=16)),
+                                           ("qwen2", dict(tie_word_embeddings=True))], ids=lambda x: x if isinstance(x, str) else comma(list(x)))
+@pytest.mark.parametrize("form", ["new", "old"])
+def test_export_from_hugging_face(tmp_path, kind, changes, form):
+    hf_folder(tmp_path / "base", form, kind, **changes)
+    (tmp_path / "base" / "tokenizer_config.json").write_text("{}")
+    llama = merge_lora(with_lora(LLaMA.from_pretrained(str(tmp_path / "base"))))
+    export_hf(llama, str(tmp_path / "out"), str(tmp_path / "base"), shard_bytes=20_000)
+    files = {f.name for f in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors.index.json", "tokenizer_config.json"} <= files and sum("-of-" in f for f in files) > 2
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in llama.parameters())
+    assert distance(transformers_loads(tmp_path / "out"), llama) < 1e-4
+    assert difference(LLaMA.from_pretrained(str(tmp_path / "out")), llama) == 0
+    assert not (tmp_path / "out.part").exists()
+
+
+def test_export_from_meta(tmp_path):
+    model = tiny_hf(rope_parameters=dict(rope_type="default", rope_theta=500.0), rms_norm_eps=1e-3)
+    base, out = tmp_path / "base", str(tmp_path / "out")
+    meta_folder(base, model, shards=2, rope_theta=500.0)
+    tokenizer(base)
+    plain = LLaMA.from_pretrained(str(base))
+    export_hf(plain, out, str(base))
+    assert (tmp_path / "out" / "model.safetensors").exists() and (tmp_path / "out" / "tokenizer.model").exists()
+    assert distance(transformers_loads(out), plain) < 1e-4 and distance(model, plain) < 1e-4
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+    # weights that lie there in bfloat16 stay so, for transformers too, whatever type the source's config.json names
+    merged = merge_lora(with_lora(LLaMA.from_pretrained(out, torch.bfloat16)))
+    export_hf(merged, str(tmp_path / "bf16"), out)
+    theirs = transformers_loads(tmp_path / "bf16", dtype="auto")
+    assert theirs.dtype == torch.bfloat16
+    assert torch.equal(theirs.model.layers[1].mlp.down_proj.weight, merged.layers[1].feed_forward.w2.weight)
+
+
+def test_export_refuses(tmp_path):
+    hf_folder(tmp_path / "base")
+    llama = LLaMA.from_pretrained(str(tmp_path / "base"))
+    with pytest.raises(BadInput, match="not merged"):  # its update would be lost without a word
+        export_hf(with_lora(LLaMA.from_pretrained(str(tmp_path / "base"))), str(tmp_path / "out"), str(tmp_path / "base"))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    with pytest.raises((BadInput, OSError)):
+        export_hf(llama, str(tmp_path / "out"), str(tmp_path / "base"))
+    assert [f.name for f in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_merge_program(tmp_path, monkeypatch, capsys):
+    base, run = tmp_path / "base", tmp_path / "run"
+    model = tiny_sllama(base)
+    tokenizer(base)
+    with_lora(model.llm, targets=["wq", "w3"])
+    save_lora(model.llm, str(run / "best"))
+    save_file({k: v.detach().clone() for k, v in model.vision_state().items()}, run / "best" / "vision.safetensors")
+    config = dict(llm=str(base), bos_id=-1, eos_id=-1, ltn=True, ltn_dim=16, ltn_layers=1, ltn_heads=2, window=4, adaptor="mlp", prompt="{clip}",
+                  language="German", label_smoothing=0.0)
+    (run / "best" / "state.json").write_text(json.dumps({"config": config, "dim_in": 24, "step": 9}))
+    monkeypatch.setattr("sys.argv", ["lora.py", "merge", f"ckpt={run}", f"to={tmp_path / 'merged'}"])
+    main()
+    assert str(run) in capsys.readouterr().out
+    assert distance(transformers_loads(tmp_path / "merged"), model.llm) < 1e-4
+    with pytest.raises(BadInput, match="exists already"):
+        main()

@@ -1,0 +1,196 @@
+"""
+The embedded default: its sentences, its signs, its clips and its tiny LLaMA.
+
+    python -m pytest tests/test_toy.py
+"""
+import json
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from data import Tokenizer, read_video, stateless
+from model import LLaMA
+from scripts import toy
+
+
+@pytest.fixture(scope="module")
+def every():
+    """All sentences of the language, in the order of seed 1337."""
+    return toy.sentences(1337, None)
+
+
+# ---- the language
+
+def test_sentences_are_all_different(every):
+    assert len(every) > 10_000
+    assert len({german for *_, german in every}) == len(every)  # so no test sentence can be one of train's
+    assert len({(*signs, shaken) for signs, shaken, _ in every}) == len(every)  # and no two are signed alike
+    assert all("  " not in german and german == german.strip() and "{" not in german for *_, german in every)
+
+
+def test_sentences_follow_from_the_seed(every):
+    assert toy.sentences(1337, 50) == toy.sentences(1337, 50) == every[:50]
+    assert toy.sentences(1, 50) != every[:50]
+
+
+def test_what_is_tested_was_never_read(monkeypatch, tmp_path, every):
+    """Neither the train clips nor the LLaMA's text hold a dev or a test sentence."""
+    seen = {}
+    monkeypatch.setattr(toy, "make_clips", lambda root, seed, counts, workers, show: seen.update(clips=toy.sentences(seed, sum(counts.values())), counts=counts))
+    monkeypatch.setattr(toy, "train_llama", lambda folder, texts, *_: seen.update(texts=texts))
+    for name in ("read_clips", "prepare", "Extractor"):
+        monkeypatch.setattr(toy, name, lambda *args, **kwargs: [None])
+    toy.build(str(tmp_path), 1337, 100, 20, 30)
+    german = [g for *_, g in seen["clips"]]
+    train, held_out = set(german[:100]), set(german[100:])
+    assert list(seen["counts"].items()) == [("train", 100), ("dev", 20), ("test", 30)] and len(held_out) == 50
+    assert not train & held_out and not set(seen["texts"]) & held_out
+    assert train <= set(seen["texts"]) and len(seen["texts"]) == len(every) - 50
+
+
+def test_signs_stand_in_another_order_than_german_words():
+    (signs,) = [s for s, shaken, g in toy.sentences(1337, None) if g == "am montag regnet es im süden später bei zehn grad"]
+    assert signs == ["ZEHN", "SUED", "MONTAG", "SPAETER", "REGEN"]
+
+
+def test_the_head_shakes_for_a_negation_and_nothing_else(every):
+    said = {"nicht", "keine", "keinen"}
+    for signs, shaken, german in every:
+        assert (shaken == len(signs) - 1) == bool(said & set(german.split())) and shaken in (-1, len(signs) - 1)
+
+
+def test_sign_table():
+    table = toy.sign_table(1337)
+    assert table.keys() == set(toy.SIGNS) and table == toy.sign_table(1337) != toy.sign_table(1)
+    forms = [tuple(map(str, form)) for form in table.values()]
+    for i, a in enumerate(forms):
+        assert all(sum(x != y for x, y in zip(a, b)) >= 2 for b in forms[:i])  # no two are hard to tell apart
+
+
+# ---- the figure
+
+SIGNS = ["ZEHN", "SUED", "MONTAG", "REGEN"]
+
+
+def test_negated_twins_differ_in_the_head_alone():
+    table = toy.sign_table(1337)
+    plain, shaken = (toy.choreography(SIGNS, s, table, stateless(1337, "clip", 0)) for s in (-1, len(SIGNS) - 1))
+    for a, b in zip(plain[:3], shaken[:3]):  # hands and fingers
+        assert a.shape == b.shape and (a == b).all()
+    assert len(plain[3]) == len(plain[0]) and not plain[3].any()
+    turn = shaken[3]
+    assert abs(turn).max() > 0.2 and not turn[:len(turn) // 2].any()  # from the last sign on
+    a, b = (toy.render(SIGNS, s, table, stateless(1337, "clip", 0)).astype(int) for s in (-1, len(SIGNS) - 1))
+    differ = (a != b).any((0, 2, 3))  # rows of the picture
+    assert differ[:20].any() and not differ[30:].any()
+
+
+def test_clips_follow_from_their_key():
+    table = toy.sign_table(1337)
+    render = lambda *key: toy.render(SIGNS, -1, table, stateless(*key))
+    a, again, b = render(1337, "clip", 0), render(1337, "clip", 0), render(1337, "clip", 1)
+    assert a.dtype == np.uint8 and a.shape[1:] == (64, 64, 3) and (a == again).all()
+    assert a.shape != b.shape or (a != b).any()  # no two performances are the same
+    order = [toy.choreography(s, -1, table, stateless(0))[0] for s in (SIGNS, SIGNS[::-1])]
+    assert order[0].shape != order[1].shape or abs(order[0] - order[1]).max() > 0.1
+
+
+def test_every_sign_can_be_rendered():
+    table = toy.sign_table(1337)
+    for i, sign in enumerate(toy.SIGNS):
+        right, left, fingers, head = toy.choreography([sign], 0, table, stateless(i))
+        assert len(right) == len(left) == len(fingers) == len(head) > 8
+        assert all(np.isfinite(x).all() for x in (right, left, head)) and abs(right).max() < 1.1 and abs(left).max() < 1.1  # in the picture
+
+
+def test_mp4_holds_every_frame(tmp_path):
+    clip = toy.render(SIGNS, -1, toy.sign_table(1337), stateless(0))
+    path = str(tmp_path / "a.mp4")
+    toy.write_mp4(path, clip)
+    back = read_video(path)
+    assert back.shape == clip.shape and abs(back.astype(int) - clip.astype(int)).mean() < 6
+    toy.make_clip((path, SIGNS, -1, 1337, 0))
+    assert len(read_video(path)) == len(toy.render(SIGNS, -1, toy.sign_table(1337), stateless(1337, "clip", 0)))
+
+
+# ---- the tiny LLaMA
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, every):
+    """A LLaMA after two steps: its folder, its tokenizer and the model as it was before it was written."""
+    folder = str(tmp_path_factory.mktemp("toy") / "llm")
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy, "LLaMA", lambda args: made.append(LLaMA(args)) or made[-1])
+        toy.train_llama(folder, [g for *_, g in every[:500]], 1337, 2, 4)
+    return SimpleNamespace(folder=folder, tokenizer=Tokenizer(folder), model=made[0])
+
+
+def test_content_words():
+    draw = lambda text, k=0: toy.content_words(text, stateless(k))
+    text = "am montag gibt es im süden keine wolken"
+    kept = [draw(text, k) for k in range(200)]
+    assert all({"montag", "süden", "nicht", "wolken"} <= set(words) <= {*text.split(), "nicht"} - {"keine"} for words in kept)
+    assert len({tuple(words) for words in kept if len(words) == 4}) == 24  # in any order
+    assert sum(len(words) == 4 for words in kept) > 100  # function words are the exception
+
+
+def test_text_batches(trained, every):
+    texts = [g for *_, g in every[:12]]
+    tokenizer = trained.tokenizer
+    tokens, pos, docs, at, targets, signed = toy.text_batch_of(texts, tokenizer, stateless(0))
+    N = tokens.shape[1]
+    assert tokens.shape == pos.shape == (1, N) and signed.shape == (N,) and docs.lens.sum() == N and len(docs.lens) == 12
+    answers = [tokenizer.encode(t) + [tokenizer.eos_id] for t in texts]
+    assert targets.tolist() == sum(answers, [])
+    prompt = tokenizer.encode(toy.PROMPT.split("{clip}")[1].strip())
+    start, i, prompted = 0, 0, 0
+    for n, answer, text in zip(docs.lens.tolist(), answers, texts):
+        document, blurred = tokens[0, start:start + n].tolist(), signed[start:start + n]
+        assert document[0] == tokenizer.bos_id and pos[0, start:start + n].tolist() == list(range(n))
+        assert at[i:i + len(answer)].tolist() == list(range(start + n - len(answer), start + n))  # each target is the token after its place
+        assert document[n - len(answer) + 1:] == answer[:-1]
+        words = [t for t, b in zip(document, blurred) if b]
+        assert set(tokenizer.decode(words).split()) <= set(text.split()) | {"nicht"}
+        assert len(words) > len(set(words)) and not blurred[n - len(answer) + 1:].any()  # as long as a sign; what is learnt stays clear
+        prompted += document[n - len(answer) + 1 - len(prompt):n - len(answer) + 1] == prompt
+        start, i = start + n, i + len(answer)
+    assert 0 < prompted < 12  # about half of them
+    again = toy.text_batch_of(texts, tokenizer, stateless(0))
+    assert (tokens == again[0]).all() and (signed == again[-1]).all()
+
+
+def test_tokenizer(trained, every):
+    tokenizer = trained.tokenizer
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    for *_, german in every[:20]:
+        assert tokenizer.decode(tokenizer.encode(german)) == german
+    assert len(tokenizer.encode("montag")) == len(tokenizer.encode("nicht")) == 1  # a word, a piece
+    assert tokenizer.decode(tokenizer.encode("日本 Ω")) == "日本 Ω"  # bytes, where there is no piece
+
+
+def test_llama_folder(trained):
+    assert sorted(os.listdir(trained.folder)) == ["consolidated.00.pth", "params.json", "tokenizer.model"]  # Meta's layout
+    params = json.load(open(os.path.join(trained.folder, "params.json")))
+    assert params["dim"] == 128 and params["vocab_size"] == -1  # as Meta ships it
+    llama = LLaMA.from_pretrained(trained.folder)
+    assert llama.args.vocab_size >= trained.tokenizer.vocab_size
+    saved, kept = torch.load(os.path.join(trained.folder, "consolidated.00.pth"), weights_only=True), trained.model.state_dict()
+    assert saved.keys() == kept.keys()
+    assert (saved["layers.0.attention.wq.weight"] != kept["layers.0.attention.wq.weight"]).any()  # rotary pairs side by side in the file
+    tokens = torch.tensor([[1, 300, 301, 302, 5, 6, 7, 400]])
+    with torch.no_grad():
+        torch.testing.assert_close(llama(tokens), trained.model(tokens), rtol=0, atol=0)  # there and back
+
+
+def test_llama_follows_from_the_seed(trained, tmp_path, every):
+    toy.train_llama(str(tmp_path / "llm"), [g for *_, g in every[:500]], 1337, 2, 4)
+    for name in os.listdir(trained.folder):
+        if name.endswith(".pth"):
+            a, b = (torch.load(os.path.join(f, name), weights_only=True) for f in (trained.folder, str(tmp_path / "llm")))
+            assert all((a[k] == b[k]).all() for k in a)
+        else:
+            assert open(os.path.join(trained.folder, name), "rb").read() == open(tmp_path / "llm" / name, "rb").read()
