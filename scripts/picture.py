@@ -43,7 +43,7 @@ def main():
              (55, 16, "Adaptor\nW₂ GELU(W₁ x)", "#ffd9a8"), (75, 44, "LLaMA, frozen, + LoRA\n[INST] <sign> frames </sign> Translate … [/INST]", "#c9dcf2"))
     for x, width, text, colour in boxes:
         ax.add_patch(plt.Rectangle((x, 15), width, 9, facecolor=colour, edgecolor="#555555"))
-        ax.text(x + width / 2, 19.5, text, ha="center", va="center", fontsize=8.5)
+        ax.text(x + width / 2, 19.5, text, ha="center", va="center", fontsize=8)
     arrow = dict(arrowstyle="->", color="#555555", lw=1.5)
     for a, b in ((23, 27), (51, 55), (71, 75)):
         ax.annotate("", (b, 19.5), (a, 19.5), arrowprops=arrow)
