@@ -464,7 +464,9 @@ class Clips:
         if missing := [r["name"] for r in self.rows if r["name"] not in self.store.names]:
             raise BadInput(f"{self.store.path}: has no features of clip {missing[0]} ({len(missing)} missing); run data.py again")
         self.max_frames = max_frames
-        self.too_long = sum(bool(max_frames) and r.get("frames", 0) > max_frames for r in self.rows)
+        lengths = [self.store.file.get_slice(r["name"]).get_shape()[0] for r in self.rows]
+        self.lengths = [min(n, max_frames or n) for n in lengths]  # frames of each clip, as they will be used
+        self.too_long = sum(n > m for n, m in zip(lengths, self.lengths))
 
     def __len__(self):
         return len(self.rows)

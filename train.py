@@ -152,9 +152,8 @@ def evaluate(model, dev, prompt, tokenizer, device, cfg):
         if isinstance(m, FSDPModule):
             m.unshard()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    lengths = [row["frames"] for row in dev.rows]
     for start in range(0, len(dev), 16 * world()):  # as many forwards on every process
-        indices = share(range(start, min(start + 16 * world(), len(dev))), lengths, world())[rank()]
+        indices = share(range(start, min(start + 16 * world(), len(dev))), dev.lengths, world())[rank()]
         loss, n = model(micro_batch(dev, indices, prompt, tokenizer, device))
         sums += torch.tensor([loss.item(), n], dtype=torch.float64, device=device)
     dist.all_reduce(sums)
@@ -293,21 +292,20 @@ def main():
     dev = Clips(cfg.data_dir, cfg.dataset, cfg.backbone, "dev", cfg.max_frames) if has_dev else None
     extractor = json.loads(clips.store.metadata.get("settings", "{}"))
     dim_in = clips.features(0).shape[1]
-    lengths = [row["frames"] for row in clips.rows]
-    print0(f"data: {cfg.dataset}, {len(clips)} train clips of {sum(lengths) / len(clips):.0f} frames, features {cfg.backbone} of width {dim_in}, "
+    print0(f"data: {cfg.dataset}, {len(clips)} train clips of {sum(clips.lengths) / len(clips):.0f} frames, features {cfg.backbone} of width {dim_in}, "
            + (f"{len(dev)} dev clips" if dev else "no dev score: best/ is not written, eval.py takes last/"))
     if cfg.max_frames:
         print0(f"data: {clips.too_long} train clips are longer than max_frames={cfg.max_frames} and are thinned out evenly")
 
     # ---- where to start
-    source, done = None, {"step": 0, "best": None}
-    if cfg.resume and any(os.path.exists(os.path.join(p, "state.json")) for p in (last, last + ".old")):
-        source = last if os.path.exists(os.path.join(last, "state.json")) else last + ".old"
-    elif cfg.resume:
+    source, tensors, done = None, {}, {"step": 0, "best": None}
+    if cfg.resume:
+        source = next((p for p in (last, last + ".old") if os.path.exists(os.path.join(p, "state.json"))), None)
+    resuming = source is not None
+    if cfg.resume and not resuming:
         print0(f"resume=true: {run_folder} holds no checkpoint yet, starting at step 0")
-    elif cfg.init_from or cfg.stage == "sft":
+    if not resuming and (cfg.init_from or cfg.stage == "sft"):
         source = find_checkpoint(cfg.init_from or os.path.join(run_dir, "align"))
-    state, tensors, resuming = None, {}, cfg.resume and source is not None
     if source:
         state, tensors, _ = read_checkpoint(source)
         for key in FITS if resuming else SHAPE:
@@ -390,7 +388,7 @@ def main():
         if at == 0 or step == done["step"]:
             order = stateless(cfg.seed, "order", epoch).permutation(len(clips))
         chosen = order[at * cfg.batch_size:(at + 1) * cfg.batch_size].tolist()
-        mine = share(chosen, lengths, parts)[rank() * cfg.grad_accum:(rank() + 1) * cfg.grad_accum]
+        mine = share(chosen, clips.lengths, parts)[rank() * cfg.grad_accum:(rank() + 1) * cfg.grad_accum]
         batches = [micro_batch(clips, part, prompt, tokenizer, device, cfg.frame_drop, (cfg.seed, "drop", epoch)) for part in mine]
         sums = torch.tensor([sum(len(b.targets) for b in batches), sum(len(b.tokens) for b in batches)], dtype=torch.float64, device=device)
         dist.all_reduce(sums)
