@@ -134,11 +134,13 @@ def deal_out(rows, ratio):
     return {"train": rows[:a], "dev": rows[a:b], "test": rows[b:]}
 
 
+READERS = {"clips": read_clips}  # form of a folder -> function of the folder: ({split: [row]}, whether the folder itself says the splits)
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Feature extraction and store
 
 class Extractor:
-    """A frozen CNN with the preparation of its frames: squeezed to size, centre-cropped, normalised to [-1, 1]. .features(path) -> (T, D)."""
+    """A frozen CNN with the preparation of its frames: squeezed to size, centre-cropped, normalised to [-1, 1]. Called with a path -> float16 (T, D)."""
 
     SIZES = {"toycnn": (64, 64), "googlenet": (256, 224)}  # side after squeezing, side of the centre crop
 
@@ -148,8 +150,10 @@ class Extractor:
         if backbone == "googlenet" and not weights:
             raise BadInput("weights: googlenet needs a file of torchvision's weights (googlenet-1378be20.pth)")
         self.settings = {"backbone": backbone, "weights": weights}
+        if weights and os.path.exists(weights):
+            self.settings["weights_file"] = fingerprint(weights)  # features of other weights are other features
         self.size, self.crop = self.SIZES[backbone]
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self.device = pick_device(device)[0]
         self.cnn = (RandomCNN() if backbone == "toycnn" else GoogLeNet().load(weights)).to(self.device, memory_format=torch.channels_last)
 
     @torch.inference_mode()
@@ -176,9 +180,25 @@ class Extractor:
 
 
 def fingerprint(path):
-    """Changes when a clip's file does; a folder of frames, when files come or go."""
-    stat = os.stat(path)
-    return f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
+    """Changes when a file does, or one of the files in a folder of frames."""
+    stats = [f.stat() for f in os.scandir(path)] if os.path.isdir(path) else [os.stat(path)]
+    return f"{os.path.abspath(path)} {len(stats)} {sum(s.st_size for s in stats)} {max((s.st_mtime_ns for s in stats), default=0)}"
+
+
+def thin(x, max_frames):
+    """Features (T, D) -> at most max_frames of them (0: all), evenly spaced; in training and test alike."""
+    return x[torch.linspace(0, len(x) - 1, max_frames).long()] if 0 < max_frames < len(x) else x
+
+
+def pick_device(device="auto"):
+    """-> (torch.device of this process, the reason). A GPU is taken where there is one for each process."""
+    processes, local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or (device == "auto" and gpus < processes):
+        return torch.device("cpu"), f"device={device}" if device == "cpu" else f"auto: {processes} process(es), {gpus} GPU(s)"
+    if gpus < processes:
+        raise BadInput(f"device=cuda: {gpus} GPU(s) for {processes} process(es)")
+    return torch.device("cuda", local), f"{device}: {processes} process(es), {gpus} GPU(s)"
 
 
 def write_store(path, arrays, metadata):
@@ -474,9 +494,7 @@ class Clips:
     def features(self, i, drop=0.0, key=()):
         """(T, D) of clip i. More than max_frames are thinned out evenly, in training and test alike; drop: share of frames left out at random."""
         row = self.rows[i]
-        x = self.store[row["name"]]
-        if self.max_frames and len(x) > self.max_frames:
-            x = x[torch.linspace(0, len(x) - 1, self.max_frames).long()]
+        x = thin(self.store[row["name"]], self.max_frames)
         if drop:
             keep = stateless(*key, row["name"]).random(len(x)) >= drop
             x = x[torch.from_numpy(keep)] if keep.any() else x[:1]
@@ -489,14 +507,14 @@ class Clips:
 
 
 def main():
-    cfg = configure(__file__, choices={"reader": ("", "clips"), "device": ("auto", "cpu", "cuda")})
+    cfg = configure(__file__, choices={"reader": ("", *READERS), "device": ("auto", "cpu", "cuda")})
     if not cfg.root:
         raise BadInput("root: say where the clips lie, root=FOLDER")
     if not re.fullmatch(r"[\w.-]+", cfg.dataset) or cfg.dataset.startswith("."):
         raise BadInput(f"dataset={cfg.dataset}: a name of letters, digits, '_', '-' and '.'")
     extractor = Extractor(cfg.backbone, cfg.weights, cfg.device)
     print0(f"backbone {cfg.backbone}: {sum(p.numel() for p in extractor.cnn.parameters()) / 1e6:.1f}M frozen parameters on {extractor.device}")
-    splits, dealt = read_clips(cfg.root)
+    splits, dealt = READERS[cfg.reader or (cfg.dataset if cfg.dataset in READERS else "clips")](cfg.root)
     rows = [row for split in SPLITS for row in splits[split]]
     if not dealt and len(rows) >= 20:
         splits = deal_out(rows, cfg.ratio)

@@ -13,14 +13,15 @@ import os
 import re
 import sys
 import time
+from datetime import timedelta
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from sacrebleu.metrics import BLEU, CHRF
 
-from config import BadInput, configure, print0, rank, launch
-from data import SPLITS, Clips, Extractor, Progress, Sample, Tokenizer, pack, prompt_ids, stateless, world
+from config import BadInput, configure, launch, print0, rank, usage_error
+from data import SPLITS, Clips, Extractor, Progress, Sample, Tokenizer, pack, pick_device, prompt_ids, stateless, thin, world
 from lora import apply_lora, read_adapter
 from model import Cache, SLLaMA, fill, load_json, load_tensors, open_llm
 
@@ -59,6 +60,15 @@ def _metric(lang, order=4):
         raise BadInput(f"lang={lang}: is no language code such as de, en, zh")
     # one character a token for Chinese and its like, sacrebleu's default for languages with spaces
     return BLEU(tokenize="char" if lang in UNSPACED else "13a", smooth_method="exp", max_ngram_order=order, force=True)
+
+
+def language_code(language, lang=""):
+    """The name of a language in a prompt, or its code where one is given -> code. BadInput names the variable, before anything is computed."""
+    lang = lang or LANGUAGES.get(language, "")
+    if not lang:
+        raise BadInput(f"lang: say the code of {language}, lang=xx")
+    _metric(lang)
+    return lang
 
 
 def _check(hyps, refs):
@@ -205,14 +215,14 @@ def pick_dtype(dtype, device):
     """-> (torch dtype, the reason)"""
     if dtype != "auto":
         return getattr(torch, dtype), f"dtype={dtype}"
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "auto: a GPU with bfloat16"
-    return torch.float32, "auto: " + ("a GPU without bfloat16" if device.type == "cuda" else "no GPU")
+    return torch.float32, "auto: " + ("a GPU without its own bfloat16" if device.type == "cuda" else "no GPU")
 
 
 def find_checkpoint(path):
     """A run folder (its best/, else its last/) or a checkpoint folder -> checkpoint folder."""
-    for sub in ("", "best", "last", "last.old"):  # last.old: a kill between the two renames of a save
+    for sub in ("", "best", "best.old", "last", "last.old"):  # .old: a kill between the two renames of a save
         if os.path.exists(os.path.join(path, sub, "state.json")):
             return os.path.join(path, sub).rstrip("/")
     raise BadInput(f"{path}: holds no checkpoint (neither it nor its best/ or last/ has a state.json)")
@@ -235,7 +245,7 @@ def load_model(ckpt, device="auto", dtype="auto", **overrides):
     """A trained model from a run or checkpoint folder -> (SLLaMA in eval mode, Tokenizer, the run's configuration). dtype "stored": the LLM's own."""
     state, tensors, lora = read_checkpoint(find_checkpoint(ckpt))
     cfg = SimpleNamespace(**state["config"] | {k: v for k, v in overrides.items() if v not in ("", -1)}, state=state)
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    device = pick_device(device)[0]
     args, _, read = open_llm(cfg.llm)
     dtype = read("tok_embeddings.weight").dtype if dtype == "stored" else pick_dtype(dtype, device)[0]
     with torch.device("meta"):
@@ -305,9 +315,11 @@ def score_file(path, lang):
 def main():
     cfg = configure(__file__, choices={"split": SPLITS, "control": ("none", "shuffle", "blank", "noise"), "device": ("auto", "cpu", "cuda"),
                                        "dtype": ("auto", "float32", "bfloat16", "float16")})
-    for key in ("beam", "max_new_tokens", "batch_size"):
-        if getattr(cfg, key) < 1:
-            usage_error(__file__, f"{key}={getattr(cfg, key)}: must be at least 1")
+    for key, low in {"beam": 1, "max_new_tokens": 1, "batch_size": 1, "seed": 0}.items():
+        if getattr(cfg, key) < low:
+            usage_error(__file__, f"{key}={getattr(cfg, key)}: must be at least {low}")
+    if rank() and (cfg.hyps or cfg.video or cfg.videos):
+        return  # one process is enough, and the sentence is to be printed once
     if cfg.hyps:
         return score_file(cfg.hyps, cfg.lang)
     folder = cfg.ckpt or newest_run(cfg.out_dir)
@@ -321,20 +333,22 @@ def main():
 
     if cfg.video or cfg.videos:
         made = trained.state["extractor"]
-        if made.get("imported"):
-            raise BadInput(f"video: the run was trained on imported features ({made['backbone']}); nothing here can compute them from a clip")
         extractor = Extractor(made["backbone"], cfg.weights or made["weights"], cfg.device)
         paths = [cfg.video] if cfg.video else sorted(os.path.join(cfg.videos, f) for f in os.listdir(cfg.videos))
         for path in paths:
             if cfg.videos and not os.path.isdir(path) and not path.lower().endswith(VIDEO_ENDINGS):
                 say(f"{path}: passed over, its ending is none of {' '.join(VIDEO_ENDINGS)}")
                 continue
-            (sentence,) = translate(sllama, [torch.from_numpy(extractor(path))], tokenizer, **how)
+            features = torch.from_numpy(extractor(path))
+            if 0 < trained.max_frames < len(features):
+                say(f"{path}: {len(features)} frames are thinned out evenly to max_frames={trained.max_frames}, as in training")
+            (sentence,) = translate(sllama, [thin(features, trained.max_frames)], tokenizer, **how)
             print(" ".join(sentence.split()) if cfg.video else f"{os.path.basename(path)}\t{' '.join(sentence.split())}", flush=True)
         return
 
+    lang = language_code(trained.language, cfg.lang or trained.lang)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timedelta(hours=2))
     clips = Clips(trained.data_dir, trained.dataset, trained.backbone, cfg.split, trained.max_frames)
     if clips.too_long:
         say(f"{clips.too_long} of {len(clips)} clips are longer than max_frames={trained.max_frames} and are thinned out evenly, as in training")
@@ -354,10 +368,7 @@ def main():
     if rank():
         return
     found, refs = [out[i] for i in range(len(clips))], [row["text"] for row in clips.rows]
-    language = cfg.lang or LANGUAGES.get(trained.language) or ""
-    if not language:
-        raise BadInput(f"lang: say the code of {trained.language}, lang=xx")
-    scores = report(found, refs, language) | {"control": cfg.control, "split": cfg.split, "dataset": trained.dataset, "checkpoint": find_checkpoint(folder),
+    scores = report(found, refs, lang) | {"control": cfg.control, "split": cfg.split, "dataset": trained.dataset, "checkpoint": find_checkpoint(folder),
                                               "step": trained.state["step"], "decoding": how, "seconds": round(time.time() - start, 1)}
     for row, hyp in list(zip(clips.rows, found))[:3]:
         print(f"\n{row['name']}\n  reference  {row['text']}\n  model      {hyp}")

@@ -8,13 +8,14 @@ import json
 import os
 import re
 import shutil
+import sys
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from config import BadInput, configure, launch
+from config import BadInput, configure, launch, usage_error
 
 ckpt = "out/toy/sft"  # run or checkpoint folder of the sft stage
 to = "merged"  # folder to write; it must not exist
@@ -191,15 +192,16 @@ def export_hf(llama, folder, source, shard_bytes=5 * 10**9):
 
 
 def main():
-    import sys
-
     from eval import load_model
-    if sys.argv[1:2] != ["merge"]:
-        sys.argv.insert(1, "help")
-    cfg = configure(__file__, [a for a in sys.argv[1:] if a != "merge"])
+    words = [a for a in sys.argv[1:] if a != "merge"]
+    if len(words) == len(sys.argv) - 1 and not {"help", "--help", "-h"} & set(words):
+        usage_error(__file__, "say what to do: python lora.py merge ckpt=RUN to=FOLDER")
+    cfg = configure(__file__, words)
     if os.path.exists(cfg.to):
         raise BadInput(f"to={cfg.to}: exists already")
     sllama, tokenizer, trained = load_model(cfg.ckpt, device="cpu", dtype="stored", llm=cfg.llm)
+    if not layers(sllama.llm):
+        raise BadInput(f"ckpt={cfg.ckpt}: has no LoRA (stage={trained.stage}), there is nothing to merge")
     export_hf(merge_lora(sllama.llm), cfg.to, trained.llm)
     print(f"{cfg.to}: {trained.llm} with the LoRA of {cfg.ckpt} merged in")
 

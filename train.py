@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -23,8 +24,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from config import BadInput, configure, launch, print0, rank, usage_error
-from data import Clips, Tokenizer, pack, prompt_ids, stateless, world
-from eval import LANGUAGES, bleu, find_checkpoint, pick_dtype, read_checkpoint, rouge, translate
+from data import Clips, Tokenizer, pack, pick_device, prompt_ids, stateless, world
+from eval import bleu, find_checkpoint, language_code, pick_dtype, read_checkpoint, rouge, translate
 from lora import TARGETS, adapter, apply_lora, write_adapter
 from model import SLLaMA, fill, full, load_tensors, open_llm
 
@@ -53,7 +54,8 @@ lora_alpha = 16.0  # the update is scaled by alpha/rank (paper: silent)
 lora_dropout = 0.0  # (paper: silent)
 lora_targets = "wq,wk,wv,wo"  # of wq,wk,wv,wo,w1,w2,w3 (paper: each attention weight)
 max_frames = 0  # longer clips are thinned out evenly to so many, 0 = no limit (paper: silent)
-language = "German"  # goes into the prompt and picks BLEU's tokens
+language = "German"  # its name goes into the prompt
+lang = ""  # its code, which picks BLEU's tokens; "" = by language: German, English, Chinese
 label_smoothing = 0.0  # (paper: silent)
 # the optimizer
 grad_accum = 1  # micro-batches a step and process (paper: silent)
@@ -62,6 +64,7 @@ warmup = 30  # steps of linear warm-up, then cosine to a tenth (paper: silent)
 grad_clip = 1.0  # largest norm of the gradient, 0 = any (paper: silent)
 max_steps = -1  # stop here, 0 = after one epoch, -1 = never; the learning rate keeps to epochs
 # the machine
+device = "auto"  # auto (a GPU where there is one for each process), cpu, cuda
 dtype = "auto"  # of the frozen weights and the arithmetic: auto, float32, bfloat16, float16; what learns is float32
 compile = False  # torch.compile on each block
 activation_checkpointing = False  # recompute the LLM's blocks in the backward pass
@@ -96,22 +99,17 @@ sft = {
 }
 
 SHAPE = ("ltn", "ltn_dim", "ltn_layers", "ltn_heads", "window", "adaptor", "backbone")  # a stage must agree in these with the one it starts from
-FITS = SHAPE + ("stage", "dataset", "llm", "lora_rank", "lora_alpha", "lora_targets", "train_ltn", "train_embeddings", "freeze_llm", "batch_size",
-                "epochs", "seed")  # and a resumed run in these too
+FREE = ("resume", "run", "out_dir", "data_dir", "init_from", "device", "dtype", "compile", "activation_checkpointing", "cpu_offload", "grad_accum",
+        "max_steps", "log_every", "eval_every", "save_every")  # and a resumed run with itself in all but these
 
 
-def setup(cfg):
-    """Join the process group (one process needs no torchrun) -> this process's device."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
+def setup(device):
+    """Join the process group; one process needs no torchrun."""
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # gloo beside NCCL: cpu_offload clips its gradients on the CPU
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return device
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo beside NCCL: cpu_offload clips its gradients on the CPU
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)  # the others wait while the first one makes the toy
 
 
 def shard(model, device, dtype, cfg):
@@ -144,7 +142,7 @@ def micro_batch(clips, indices, prompt, tokenizer, device, drop=0.0, key=()):
 
 
 @torch.no_grad()
-def evaluate(model, dev, prompt, tokenizer, device, cfg):
+def evaluate(model, dev, prompt, tokenizer, device, lang, cfg):
     """Dev loss a token, and BLEU and ROUGE of real decoding, the clips shared out. -> dict, the same on every process."""
     model.eval()
     model.set_reshard_after_forward(False)  # gather the weights once; from here on a forward needs no other process
@@ -160,7 +158,7 @@ def evaluate(model, dev, prompt, tokenizer, device, cfg):
     scores = {"dev_loss": (sums[0] / sums[1]).item()}
     chosen = range(len(dev))[:cfg.eval_clips if cfg.eval_clips >= 0 else None]
     if chosen:
-        mine = list(chosen)[rank()::world()]
+        mine = list(chosen)[rank()::world()] or [0]  # FSDP2 remembers who computed last: all must have, or the next backward hangs
         # compiled blocks would be compiled anew for every length of the cache
         with torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext():
             longest = max(len(tokenizer.encode(row["text"])) for row in dev.rows)  # a model that has not learnt to end need not babble on
@@ -169,7 +167,6 @@ def evaluate(model, dev, prompt, tokenizer, device, cfg):
         dist.all_gather_object(gathered, hyps)
         hyps = {i: s for part in gathered for i, s in part.items()}
         pair = [hyps[i] for i in chosen], [dev.rows[i]["text"] for i in chosen]
-        lang = LANGUAGES.get(cfg.language, "de")
         scores |= {"dev_bleu": bleu(*pair, lang), "dev_rouge": rouge(*pair, lang)}
     for m in model.modules():
         if isinstance(m, FSDPModule):
@@ -217,7 +214,7 @@ def load_optimizer(path, model, optimizer, step):
     moments = load_tensors(path)
     for name, p in model.named_parameters():
         if p.requires_grad:
-            optimizer.state[p] = {"step": torch.tensor(float(step))}
+            optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device)}
             for key in ("exp_avg", "exp_avg_sq"):
                 if f"{key}.{name}" not in moments:
                     raise BadInput(f"{path}: has no {key}.{name}")
@@ -276,8 +273,12 @@ def main():
     cfg = configure(__file__, stages=("align", "sft"), choices={"stage": ("align", "sft"), "adaptor": ("mlp", "mlp_noact", "linear"),
                                                                 "dtype": ("auto", "float32", "bfloat16", "float16")})
     check(cfg)
+    if not cfg.llm and cfg.dataset != "toy":
+        usage_error(__file__, f"llm: dataset={cfg.dataset} needs one, llm=FOLDER; the toy's own knows nothing but the toy's German")
     cfg.llm = cfg.llm or os.path.join(cfg.data_dir, "toy", "llm")
-    device = setup(cfg)
+    lang = language_code(cfg.language, cfg.lang)
+    device, device_why = pick_device(cfg.device)
+    setup(device)
     run_dir = os.path.join(cfg.out_dir, cfg.dataset, cfg.run)
     run_folder = os.path.join(run_dir, cfg.stage)
     last, best = (os.path.join(run_folder, name) for name in ("last", "best"))
@@ -298,7 +299,7 @@ def main():
         print0(f"data: {clips.too_long} train clips are longer than max_frames={cfg.max_frames} and are thinned out evenly")
 
     # ---- where to start
-    source, tensors, done = None, {}, {"step": 0, "best": None}
+    source, tensors, done = None, {}, {"step": 0, "best": None, "skipped": 0}
     if cfg.resume:
         source = next((p for p in (last, last + ".old") if os.path.exists(os.path.join(p, "state.json"))), None)
     resuming = source is not None
@@ -308,11 +309,12 @@ def main():
         source = find_checkpoint(cfg.init_from or os.path.join(run_dir, "align"))
     if source:
         state, tensors, _ = read_checkpoint(source)
-        for key in FITS if resuming else SHAPE:
-            if state["config"].get(key) != getattr(cfg, key):
-                raise BadInput(f"{source}: was trained with {key}={state['config'].get(key)}, this run says {key}={getattr(cfg, key)}")
+        for key in sorted(vars(cfg).keys() - FREE) if resuming else SHAPE + ("llm",):
+            was, now = state["config"].get(key), getattr(cfg, key)
+            if was != now and not (key == "llm" and os.path.realpath(was) == os.path.realpath(now)):
+                raise BadInput(f"{source}: was trained with {key}={was}, this run says {key}={now}")
         if resuming:
-            done = {"step": state["step"], "best": state["best"]}
+            done = {key: state[key] for key in done}
 
     # ---- model: its structure on the meta device, then sharded, then filled tensor by tensor
     args = open_llm(cfg.llm)[0]
@@ -349,13 +351,13 @@ def main():
         if found := [p for k, p in learning.items() if k.startswith(part) or part in k and part == "lora_"]:
             print0(f"learns: {part.rstrip('_'):18} {count(found)}")
     print0(f"learns: {count(learning.values())} in all; frozen: {count(p for p in model.parameters() if not p.requires_grad)}")
-    print0(f"dtype {str(torch_dtype).removeprefix('torch.')} ({why}), what learns in float32; {world()} process(es) on {device.type} (" + ("a GPU is there)" if device.type == "cuda" else "no GPU)"))
+    print0(f"dtype {str(torch_dtype).removeprefix('torch.')} ({why}), what learns in float32; on {device.type} ({device_why})")
 
     # ---- optimizer and its schedule
     groups = [{"params": [p for p in learning.values() if (p.dim() > 1) == matrices], "weight_decay": cfg.weight_decay * matrices} for matrices in (True, False)]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(0.9, 0.95), fused=True)
     if resuming:
-        load_optimizer(os.path.join(source, "optimizer.safetensors"), model, optimizer, done["step"])
+        load_optimizer(os.path.join(source, "optimizer.safetensors"), model, optimizer, done["step"] - done["skipped"])
     per_epoch = -(-len(clips) // cfg.batch_size)
     total = cfg.epochs * per_epoch
     stop = total if cfg.max_steps < 0 else min(total, cfg.max_steps or per_epoch)
@@ -378,8 +380,7 @@ def main():
     # ---- the loop
     prompt = prompt_ids(model.prompt, tokenizer)
     parts = world() * cfg.grad_accum
-    scale = 2.0**10 if torch_dtype == torch.float16 else 1.0  # keeps small gradients out of float16's underflow
-    best_score, checkpoint = done["best"], {"config": vars(cfg), "dim_in": dim_in, "extractor": extractor}
+    best_score, skipped, checkpoint = done["best"], done["skipped"], {"config": vars(cfg), "dim_in": dim_in, "extractor": extractor}
     model.train()
     began, tokens_seen, step_loss, last_said = time.time(), 0, 0.0, (time.time(), done["step"])
     print0(f"{cfg.stage}: {total} steps of {cfg.batch_size} clips in {cfg.epochs} epochs" + (f", going on at step {done['step']}" if resuming else ""))
@@ -395,6 +396,7 @@ def main():
         n_targets = sums[0].item()
         torch.manual_seed(int(stateless(cfg.seed, "dropout", step, rank()).integers(2**62)))  # dropout too has no state to save
         loss = torch.zeros((), dtype=torch.float64, device=device)
+        scale = 2.0 ** max(0, 10 - skipped) if torch_dtype == torch.float16 else 1.0  # keeps small gradients out of float16's underflow
         for i, batch in enumerate(batches):
             model.set_requires_gradient_sync(i == len(batches) - 1)  # gradients travel once a step
             # the mean over the target tokens of the whole step: the same gradient however many processes and micro-batches share it
@@ -414,34 +416,34 @@ def main():
             optimizer.step()
         else:
             print0(f"step {step + 1}: the gradient is not finite, the step is skipped; its clips: {', '.join(clips.rows[i]['name'] for i in chosen)}")
-            scale = max(1.0, scale / 2) if scale != 1.0 else 1.0
+            skipped += 1
         optimizer.zero_grad(set_to_none=True)
         tokens_seen, step_loss, now = tokens_seen + sums[1].item(), loss.item(), time.time()
 
         # ---- looking at it
         finished = step + 1
         entry = {}
-        if finished % log_every == 0 or finished == stop:
+        evaluates = dev and (finished % eval_every == 0 or finished == total)
+        if finished % log_every == 0 or evaluates or (finished == stop and cfg.log_every >= 0):
             step_s = (now - last_said[0]) / (finished - last_said[1])
             entry = {"step": finished, "epoch": round(finished / per_epoch, 3), "loss": step_loss, "grad_norm": norm, "lr": rate,
                      "tokens_per_s": round(tokens_seen / max(now - last_said[0], 1e-9)), "step_s": round(step_s, 4)}
             print0(f"step {finished}/{total} epoch {finished / per_epoch:.2f} loss {step_loss:.4f} norm {norm:.3f} lr {rate:.1e} "
                    f"{entry['tokens_per_s']} tokens/s {step_s:.3f} s/step, {(stop - finished) * step_s:.0f} s left")
-            tokens_seen = 0
-        if dev and (finished % eval_every == 0 or finished == stop):
-            scores = evaluate(model, dev, prompt, tokenizer, device, cfg)
-            entry = {"step": finished, "epoch": round(finished / per_epoch, 3)} | entry | scores
+        if evaluates:
+            scores = evaluate(model, dev, prompt, tokenizer, device, lang, cfg)
+            entry |= scores
             print0(f"step {finished}/{total} dev loss {scores['dev_loss']:.4f}" + (f" BLEU-4 {scores['dev_bleu'][3]:.2f} ROUGE {scores['dev_rouge']:.2f}" if "dev_bleu" in scores else ""))
             score = scores["dev_bleu"][3] if "dev_bleu" in scores else -scores["dev_loss"]
             if best_score is None or score > best_score:
                 best_score = score
-                save(best, model, None, checkpoint | {"step": finished, "best": best_score}, cfg)
+                save(best, model, None, checkpoint | {"step": finished, "best": best_score, "skipped": skipped}, cfg)
         if log and entry:
             log.write(json.dumps(entry) + "\n")
         if finished % save_every == 0 or finished == stop:
-            save(last, model, optimizer, checkpoint | {"step": finished, "best": best_score}, cfg)
+            save(last, model, optimizer, checkpoint | {"step": finished, "best": best_score, "skipped": skipped}, cfg)
         if entry:
-            last_said = (time.time(), finished)
+            last_said, tokens_seen = (time.time(), finished), 0
     print0(f"{cfg.stage}: done in {time.time() - began:.0f} s, {run_folder}")
     dist.destroy_process_group()
 

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from config import configure, print0, rank, launch
+from config import BadInput, configure, launch, print0, rank, usage_error
 from data import Extractor, Progress, barrier, prepare, read_clips, stateless
-from model import Docs, LLaMA, ModelArgs, init_weight
+from model import Docs, LLaMA, ModelArgs, init_weight, load_json
 
 data_dir = "data"  # the toy goes to data_dir/toy
 seed = 1337  # everything follows from it: sentences, signs, clips, tokenizer, LLaMA
@@ -278,27 +278,41 @@ def train_llama(folder, texts, seed, steps, batch):
     os.rename(part, folder)
 
 
-def build(data_dir, seed=seed, n_train=n_train, n_dev=n_dev, n_test=n_test, text_steps=text_steps, text_batch=text_batch):
-    """Make what is missing of the toy in data_dir/toy: clips, LLaMA, features. Under torchrun every process calls it; the first one does most."""
+def build(data_dir, **asked):
+    """
+    Make what is missing of the toy in data_dir/toy: clips, LLaMA, features. Under torchrun every process calls it; the first one does most.
+    asked: page one's other variables; what is not asked for is as the toy that lies there was begun, else as on page one.
+    """
+    folder, noted = os.path.join(data_dir, "toy"), os.path.join(data_dir, "toy", "toy.json")
+    begun = load_json(noted) if os.path.exists(noted) else {}
+    for key, value in asked.items():
+        if key in begun and begun[key] != value:
+            raise BadInput(f"{folder}: was made with {key}={begun[key]}, not {value}; remove it or give another data_dir")
+    here = {"seed": seed, "n_train": n_train, "n_dev": n_dev, "n_test": n_test, "text_steps": text_steps, "text_batch": text_batch} | begun | asked
     root = os.path.join(data_dir, "toy", "clips")
     llm = os.path.join(data_dir, "toy", "llm")
-    made = [os.path.join(data_dir, "toy", "toycnn", s + ".safetensors") for s in ("train", "dev", "test")]
+    made = [os.path.join(folder, f) for s in ("train", "dev", "test") for f in (s + ".jsonl", os.path.join("toycnn", s + ".safetensors"))]
     if os.path.exists(llm) and all(map(os.path.exists, made)):
         return
-    print0(f"toy: {os.path.join(data_dir, 'toy')} is not complete; rendering clips, training a tiny LLaMA on text, extracting features")
-    counts = {"train": n_train, "dev": n_dev, "test": n_test}
+    print0(f"toy: {folder} is not complete; rendering clips, training a tiny LLaMA on text, extracting features")
+    counts = {"train": here["n_train"], "dev": here["n_dev"], "test": here["n_test"]}
     if rank() == 0:
+        os.makedirs(folder, exist_ok=True)
+        with open(noted + ".part", "w") as f:
+            json.dump(here, f)
+        os.replace(noted + ".part", noted)  # the other processes may be reading it
         no_clips, no_llm = not os.path.exists(os.path.join(root, "clips.tsv")), not os.path.exists(llm)
         threads, cores = torch.get_num_threads(), os.cpu_count()
         half = max(1, cores // 2) if no_clips else cores  # clips are rendered on half of the cores while the LLaMA learns on the other
         with ThreadPoolExecutor(1) as beside:
             if no_clips:
                 show = (lambda done: None) if no_llm else Progress("clips", sum(counts.values()))  # one line of progress at a time
-                clips = beside.submit(make_clips, root, seed, counts, max(1, cores - half) if no_llm else cores, show)
+                clips = beside.submit(make_clips, root, here["seed"], counts, max(1, cores - half) if no_llm else cores, show)
             if no_llm:
                 torch.set_num_threads(half)  # torchrun gives each process one; the others are waiting at the barrier
-                every = sentences(seed, None)
-                train_llama(llm, [text for *_, text in every[:n_train] + every[sum(counts.values()):]], seed, text_steps, text_batch)
+                every = sentences(here["seed"], None)
+                train_llama(llm, [text for *_, text in every[:counts["train"]] + every[sum(counts.values()):]],
+                            here["seed"], here["text_steps"], here["text_batch"])
                 torch.set_num_threads(threads)
             if no_clips:
                 clips.result()  # an error in there is an error here
@@ -307,8 +321,11 @@ def build(data_dir, seed=seed, n_train=n_train, n_dev=n_dev, n_test=n_test, text
 
 
 def main():
-    start = time.time()
-    build(**vars(configure(__file__)))
+    start, cfg = time.time(), configure(__file__)
+    for key, value in vars(cfg).items():
+        if key != "data_dir" and value < (key != "seed"):
+            usage_error(__file__, f"{key}={value}: must be at least {int(key != 'seed')}")
+    build(**vars(cfg))
     print0(f"toy: built in {time.time() - start:.0f} s")
 
 

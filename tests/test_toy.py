@@ -43,7 +43,7 @@ def test_what_is_tested_was_never_read(monkeypatch, tmp_path, every):
     monkeypatch.setattr(toy, "train_llama", lambda folder, texts, *_: seen.update(texts=texts))
     for name in ("read_clips", "prepare", "Extractor"):
         monkeypatch.setattr(toy, name, lambda *args, **kwargs: [None])
-    toy.build(str(tmp_path), 1337, 100, 20, 30)
+    toy.build(str(tmp_path), seed=1337, n_train=100, n_dev=20, n_test=30)
     german = [g for *_, g in seen["clips"]]
     train, held_out = set(german[:100]), set(german[100:])
     assert list(seen["counts"].items()) == [("train", 100), ("dev", 20), ("test", 30)] and len(held_out) == 50

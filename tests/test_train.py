@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+import data
 import eval as evaluation
 import train
 from config import BadInput
@@ -106,6 +107,11 @@ def test_both_stages_and_eval_under_torchrun(home):
     assert said.stdout.count("\n") == 1  # the sentence, and all else on stderr
 
 
+def test_fewer_dev_clips_than_processes(home):
+    """A process with nothing to decode must not leave the others hanging in the next backward pass."""
+    spawn_train(2, home, "few", "eval_clips=1", "eval_every=2", "max_steps=5")
+
+
 def test_one_process_is_two_processes_is_accumulation(home):
     runs = [spawn_train(1, home, "one", "max_steps=4"), spawn_train(2, home, "two", "max_steps=4"), spawn_train(1, home, "three", "max_steps=4", "grad_accum=3")]
     for other in runs[1:]:
@@ -175,7 +181,7 @@ def test_what_does_not_fit_is_named(home, monkeypatch):
     run = in_process(home, monkeypatch, "fits", "max_steps=1")
     for args, word in ((["stage=sft", "window=4"], "window=8"), (["stage=align", "resume=true", "seed=2"], "seed=1337"),
                        (["stage=sft", "init_from=nowhere"], "nowhere"), (["stage=sft", "ltn_dim=64"], "ltn_dim=32"),
-                       (["dataset=nothing"], "nothing"), ([f"llm={home}"], "tokenizer")):
+                       (["dataset=nothing", f"llm={home}/data/toy/llm"], "nothing"), (["stage=align", "resume=true", "warmup=3"], "warmup=2"), ([f"llm={home}"], "tokenizer")):
         with pytest.raises(BadInput, match=word):
             in_process(home, monkeypatch, "fits", *args)
         dist.is_initialized() and dist.destroy_process_group()
@@ -183,7 +189,8 @@ def test_what_does_not_fit_is_named(home, monkeypatch):
 
 
 @pytest.mark.parametrize("args, word", [(["stage=pretrain"], "stage"), (["epoch=3"], "epochs"), (["lr=fast"], "lr"), (["batch_size=0"], "batch_size"),
-                                        (["frame_drop=1"], "frame_drop"), (["lora_targets=wq,wx"], "wx"), (["adaptor=qformer"], "adaptor"), (["prompt=hello"], "prompt")])
+                                        (["frame_drop=1"], "frame_drop"), (["lora_targets=wq,wx"], "wx"), (["adaptor=qformer"], "adaptor"), (["prompt=hello"], "prompt"),
+                                        (["dataset=mine"], "llm")])
 def test_a_wrong_command_line_is_one_line_and_exit_code_2(monkeypatch, capsys, args, word):
     monkeypatch.setattr(sys, "argv", ["train.py", *args])
     with pytest.raises(SystemExit) as stop:
@@ -195,6 +202,22 @@ def test_a_wrong_command_line_is_one_line_and_exit_code_2(monkeypatch, capsys, a
 def test_bad_input_is_one_line_and_exit_code_1(home):
     done = in_processes(1, home, "", "dataset=nothing", "llm=data/toy/llm", check=False)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "nothing" in done.stderr
+
+
+def test_ten_real_clips_on_a_real_llama(real, tmp_path, monkeypatch):
+    """Learnt by heart on purpose: every part from gif to sentence is connected, and without the right clip nothing comes back."""
+    def call(main, *args):
+        monkeypatch.setattr(sys, "argv", ["program", *args])
+        main()
+
+    places = [f"data_dir={tmp_path}/data", f"out_dir={tmp_path}/out"]
+    call(data.main, "dataset=isl", f"root={real / 'isl'}", places[0])
+    for stage in ("align", "sft"):
+        call(train.main, str(ROOT / "config" / "isl.py"), f"stage={stage}", f"llm={real / 'stories260K'}", *places)
+    for control, low, high in (("none", 90, 100), ("shuffle", 0, 10)):
+        call(evaluation.main, f"ckpt={tmp_path}/out/isl/sft", "split=train", f"control={control}")
+        suffix = "" if control == "none" else ".shuffle"
+        assert low <= json.load(open(tmp_path / "out" / "isl" / "sft" / f"scores.train{suffix}.json"))["exact"] <= high
 
 
 def test_share_deals_out_every_clip_once():
