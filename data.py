@@ -24,10 +24,10 @@ import torch.distributed as dist
 from av.video.reformatter import VideoReformatter
 from safetensors import safe_open
 
-from config import BadInput, configure, print0, rank, launch
+from config import BadInput, configure, launch, print0, rank, usage_error
 from model import Docs, GoogLeNet, RandomCNN, load_json
 
-dataset = "toy"  # name of the data set: its common form goes to data_dir/NAME
+dataset = ""  # name of the data set: its common form goes to data_dir/NAME
 root = ""  # folder of the clips as they were downloaded or filmed
 reader = ""  # form of that folder: clips; "" = the data set's own name where that is a form, else clips
 data_dir = "data"  # folder that holds the data sets
@@ -68,6 +68,9 @@ def frames(path, size=None):
                         raise BadInput(f"{file}: a frame of {frame.width}x{frame.height} in a clip of {shape[0]}x{shape[1]}")
                     rgb = convert.reformat(frame, format="rgb24", interpolation="BILINEAR", threads=1, **to).to_ndarray()
                     yield np.rot90(rgb, frame.rotation // 90) if frame.rotation else rgb  # phones film upright and note the turn
+                # webm: the decoder takes the end of a file that was cut off for the end of the clip, but the header knows how long it was
+                if len(container.streams) == 1 and not file.lower().endswith(".gif") and (frame.time or 0) + 0.5 < 0.8e-6 * (container.duration or 0):
+                    raise BadInput(f"{file}: is cut off, it ends at {frame.time:.1f} s of {container.duration / 1e6:.1f}")
         except (av.error.FFmpegError, OSError) as e:
             raise BadInput(f"{file}: cannot be decoded ({getattr(e, 'strerror', None) or e})") from None
     if shape is None:
@@ -95,6 +98,8 @@ def read_clips(root):
     for column in ("file", "text"):
         if column not in header:
             raise BadInput(f"{path}: its header has no column {column}")
+    if len(set(header)) < len(header):
+        raise BadInput(f"{path}: its header names a column twice")
     splits, files = {s: [] for s in SPLITS}, {}
     for number, line in enumerate(lines[1:], 2):
         if not line.strip():
@@ -103,8 +108,11 @@ def read_clips(root):
         if len(cells) != len(header):
             raise BadInput(f"{path}:{number}: {len(cells)} columns, the header has {len(header)}")
         row = dict(zip(header, (c.strip() for c in cells)))
-        video = os.path.join(root, row["file"])
-        name = os.path.splitext(row["file"])[0] if not os.path.isdir(video) else row["file"].rstrip("/")
+        file = os.path.normpath(row["file"]) if row["file"] else ""
+        video = os.path.join(root, file)
+        name = file if os.path.isdir(video) else os.path.splitext(file)[0]
+        if os.path.isabs(file) or file.split(os.sep)[0] == ".." or name == "__metadata__":  # a key of safetensors' own
+            raise BadInput(f"{path}:{number}: clip {row['file']}: the name must be one inside the folder")
         if not row["file"] or not os.path.exists(video):
             raise BadInput(f"{path}:{number}: clip {video} does not exist")
         if not row["text"]:
@@ -226,7 +234,7 @@ class Store:
         try:
             self.file = safe_open(path, "pt")
         except Exception as e:
-            raise BadInput(f"{path}: cannot be read as a feature store ({e})") from None
+            raise BadInput(f"{path}: cannot be read as a feature store, data.py makes it ({e})") from None
         self.names = set(self.file.keys())
         self.metadata = self.file.metadata() or {}
 
@@ -285,22 +293,29 @@ def prepare(name, splits, data_dir, extractor):
     for split in SPLITS:
         path = os.path.join(folder, split + ".safetensors")
         if os.path.exists(path):
-            store = Store(path)
+            try:
+                store = Store(path)
+            except BadInput as e:
+                print0(f"{e}; it is made anew")
+                continue
             if store.metadata.get("settings") == settings:
                 old = json.loads(store.metadata.get("fingerprints", "{}"))
                 done |= {n: store[n].numpy() for n in store.names if n in prints and old.get(n) == prints[n]}
 
     def read_parts():
+        """Note in `done` what the parts hold; yields (index file, its good lines, bytes of data that these speak of)."""
         for index in sorted(glob.glob(os.path.join(glob.escape(parts), "*.jsonl"))):
-            data, size = index[:-6] + ".f16", 0
-            with open(index) as f:
-                for line in f.read().split("\n")[:-1]:  # a last line without its end was cut off by a kill
-                    entry = json.loads(line)
-                    n = entry["shape"][0] * entry["shape"][1]
-                    if prints.get(entry["name"]) == entry["fingerprint"]:
-                        done[entry["name"]] = np.memmap(data, np.float16, "r", size, tuple(entry["shape"]))
-                    size += 2 * n
-            yield index, size
+            data, good, size = index[:-6] + ".f16", [], 0
+            there = os.path.getsize(data)
+            for line in open(index).read().split("\n")[:-1]:  # a last line without its end was cut off by a kill
+                entry = json.loads(line)
+                end = size + 2 * entry["shape"][0] * entry["shape"][1]
+                if end > there:  # a power cut: the line reached the disk, its features did not
+                    break
+                if prints.get(entry["name"]) == entry["fingerprint"]:
+                    done[entry["name"]] = np.memmap(data, np.float16, "r", size, tuple(entry["shape"]))
+                size, good = end, good + [line]
+            yield index, good, size
 
     for _ in read_parts():
         pass
@@ -309,13 +324,14 @@ def prepare(name, splits, data_dir, extractor):
         print0(f"features: {len(rows) - len(todo)} of {len(rows)} clips are there already")
     barrier()  # everybody has read the parts; from here on they grow
     mine = os.path.join(parts, f"{rank():04d}")
-    keep = next((size for index, size in read_parts() if index == mine + ".jsonl"), 0)
-    if os.path.exists(mine + ".f16"):
-        os.truncate(mine + ".f16", keep)  # what a kill left behind the last entry of the index
-        with open(mine + ".jsonl", "ab+") as f:  # a: it may not be there yet
-            f.seek(0)
-            f.truncate(f.read().rfind(b"\n") + 1)
+    for index, good, size in read_parts():
+        if index == mine + ".jsonl":  # cut off what a kill left behind
+            os.truncate(mine + ".f16", size)
+            with open(index, "w") as f:
+                f.writelines(line + "\n" for line in good)
     own, n_frames, show = todo[rank()::world()], 0, Progress("features", len(todo))
+    if not os.path.exists(mine + ".jsonl") and os.path.exists(mine + ".f16"):
+        os.remove(mine + ".f16")  # killed before its first line
     with open(mine + ".f16", "ab") as data, open(mine + ".jsonl", "a") as index:
         for i, row in enumerate(own):
             features = extractor(row["video"])
@@ -472,7 +488,13 @@ class Clips:
             hint = f"it has {', '.join(there)}: say split=" if there else "make it with python data.py"
             raise BadInput(f"{path}: data set {dataset} has no split {split}; {hint}")
         self.rows = []
-        for number, line in enumerate(open(path, encoding="utf-8"), 1):
+        try:
+            lines = list(open(path, encoding="utf-8"))
+        except UnicodeDecodeError:
+            raise BadInput(f"{path}: is not UTF-8") from None
+        if not lines:
+            raise BadInput(f"{path}: has no clips")
+        for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
                 if not row["name"] or not row["text"]:
@@ -508,8 +530,9 @@ class Clips:
 
 def main():
     cfg = configure(__file__, choices={"reader": ("", *READERS), "device": ("auto", "cpu", "cuda")})
-    if not cfg.root:
-        raise BadInput("root: say where the clips lie, root=FOLDER")
+    for key, what in (("dataset", "the data set's name"), ("root", "the folder of its clips")):
+        if not getattr(cfg, key):
+            usage_error(__file__, f"{key}: say {what}, {key}=...")
     if not re.fullmatch(r"[\w.-]+", cfg.dataset) or cfg.dataset.startswith("."):
         raise BadInput(f"dataset={cfg.dataset}: a name of letters, digits, '_', '-' and '.'")
     extractor = Extractor(cfg.backbone, cfg.weights, cfg.device)

@@ -238,6 +238,8 @@ def read_checkpoint(folder):
     if os.path.exists(os.path.join(folder, "adapter_config.json")):
         lora = read_adapter(folder)
         tensors |= {"llm." + k: v for k, v in lora[4].items()}
+    elif not state["config"].get("freeze_llm", True):
+        raise BadInput(f"{folder}: has no adapter_config.json, though its run has trained a LoRA")
     return state, tensors, lora
 
 
@@ -248,8 +250,11 @@ def load_model(ckpt, device="auto", dtype="auto", **overrides):
     device = pick_device(device)[0]
     args, _, read = open_llm(cfg.llm)
     dtype = read("tok_embeddings.weight").dtype if dtype == "stored" else pick_dtype(dtype, device)[0]
-    with torch.device("meta"):
-        sllama = SLLaMA(args, state["dim_in"], cfg).to(dtype)
+    try:
+        with torch.device("meta"):
+            sllama = SLLaMA(args, state["dim_in"], cfg).to(dtype)
+    except AttributeError as e:
+        raise BadInput(f"{find_checkpoint(ckpt)}/state.json: its config has no {e.name}") from None
     if lora:
         apply_lora(sllama.llm, *lora[:4])
     for name, b in sllama.named_buffers():
@@ -334,16 +339,28 @@ def main():
     if cfg.video or cfg.videos:
         made = trained.state["extractor"]
         extractor = Extractor(made["backbone"], cfg.weights or made["weights"], cfg.device)
+        if cfg.videos and not (os.path.isdir(cfg.videos) and os.listdir(cfg.videos)):
+            raise BadInput(f"videos={cfg.videos}: is not a folder with clips in it")
         paths = [cfg.video] if cfg.video else sorted(os.path.join(cfg.videos, f) for f in os.listdir(cfg.videos))
+        failed = 0
         for path in paths:
             if cfg.videos and not os.path.isdir(path) and not path.lower().endswith(VIDEO_ENDINGS):
                 say(f"{path}: passed over, its ending is none of {' '.join(VIDEO_ENDINGS)}")
                 continue
-            features = torch.from_numpy(extractor(path))
+            try:
+                features = torch.from_numpy(extractor(path))
+            except BadInput as e:
+                if cfg.video:
+                    raise
+                failed += 1
+                say(f"eval.py: {e}")  # the other clips of the folder are fine
+                continue
             if 0 < trained.max_frames < len(features):
                 say(f"{path}: {len(features)} frames are thinned out evenly to max_frames={trained.max_frames}, as in training")
             (sentence,) = translate(sllama, [thin(features, trained.max_frames)], tokenizer, **how)
             print(" ".join(sentence.split()) if cfg.video else f"{os.path.basename(path)}\t{' '.join(sentence.split())}", flush=True)
+        if failed:
+            raise BadInput(f"videos={cfg.videos}: {failed} of {len(paths)} clips could not be translated")
         return
 
     lang = language_code(trained.language, cfg.lang or trained.lang)
@@ -374,10 +391,13 @@ def main():
         print(f"\n{row['name']}\n  reference  {row['text']}\n  model      {hyp}")
     title = f"{trained.dataset} {cfg.split}" + (f", CONTROL {cfg.control}" if cfg.control != "none" else "")
     print_scores(scores, title)
-    home = folder if os.path.exists(os.path.join(folder, "config.json")) else os.path.dirname(folder.rstrip("/"))
-    suffix = "" if cfg.control == "none" else "." + cfg.control
-    if cfg.split != "test":
-        suffix = f".{cfg.split}{suffix}"
+    home = folder.rstrip("/")
+    if os.path.basename(home) in ("best", "last"):
+        home = os.path.dirname(home)  # a run's scores stand in its folder, whichever checkpoint was named
+    # nothing but the run's own data set and test split may go by the plain name
+    marks = (cfg.dataset if cfg.dataset != trained.state["config"]["dataset"] else "", cfg.split if cfg.split != "test" else "",
+             cfg.control if cfg.control != "none" else "")
+    suffix = "".join("." + m for m in marks if m)
     for name, lines in ((f"hyps{suffix}.jsonl", [{"name": r["name"], "hyp": h, "ref": r["text"]} for r, h in zip(clips.rows, found)]),
                         (f"scores{suffix}.json", [scores])):
         path = os.path.join(home, name)

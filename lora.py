@@ -194,9 +194,9 @@ def export_hf(llama, folder, source, shard_bytes=5 * 10**9):
 def main():
     from eval import load_model
     words = [a for a in sys.argv[1:] if a != "merge"]
-    if len(words) == len(sys.argv) - 1 and not {"help", "--help", "-h"} & set(words):
-        usage_error(__file__, "say what to do: python lora.py merge ckpt=RUN to=FOLDER")
     cfg = configure(__file__, words)
+    if len(words) == len(sys.argv) - 1:
+        usage_error(__file__, "say what to do: python lora.py merge ckpt=RUN to=FOLDER")
     if os.path.exists(cfg.to):
         raise BadInput(f"to={cfg.to}: exists already")
     sllama, tokenizer, trained = load_model(cfg.ckpt, device="cpu", dtype="stored", llm=cfg.llm)

@@ -227,7 +227,7 @@ def open_log(path, step):
     kept = []
     if os.path.exists(path):
         for line in open(path):
-            with contextlib.suppress(ValueError):  # a line that a kill cut short
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short, or a stranger's
                 kept += [line] if json.loads(line)["step"] <= step else []
     with open(path + ".part", "w") as f:
         f.writelines(kept)
@@ -265,6 +265,8 @@ def check(cfg):
     for target in cfg.lora_targets.split(","):
         if target not in TARGETS:
             usage_error(__file__, f"lora_targets: {target!r} is none of {','.join(TARGETS)}")
+    if os.path.isabs(cfg.run) or ".." in cfg.run.split("/"):
+        usage_error(__file__, f"run={cfg.run}: must be a name inside out_dir")
     if cfg.prompt.count("{clip}") != 1:
         usage_error(__file__, f"prompt={cfg.prompt!r}: must hold {{clip}} once")
 
@@ -318,7 +320,9 @@ def main():
 
     # ---- model: its structure on the meta device, then sharded, then filled tensor by tensor
     args = open_llm(cfg.llm)[0]
-    if tokenizer.vocab_size > args.vocab_size or max([tokenizer.bos_id, *tokenizer.eos_ids]) >= args.vocab_size:
+    if max([tokenizer.bos_id, *tokenizer.eos_ids]) >= args.vocab_size:
+        raise BadInput(f"bos_id={tokenizer.bos_id}, eos_id={tokenizer.eos_id}: the embedding of {cfg.llm} has {args.vocab_size} rows")
+    if tokenizer.vocab_size > args.vocab_size:
         raise BadInput(f"llm={cfg.llm}: its tokenizer has {tokenizer.vocab_size} pieces, its embedding {args.vocab_size} rows")
     torch_dtype, why = pick_dtype(cfg.dtype, device)
     with torch.device("meta"):
@@ -383,6 +387,8 @@ def main():
     best_score, skipped, checkpoint = done["best"], done["skipped"], {"config": vars(cfg), "dim_in": dim_in, "extractor": extractor}
     model.train()
     began, tokens_seen, step_loss, last_said = time.time(), 0, 0.0, (time.time(), done["step"])
+    if done["step"] >= stop:
+        print0(f"{cfg.stage}: {source} is at step {done['step']} of {stop}, nothing is left to do")
     print0(f"{cfg.stage}: {total} steps of {cfg.batch_size} clips in {cfg.epochs} epochs" + (f", going on at step {done['step']}" if resuming else ""))
     for step in range(done["step"], stop):
         epoch, at = divmod(step, per_epoch)

@@ -43,6 +43,9 @@ def launch(main):
     """Call a program's main(); what the user can mend ends with one line and exit code 1 instead of a traceback."""
     try:
         main()
+    except KeyboardInterrupt:
+        print(f"{os.path.basename(sys.argv[0])}: interrupted; what was saved is there", file=sys.stderr, flush=True)
+        os._exit(130)
     except (BadInput, OSError) as e:
         time.sleep(2 * (rank() > 0))  # the first process speaks first, and torchrun then ends the others before they repeat it
         print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
