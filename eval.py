@@ -23,7 +23,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from config import BadInput, configure, launch, print0, rank, usage_error
 from data import SPLITS, Clips, Extractor, Progress, Sample, Tokenizer, pack, pick_device, prompt_ids, stateless, thin, world
 from lora import apply_lora, read_adapter
-from model import Cache, SLLaMA, fill, load_json, load_tensors, open_llm
+from model import Cache, SLLaMA, load_json, load_tensors, open_llm
 
 ckpt = ""  # run folder (its best/, else its last/) or checkpoint folder; "" = the newest sft run under out_dir
 out_dir = "out"  # folder that holds the runs

@@ -112,6 +112,11 @@ def setup(device):
     dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)  # the others wait while the first one makes the toy
 
 
+def groups(model):
+    """The modules that FSDP2 gathers and scatters as one: the LLM's blocks and the root."""
+    return [m for m in model.modules() if isinstance(m, FSDPModule)]
+
+
 def shard(model, device, dtype, cfg):
     """FSDP2: each of the LLM's blocks is a group of its own, the rest (embeddings, output, local transformer, adaptor) is the root's."""
     mesh = init_device_mesh(device.type, (world(),))  # without a mesh FSDP picks an accelerator on its own
@@ -123,10 +128,9 @@ def shard(model, device, dtype, cfg):
             block.compile(dynamic=True)  # before fully_shard, and in place: names of weights stay what they are
         fully_shard(block, **how)
     fully_shard(model, **how)
-    for m in model.modules():
-        if isinstance(m, FSDPModule):  # the plain sum over processes; both calls, only together they mean it on every backend and version
-            m.set_gradient_divide_factor(1.0)
-            m.set_force_sum_reduction_for_comms(True)
+    for m in groups(model):  # the plain sum over processes; both calls, only together they mean it on every backend and version
+        m.set_gradient_divide_factor(1.0)
+        m.set_force_sum_reduction_for_comms(True)
 
 
 def share(indices, lengths, parts):
@@ -146,9 +150,8 @@ def evaluate(model, dev, prompt, tokenizer, device, lang, cfg):
     """Dev loss a token, and BLEU and ROUGE of real decoding, the clips shared out. -> dict, the same on every process."""
     model.eval()
     model.set_reshard_after_forward(False)  # gather the weights once; from here on a forward needs no other process
-    for m in model.modules():
-        if isinstance(m, FSDPModule):
-            m.unshard()
+    for m in groups(model):
+        m.unshard()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for start in range(0, len(dev), 16 * world()):  # as many forwards on every process
         indices = share(range(start, min(start + 16 * world(), len(dev))), dev.lengths, world())[rank()]
@@ -168,9 +171,8 @@ def evaluate(model, dev, prompt, tokenizer, device, lang, cfg):
         hyps = {i: s for part in gathered for i, s in part.items()}
         pair = [hyps[i] for i in chosen], [dev.rows[i]["text"] for i in chosen]
         scores |= {"dev_bleu": bleu(*pair, lang), "dev_rouge": rouge(*pair, lang)}
-    for m in model.modules():
-        if isinstance(m, FSDPModule):
-            m.reshard()
+    for m in groups(model):
+        m.reshard()
     model.set_reshard_after_forward(True)
     model.set_reshard_after_forward(False, recurse=False)  # the root's weights are needed again at once
     model.train()
@@ -358,8 +360,8 @@ def main():
     print0(f"dtype {str(torch_dtype).removeprefix('torch.')} ({why}), what learns in float32; on {device.type} ({device_why})")
 
     # ---- optimizer and its schedule
-    groups = [{"params": [p for p in learning.values() if (p.dim() > 1) == matrices], "weight_decay": cfg.weight_decay * matrices} for matrices in (True, False)]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+    kinds = [{"params": [p for p in learning.values() if (p.dim() > 1) == matrices], "weight_decay": cfg.weight_decay * matrices} for matrices in (True, False)]
+    optimizer = torch.optim.AdamW([k for k in kinds if k["params"]], lr=cfg.lr, betas=(0.9, 0.95), fused=True)
     if resuming:
         load_optimizer(os.path.join(source, "optimizer.safetensors"), model, optimizer, done["step"] - done["skipped"])
     per_epoch = -(-len(clips) // cfg.batch_size)
@@ -386,7 +388,7 @@ def main():
     parts = world() * cfg.grad_accum
     best_score, skipped, checkpoint = done["best"], done["skipped"], {"config": vars(cfg), "dim_in": dim_in, "extractor": extractor}
     model.train()
-    began, tokens_seen, step_loss, last_said = time.time(), 0, 0.0, (time.time(), done["step"])
+    began, tokens_seen, last_said = time.time(), 0, (time.time(), done["step"])
     if done["step"] >= stop:
         print0(f"{cfg.stage}: {source} is at step {done['step']} of {stop}, nothing is left to do")
     print0(f"{cfg.stage}: {total} steps of {cfg.batch_size} clips in {cfg.epochs} epochs" + (f", going on at step {done['step']}" if resuming else ""))
@@ -424,7 +426,7 @@ def main():
             print0(f"step {step + 1}: the gradient is not finite, the step is skipped; its clips: {', '.join(clips.rows[i]['name'] for i in chosen)}")
             skipped += 1
         optimizer.zero_grad(set_to_none=True)
-        tokens_seen, step_loss, now = tokens_seen + sums[1].item(), loss.item(), time.time()
+        tokens_seen, loss, now = tokens_seen + sums[1].item(), loss.item(), time.time()
 
         # ---- looking at it
         finished = step + 1
@@ -432,9 +434,9 @@ def main():
         evaluates = dev and (finished % eval_every == 0 or finished == total)
         if finished % log_every == 0 or evaluates or (finished == stop and cfg.log_every >= 0):
             step_s = (now - last_said[0]) / (finished - last_said[1])
-            entry = {"step": finished, "epoch": round(finished / per_epoch, 3), "loss": step_loss, "grad_norm": norm, "lr": rate,
+            entry = {"step": finished, "epoch": round(finished / per_epoch, 3), "loss": loss, "grad_norm": norm, "lr": rate,
                      "tokens_per_s": round(tokens_seen / max(now - last_said[0], 1e-9)), "step_s": round(step_s, 4)}
-            print0(f"step {finished}/{total} epoch {finished / per_epoch:.2f} loss {step_loss:.4f} norm {norm:.3f} lr {rate:.1e} "
+            print0(f"step {finished}/{total} epoch {finished / per_epoch:.2f} loss {loss:.4f} norm {norm:.3f} lr {rate:.1e} "
                    f"{entry['tokens_per_s']} tokens/s {step_s:.3f} s/step, {(stop - finished) * step_s:.0f} s left")
         if evaluates:
             scores = evaluate(model, dev, prompt, tokenizer, device, lang, cfg)
