@@ -9,6 +9,7 @@ A run that was killed goes on where it stopped; clips that have not changed are 
 """
 import glob
 import json
+import math
 import os
 import re
 import shutil
@@ -24,8 +25,9 @@ import torch.distributed as dist
 from av.video.reformatter import VideoReformatter
 from safetensors import safe_open
 
-from config import BadInput, configure, launch, print0, rank, usage_error
+from config import BadInput, configure, launch, print0, rank, usage_error, whole
 from model import Docs, GoogLeNet, RandomCNN, load_json
+from readers import READERS, SPLITS, deal_out
 
 dataset = ""  # name of the data set: its common form goes to data_dir/NAME
 root = ""  # folder of the clips as they were downloaded or filmed
@@ -35,8 +37,6 @@ backbone = "toycnn"  # frozen CNN: toycnn, googlenet (paper: pre-trained Incepti
 weights = ""  # googlenet: file of torchvision's weights (.pth or .safetensors)
 ratio = "0.8,0.1,0.1"  # shares of train, dev, test where clips.tsv has no split column and at least 20 clips
 device = "auto"  # auto, cpu, cuda: where the CNN runs
-
-SPLITS = ("train", "dev", "test")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Clips in
@@ -81,68 +81,6 @@ def read_video(path):
     """A clip (mp4, webm, gif, or a folder of png/jpg frames in natural order) -> uint8 (T, H, W, 3)."""
     return np.stack(list(frames(path)))
 
-
-def read_clips(root):
-    """
-    Own clips: root/clips.tsv with a header and the columns file, text and, if you like, split, signer, gloss. Returns {split: [row]}.
-    Without a split column the clips are dealt out by `ratio`; fewer than 20 all go to train, since nothing can be measured on two.
-    """
-    path = os.path.join(root, "clips.tsv")
-    try:
-        lines = open(path, encoding="utf-8-sig").read().split("\n")  # splitlines would also split at U+2028
-    except UnicodeDecodeError as e:
-        raise BadInput(f"{path}: is not UTF-8 ({e.reason} at byte {e.start})") from None
-    except OSError as e:
-        raise BadInput(f"{path}: {e.strerror}; own clips need this table, with a header file<TAB>text") from None
-    header = lines[0].split("\t") if lines else []
-    for column in ("file", "text"):
-        if column not in header:
-            raise BadInput(f"{path}: its header has no column {column}")
-    if len(set(header)) < len(header):
-        raise BadInput(f"{path}: its header names a column twice")
-    splits, files = {s: [] for s in SPLITS}, {}
-    for number, line in enumerate(lines[1:], 2):
-        if not line.strip():
-            continue
-        cells = line.split("\t")
-        if len(cells) != len(header):
-            raise BadInput(f"{path}:{number}: {len(cells)} columns, the header has {len(header)}")
-        row = dict(zip(header, (c.strip() for c in cells)))
-        file = os.path.normpath(row["file"]) if row["file"] else ""
-        video = os.path.join(root, file)
-        name = file if os.path.isdir(video) else os.path.splitext(file)[0]
-        if os.path.isabs(file) or file.split(os.sep)[0] == ".." or name == "__metadata__":  # a key of safetensors' own
-            raise BadInput(f"{path}:{number}: clip {row['file']}: the name must be one inside the folder")
-        if not row["file"] or not os.path.exists(video):
-            raise BadInput(f"{path}:{number}: clip {video} does not exist")
-        if not row["text"]:
-            raise BadInput(f"{path}:{number}: clip {name} has an empty text")
-        if name in files:
-            raise BadInput(f"{path}:{number}: clip {name} stands there twice ({files[name]}, {row['file']})")
-        files[name] = row["file"]
-        split = row.get("split", "train") or "train"
-        if split not in SPLITS:
-            raise BadInput(f"{path}:{number}: clip {name}: split {split!r} is none of {', '.join(SPLITS)}")
-        splits[split].append({"name": name, "text": row["text"], "video": video} | {k: row[k] for k in ("signer", "gloss") if row.get(k)})
-    if not files:
-        raise BadInput(f"{path}: lists no clips")
-    return splits, "split" in header
-
-
-def deal_out(rows, ratio):
-    """Share rows out to train, dev and test in an order that depends on their names alone."""
-    try:
-        shares = [float(s) for s in ratio.split(",")]
-        if len(shares) != 3 or min(shares) < 0 or not 0.999 < sum(shares) < 1.001:
-            raise ValueError
-    except ValueError:
-        raise BadInput(f"ratio={ratio}: is not three shares that sum to 1") from None
-    rows = sorted(rows, key=lambda r: (zlib.crc32(r["name"].encode()), r["name"]))
-    a, b = round(shares[0] * len(rows)), round((shares[0] + shares[1]) * len(rows))
-    return {"train": rows[:a], "dev": rows[a:b], "test": rows[b:]}
-
-
-READERS = {"clips": read_clips}  # form of a folder -> function of the folder: ({split: [row]}, whether the folder itself says the splits)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Feature extraction and store
@@ -209,21 +147,19 @@ def pick_device(device="auto"):
     return torch.device("cuda", local), f"{device}: {processes} process(es), {gpus} GPU(s)"
 
 
-def write_store(path, arrays, metadata):
-    """{name: (T, D) float16} -> one safetensors file, written clip by clip (a data set need not fit into memory) and then renamed."""
+def write_store(path, shapes, read, metadata):
+    """A feature store, shapes {name: (T, D)}, read(name) -> (T, D) float16: one safetensors file, written clip by clip (a data set need not fit into memory)."""
     header, at = {"__metadata__": metadata}, 0
-    for name, a in arrays.items():
-        header[name] = {"dtype": "F16", "shape": list(a.shape), "data_offsets": [at, at + a.nbytes]}
-        at += a.nbytes
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(path + ".part", "wb") as f:
+    with whole(path, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
-        for a in arrays.values():
-            f.write(np.ascontiguousarray(a).tobytes())
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".part", path)
+        for name in shapes:
+            f.write(np.ascontiguousarray(read(name), dtype=np.float16).tobytes())
 
 
 class Store:
@@ -267,6 +203,25 @@ def barrier():
 
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def write_common(folder, backbone, splits, shapes, read, metadata):
+    """
+    A data set's common form: {split: [row]} -> folder/{split}.jsonl and folder/BACKBONE/{split}.safetensors.
+    shapes: name of a clip -> (T, D); read: name -> (T, D) float16; metadata: names of a split -> {text: text} that its store carries.
+    """
+    for split in SPLITS:
+        path = os.path.join(folder, split + ".jsonl")
+        if not splits[split]:
+            if os.path.exists(path):
+                os.remove(path)  # of an earlier division: its clips may stand in another split now
+            continue
+        names = [row["name"] for row in splits[split]]
+        write_store(os.path.join(folder, backbone, split + ".safetensors"), {n: shapes[n] for n in names}, read, metadata(names))
+        with whole(path) as f:
+            for row in splits[split]:
+                f.write(json.dumps(row | {"frames": shapes[row["name"]][0]}, ensure_ascii=False) + "\n")
+    print0(f"{folder}: " + ", ".join(f"{len(splits[s])} {s}" for s in SPLITS) + f" clips, features ({backbone}) of width {next(iter(shapes.values()))[1]}")
 
 
 def prepare(name, splits, data_dir, extractor):
@@ -345,22 +300,9 @@ def prepare(name, splits, data_dir, extractor):
     if rank() == 0:
         for _ in read_parts():
             pass
-        for split in SPLITS:
-            path = os.path.join(data_dir, name, split + ".jsonl")
-            if not splits[split]:
-                if os.path.exists(path):
-                    os.remove(path)  # of an earlier division: its clips may stand in another split now
-                continue
-            arrays = {row["name"]: done[row["name"]] for row in splits[split]}
-            said = {"settings": settings, "fingerprints": json.dumps({n: prints[n] for n in arrays})}
-            write_store(os.path.join(folder, split + ".safetensors"), arrays, said)
-            with open(path + ".part", "w", encoding="utf-8") as f:
-                for row in splits[split]:
-                    f.write(json.dumps(row | {"frames": len(arrays[row["name"]])}, ensure_ascii=False) + "\n")
-            os.replace(path + ".part", path)
+        write_common(os.path.join(data_dir, name), extractor.settings["backbone"], splits, {n: f.shape for n, f in done.items()}, done.__getitem__,
+                     lambda names: {"settings": settings, "fingerprints": json.dumps({n: prints[n] for n in names})})
         shutil.rmtree(parts)
-        shape = next(iter(done.values())).shape[1]
-        print0(f"{os.path.join(data_dir, name)}: " + ", ".join(f"{len(splits[s])} {s}" for s in SPLITS) + f" clips, features ({extractor.settings['backbone']}) of width {shape}")
     barrier()
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,10 +20,11 @@ import torch
 import torch.distributed as dist
 from sacrebleu.metrics import BLEU, CHRF
 
-from config import BadInput, configure, launch, print0, rank, usage_error
-from data import SPLITS, Clips, Extractor, Progress, Sample, Tokenizer, pack, pick_device, prompt_ids, stateless, thin, world
+from config import BadInput, configure, launch, print0, rank, usage_error, whole
+from data import Clips, Extractor, Progress, Sample, Tokenizer, pack, pick_device, prompt_ids, stateless, thin, world
 from lora import apply_lora, read_adapter
 from model import Cache, SLLaMA, load_json, load_tensors, open_llm
+from readers import SPLITS
 
 ckpt = ""  # run folder (its best/, else its last/) or checkpoint folder; "" = the newest sft run under out_dir
 out_dir = "out"  # folder that holds the runs
@@ -400,10 +401,8 @@ def main():
     suffix = "".join("." + m for m in marks if m)
     for name, lines in ((f"hyps{suffix}.jsonl", [{"name": r["name"], "hyp": h, "ref": r["text"]} for r, h in zip(clips.rows, found)]),
                         (f"scores{suffix}.json", [scores])):
-        path = os.path.join(home, name)
-        with open(path + ".part", "w", encoding="utf-8") as f:
+        with whole(os.path.join(home, name)) as f:
             f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        os.replace(path + ".part", path)
     print(f"written to {os.path.join(home, f'hyps{suffix}.jsonl')} and scores{suffix}.json, {scores['seconds']:.0f} s")
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from config import BadInput, configure, launch, print0, rank, usage_error
+from config import BadInput, configure, launch, print0, rank, usage_error, whole
 from data import Clips, Tokenizer, pack, pick_device, prompt_ids, stateless, world
 from eval import bleu, find_checkpoint, language_code, pick_dtype, read_checkpoint, rouge, translate
 from lora import TARGETS, adapter, apply_lora, write_adapter
@@ -231,9 +231,8 @@ def open_log(path, step):
         for line in open(path):
             with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short, or a stranger's
                 kept += [line] if json.loads(line)["step"] <= step else []
-    with open(path + ".part", "w") as f:
+    with whole(path) as f:
         f.writelines(kept)
-    os.replace(path + ".part", path)
     return open(path, "a", buffering=1)
 
 

@@ -8,6 +8,7 @@ A program's page one (its top-level assignments of literals) holds the defaults;
 assignments and nothing else, so it is read, never executed. Later wins: page one, config files, the stage's dict, command line.
 """
 import ast
+import contextlib
 import difflib
 import math
 import os
@@ -51,6 +52,16 @@ def launch(main):
         print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)  # not sys.exit: a process group with a dead partner can hang in its destructor
+
+
+@contextlib.contextmanager
+def whole(path, mode="w"):
+    """Open path for writing, in full or not at all: the file is path.part until its last byte is on the disk, and then takes the place of the old one."""
+    with open(path + ".part", mode, encoding=None if "b" in mode else "utf-8") as f:
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".part", path)
 
 
 def read_literals(path, strict=False):

@@ -24,9 +24,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from config import BadInput, configure, launch, print0, rank, usage_error
-from data import Extractor, Progress, barrier, prepare, read_clips, stateless
+from config import BadInput, configure, launch, print0, rank, usage_error, whole
+from data import Extractor, Progress, barrier, prepare, stateless
 from model import Docs, LLaMA, ModelArgs, init_weight, load_json
+from readers import read_clips
 
 data_dir = "data"  # the toy goes to data_dir/toy
 seed = 1337  # everything follows from it: sentences, signs, clips, tokenizer, LLaMA
@@ -181,12 +182,11 @@ def make_clips(root, seed, counts, workers, show):
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         for done, _ in enumerate(pool.map(make_clip, jobs, chunksize=10), 1):
             show(done)
-    with open(os.path.join(root, "clips.tsv.part"), "w", encoding="utf-8") as f:
+    with whole(os.path.join(root, "clips.tsv")) as f:
         f.write("file\ttext\tsplit\tgloss\n")
         for (path, signs, shaken, *_), (_, _, text), s in zip(jobs, chosen, split):
             gloss = " ".join(g + "(-)" * (i == shaken) for i, g in enumerate(signs))
             f.write(f"{os.path.basename(path)}\t{text}\t{s}\t{gloss}\n")
-    os.replace(os.path.join(root, "clips.tsv.part"), os.path.join(root, "clips.tsv"))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The tiny LLaMA and its tokenizer, from text alone
@@ -297,9 +297,8 @@ def build(data_dir, **asked):
     counts = {"train": here["n_train"], "dev": here["n_dev"], "test": here["n_test"]}
     if rank() == 0:
         os.makedirs(folder, exist_ok=True)
-        with open(noted + ".part", "w") as f:
+        with whole(noted) as f:  # the other processes may be reading it
             json.dump(here, f)
-        os.replace(noted + ".part", noted)  # the other processes may be reading it
         no_clips, no_llm = not os.path.exists(os.path.join(root, "clips.tsv")), not os.path.exists(llm)
         threads, cores = torch.get_num_threads(), os.cpu_count()
         half = max(1, cores // 2) if no_clips else cores  # clips are rendered on half of the cores while the LLaMA learns on the other

@@ -18,7 +18,8 @@ import torch
 
 import data
 from config import BadInput
-from data import Clips, Extractor, Sample, Store, Tokenizer, deal_out, pack, prepare, prompt_ids, read_clips, read_video, stateless
+from data import Clips, Extractor, Sample, Store, Tokenizer, pack, prepare, prompt_ids, read_video, stateless
+from readers import deal_out, read_clips
 from model import RandomCNN
 
 H, W = 24, 40
@@ -653,7 +654,7 @@ def split(tmp_path):
     def make(*lens, max_frames=0):
         os.makedirs(tmp_path / "own" / "cnn", exist_ok=True)
         arrays = {f"clip{i}": np.arange(n, dtype=np.float16)[:, None].repeat(2, 1) for i, n in enumerate(lens)}
-        data.write_store(str(tmp_path / "own/cnn/train.safetensors"), arrays, {})
+        data.write_store(str(tmp_path / "own/cnn/train.safetensors"), {k: a.shape for k, a in arrays.items()}, arrays.__getitem__, {})
         (tmp_path / "own/train.jsonl").write_text("".join(json.dumps({"name": n, "text": "30 31", "frames": len(a)}) + "\n" for n, a in arrays.items()))
         return Clips(str(tmp_path), "own", "cnn", "train", max_frames)
     return make
