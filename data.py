@@ -13,8 +13,6 @@ import math
 import os
 import re
 import shutil
-import sys
-import time
 import zlib
 from dataclasses import dataclass
 
@@ -25,7 +23,7 @@ import torch.distributed as dist
 from av.video.reformatter import VideoReformatter
 from safetensors import safe_open
 
-from config import BadInput, configure, launch, print0, rank, usage_error, whole
+from config import BadInput, Progress, configure, launch, print0, rank, usage_error, whole
 from model import Docs, GoogLeNet, RandomCNN, load_json
 from readers import READERS, SPLITS, deal_out
 
@@ -178,24 +176,6 @@ class Store:
         return self.file.get_tensor(name)
 
 
-class Progress:
-    """done/total, rate and time left, on one line: rewritten on a terminal, a new line every ten seconds in a log file."""
-
-    def __init__(self, what, total):
-        self.what, self.total, self.start, self.said = what, total, time.time(), 0.0
-        self.tty = sys.stderr.isatty()
-
-    def __call__(self, done, units=None, unit="clips"):
-        now = time.time()
-        if rank() or (now - self.said < (0.2 if self.tty else 10) and done < self.total):
-            return
-        self.said, passed = now, max(now - self.start, 1e-9)
-        left = passed / max(done, 1) * (self.total - done)
-        line = f"{self.what}: {done}/{self.total}, {(done if units is None else units) / passed:.0f} {unit}/s, {left:.0f} s left"
-        end = "\n" if done >= self.total or not self.tty else ""
-        print(("\r" if self.tty else "") + line.ljust(78) if self.tty else line, end=end, file=sys.stderr, flush=True)
-
-
 def barrier():
     if dist.is_initialized():
         dist.barrier()
@@ -309,22 +289,22 @@ def prepare(name, splits, data_dir, extractor):
 # Text
 
 class Tokenizer:
-    """The tokenizer in an LLM's folder: tokenizer.model (SentencePiece) or tokenizer.json (package tokenizers)."""
+    """The tokenizer in an LLM's folder: tokenizer.model (SentencePiece) or tokenizer.json (package tokenizers). BOS and EOS as the folder says."""
 
     def __init__(self, path, bos_id=-1, eos_id=-1):
         """bos_id, eos_id: -1 takes the tokenizer's own. .eos_ids all stop the decoding; the first, .eos_id, is learnt."""
-        model, other = (os.path.join(path, f) for f in ("tokenizer.model", "tokenizer.json"))
+        model, other, words = (os.path.join(path, f) for f in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"))
         special = {}
-        for f in ("config.json", "generation_config.json", "tokenizer_config.json"):  # the later know better
-            if os.path.exists(os.path.join(path, f)):
-                special |= {k: v for k, v in load_json(os.path.join(path, f)).items() if k in ("bos_token_id", "eos_token_id", "bos_token", "eos_token") and v is not None}
         try:
-            if os.path.exists(model):
+            if path.startswith("random:"):  # random weights have no tokenizer: one token a byte, under LLaMA's ids for bytes
+                self.encode, self.vocab_size, special = lambda text: [3 + b for b in text.encode()], 259, {"bos_token_id": 1, "eos_token_id": 2}
+                self._decode = lambda ids: bytes(i - 3 for i in ids if i > 2).decode(errors="replace")
+            elif os.path.exists(model):
                 from sentencepiece import SentencePieceProcessor
-                self.sp = SentencePieceProcessor(model_file=model)
-                self.encode, self.vocab_size = self.sp.encode, self.sp.vocab_size()
-                self._decode, id_of = self.sp.decode, self.sp.piece_to_id
-                special = {"bos_token_id": self.sp.bos_id(), "eos_token_id": self.sp.eos_id()}
+                sp = SentencePieceProcessor(model_file=model)
+                self.encode, self._decode, self.vocab_size = sp.encode, sp.decode, sp.vocab_size()
+                special = {"bos_token_id": sp.bos_id(), "eos_token_id": sp.eos_id()}
+                id_of = lambda piece: sp.piece_to_id(piece) if sp.id_to_piece(sp.piece_to_id(piece)) == piece else None  # it gives <unk> for others
             elif os.path.exists(other):
                 try:
                     import tokenizers
@@ -332,32 +312,45 @@ class Tokenizer:
                     raise BadInput(f"{other}: needs the package tokenizers (pip install tokenizers)") from None
                 tok = tokenizers.Tokenizer.from_file(other)
                 self.encode = lambda text: tok.encode(text, add_special_tokens=False).ids
-                self._decode, id_of, self.vocab_size = tok.decode, tok.token_to_id, tok.get_vocab_size()
+                self._decode, self.vocab_size, id_of = tok.decode, tok.get_vocab_size(), tok.token_to_id
             else:
                 raise BadInput(f"{path}: holds neither tokenizer.model nor tokenizer.json")
         except BadInput:
             raise
         except Exception as e:
             raise BadInput(f"{model if os.path.exists(model) else other}: cannot be read as a tokenizer ({e})") from None
+        for f in ("config.json", "generation_config.json"):  # the later knows better
+            if os.path.exists(os.path.join(path, f)):
+                special |= {k: v for k, v in load_json(os.path.join(path, f)).items() if k in ("bos_token_id", "eos_token_id") and v is not None}
+        said = load_json(words) if os.path.exists(words) else {}  # and this one best
 
         def ids(kind, given):
             if given >= 0:
-                found = [given]
-            elif special.get(kind + "_token"):
-                token = special[kind + "_token"]
-                found = [id_of(token["content"] if isinstance(token, dict) else token)]
-                more = special.get(kind + "_token_id")  # chat models list further tokens that end an answer
-                found += [i for i in (more if isinstance(more, list) else [more]) if i is not None and i not in found]
-            else:
-                found = special.get(kind + "_token_id", -1)
-                found = found if isinstance(found, list) else [found]
-            return [i for i in found if i is not None and i >= 0]
+                return [given]
+            if kind == "bos" and (said.get("bos_token", "") is None or said.get("add_bos_token") is False):
+                return []  # Qwen2: config.json names a BOS, but no text begins with it
+            found = special.get(kind + "_token_id", [])
+            found = found if isinstance(found, list) else [found]  # chat models list further tokens that end an answer
+            if token := said.get(kind + "_token"):
+                token = token["content"] if isinstance(token, dict) else token
+                if id_of(token) is None:
+                    raise BadInput(f"{words}: {kind}_token={token!r} is no piece of the tokenizer; give {kind}_id=")
+                found = [id_of(token)] + [i for i in found if i != id_of(token)]
+            return [i for i in found if i >= 0]
 
-        self.bos_id = (ids("bos", bos_id) or [-1])[0]  # -1: this LLM begins without one (Qwen2)
+        self.bos_id = (ids("bos", bos_id) or [-1])[0]  # -1: this LLM begins without one
         self.eos_ids = ids("eos", eos_id)
         if not self.eos_ids:
             raise BadInput(f"{path}: says no EOS token; give eos_id=")
-        self.eos_id = self.eos_ids[0]
+        self.eos_id, self.path = self.eos_ids[0], path
+
+    def fit(self, rows):
+        """An embedding needs a row for each piece; one with more (padded to a round number) is fine. Returns the tokenizer."""
+        if self.vocab_size > rows:
+            raise BadInput(f"llm={self.path}: its tokenizer has {self.vocab_size} pieces, its embedding {rows} rows")
+        if max([self.bos_id, *self.eos_ids]) >= rows:
+            raise BadInput(f"bos_id={self.bos_id}, eos_id={self.eos_id}: the embedding of {self.path} has {rows} rows")
+        return self
 
     def decode(self, ids):
         return self._decode([i for i in ids if 0 <= i < self.vocab_size])  # a padded embedding has ids that mean nothing

@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from sacrebleu.metrics import BLEU, CHRF
 
-from config import BadInput, configure, launch, print0, rank, usage_error, whole
-from data import Clips, Extractor, Progress, Sample, Tokenizer, pack, pick_device, prompt_ids, stateless, thin, world
+from config import BadInput, Progress, configure, launch, print0, rank, usage_error, whole
+from data import Clips, Extractor, Sample, Tokenizer, pack, pick_device, prompt_ids, stateless, thin, world
 from lora import apply_lora, read_adapter
-from model import Cache, SLLaMA, load_json, load_tensors, open_llm
+from model import Cache, SLLaMA, describe, load_json, load_tensors, open_llm
 from readers import SPLITS
 
 ckpt = ""  # run folder (its best/, else its last/) or checkpoint folder; "" = the newest sft run under out_dir
@@ -245,11 +245,15 @@ def read_checkpoint(folder):
 
 
 def load_model(ckpt, device="auto", dtype="auto", **overrides):
-    """A trained model from a run or checkpoint folder -> (SLLaMA in eval mode, Tokenizer, the run's configuration). dtype "stored": the LLM's own."""
+    """
+    A trained model from a run or checkpoint folder -> (SLLaMA in eval mode, Tokenizer, the run's configuration, of which .said describes the LLM).
+    dtype "stored": the LLM's own.
+    """
     state, tensors, lora = read_checkpoint(find_checkpoint(ckpt))
     cfg = SimpleNamespace(**state["config"] | {k: v for k, v in overrides.items() if v not in ("", -1)}, state=state)
     device = pick_device(device)[0]
-    args, _, read = open_llm(cfg.llm)
+    args, shapes, read = open_llm(cfg.llm)
+    tokenizer = Tokenizer(cfg.llm, cfg.bos_id, cfg.eos_id).fit(args.vocab_size)
     dtype = read("tok_embeddings.weight").dtype if dtype == "stored" else pick_dtype(dtype, device)[0]
     try:
         with torch.device("meta"):
@@ -261,7 +265,8 @@ def load_model(ckpt, device="auto", dtype="auto", **overrides):
     for name, b in sllama.named_buffers():
         setattr(sllama, name, b.float())  # statistics of the features, not weights
     sllama.requires_grad_(False).load(cfg.llm, device, 0, tensors)
-    return sllama.eval(), Tokenizer(cfg.llm, cfg.bos_id, cfg.eos_id), cfg
+    cfg.said = describe(cfg.llm, args, shapes, dtype)
+    return sllama.eval(), tokenizer, cfg
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -332,9 +337,9 @@ def main():
     say = lambda *args: print0(*args, file=sys.stderr if cfg.video or cfg.videos else sys.stdout)
     sllama, tokenizer, trained = load_model(folder, cfg.device, cfg.dtype, llm=cfg.llm, data_dir=cfg.data_dir, dataset=cfg.dataset,
                                             backbone=cfg.backbone, bos_id=cfg.bos_id, eos_id=cfg.eos_id)
-    n = sum(p.numel() for p in sllama.parameters())
-    say(f"{find_checkpoint(folder)}: {trained.stage} run on {trained.dataset}, step {trained.state['step']}; {n / 1e6:.1f}M parameters, "
-        f"{sllama.llm.norm.weight.dtype} on {sllama.mean.device}; LLM {trained.llm} ({sllama.llm.args.model_type})")
+    say(f"LLM: {trained.said}")
+    say(f"{find_checkpoint(folder)}: {trained.stage} run on {trained.dataset}, step {trained.state['step']}; "
+        f"{sum(p.numel() for p in sllama.parameters()) / 1e6:.2f}M parameters in all, on {sllama.mean.device}")
     how = dict(beam=cfg.beam, length_penalty=cfg.length_penalty, max_new_tokens=cfg.max_new_tokens, batch_size=cfg.batch_size)
 
     if cfg.video or cfg.videos:

@@ -124,6 +124,8 @@ def read_adapter(folder):
         if key not in HARMLESS and value not in UNSET and not (key == "init_lora_weights" and value in INITS):
             raise BadInput(f"{where}: {key}={value!r} is not implemented")
     path = os.path.join(folder, "adapter_model.safetensors")
+    if not os.path.exists(path) and os.path.exists(os.path.join(folder, "adapter_model.bin")):
+        path = os.path.join(folder, "adapter_model.bin")  # as PEFT saved before 0.6
     ours, state, per_layer = {v: k for k, v in TARGETS.items()}, {}, {}
     for name, tensor in load_tensors(path).items():
         m = re.fullmatch(r"base_model\.model\.model\.layers\.(\d+)\.(\w+\.\w+)\.(lora_[AB])\.weight", name)

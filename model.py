@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from config import BadInput
+from config import BadInput, Progress
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The frozen visual backbones: (F, 3, height, width) -> (F, width of a feature), eq. 1
@@ -382,10 +382,10 @@ class LLaMA(nn.Module):
         args, shapes, read = open_llm(path)
         with torch.device("meta"):
             llama = cls(args).to(dtype)
-        llama.to_empty(device=device).requires_grad_(False)
-        check_names(path, {k: v.shape for k, v in llama.state_dict().items()}, shapes)
-        for name, p in llama.named_parameters():
-            fill(p, read(name))
+        own = dict(llama.to_empty(device=device).requires_grad_(False).named_parameters())
+        check_names(path, {k: p.shape for k, p in own.items()}, shapes)
+        for name, weight in one_by_one(path, shapes, read):
+            fill(own[name], weight)
         return llama.eval()
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -444,8 +444,11 @@ class SLLaMA(nn.Module):
             if missing := [k for k in missing if "lora_" not in k or any("lora_" in s for s in state)]:
                 raise BadInput(f"checkpoint does not fit: it has no {missing[0]} ({len(missing)} missing)")
         self.to_empty(device=device)
-        for name, p in self.named_parameters():
-            fill(p, state[name] if name in state else read(name[4:]) if name not in learnt else init_weight(name, p.shape, seed))
+        own = dict(self.named_parameters())
+        for name, weight in one_by_one(llm_path, shapes, read):
+            fill(own["llm." + name], weight)
+        for name in learnt.keys() | state.keys() & own.keys():
+            fill(own[name], state[name] if name in state else init_weight(name, own[name].shape, seed))
         for name, b in self.named_buffers():
             b.copy_(state.get(name, torch.tensor(float(name != "mean"))))
         if not state:
@@ -544,14 +547,71 @@ def check_names(path, want, have):
             raise BadInput(f"{path}: {both(name)} is {tuple(have[name])}, its configuration says {tuple(want[name])}")
 
 
+def one_by_one(path, shapes, read):
+    """Yield (name, whole tensor) for all of a model's weights, so that no more than one need be in memory; shows GB/s."""
+    done, total, scale, show = 0, sum(math.prod(s) for s in shapes.values()), 0.0, None
+    for name in shapes:
+        weight = read(name)
+        if show is None:
+            scale = weight.itemsize / 1e9
+            show = Progress(f"loading {path}, GB", total * scale)
+        yield name, weight
+        done += weight.numel()
+        show(done * scale, unit="GB")
+
+
+def describe(path, args, shapes, dtype):
+    """One line on an LLM: type, sizes, parameters and bytes."""
+    n = sum(math.prod(s) for s in shapes.values())
+    return (f"{path}: {args.model_type}, {args.n_layers} layers of width {args.dim}, {args.n_heads} heads ({args.n_kv_heads} of keys) of {args.head_dim}, "
+            f"SwiGLU {args.hidden_dim}, {args.vocab_size} tokens; {n / 1e6:.2f}M parameters, {n * dtype.itemsize / 1e9:.3f} GB in {str(dtype).removeprefix('torch.')}")
+
+
 def open_llm(path):
-    """A folder of raw weights -> (ModelArgs, name -> shape, read). read(name) is one whole tensor in our layout, read when it is asked for."""
+    """
+    A folder of raw weights, or random:SIZE -> (ModelArgs, name -> shape, read). read(name) is one whole tensor in our layout,
+    read when it is asked for.
+    """
+    if path.startswith("random:"):
+        return open_random(path)
     meta, hf = (os.path.exists(os.path.join(path, f)) for f in ("params.json", "config.json"))
     if meta and not (hf and not glob.glob(os.path.join(glob.escape(path), "consolidated.*.pth"))):  # Mistral's folders hold another params.json
         return open_meta(path)
     if hf:
         return open_hf(path)
     raise BadInput(f"llm={path}: holds neither params.json (Meta's layout) nor config.json (Hugging Face's)")
+
+
+SIZES = {  # llm=random:NAME
+    "7B": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=32000),  # LLaMA 2, Vicuna 1.5
+    "13B": dict(dim=5120, n_layers=40, n_heads=40, n_kv_heads=40, hidden_dim=13824, vocab_size=32000),
+    "70B": dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, hidden_dim=28672, vocab_size=32000),
+    "vicuna-7b-v1.5": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=32000),
+    "mistral-7b-instruct-v0.3": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, hidden_dim=14336, vocab_size=32768, rope_theta=1e6, model_type="mistral"),
+    "qwen2-7b-instruct": dict(dim=3584, n_layers=28, n_heads=28, n_kv_heads=4, hidden_dim=18944, vocab_size=152064, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True, model_type="qwen2"),
+    "deepseek-llm-7b-chat": dict(dim=4096, n_layers=30, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=102400, norm_eps=1e-6),
+    "chinese-llama-2-7b": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=55296),
+    "smollm2-135m": dict(dim=576, n_layers=30, n_heads=9, n_kv_heads=3, hidden_dim=1536, vocab_size=49152, rope_theta=1e5, tied=True),
+}
+
+
+def open_random(path):
+    """random:7B and its like: the sizes of an LLM with random weights, for trials of speed and memory where there are no real ones."""
+    size = path.removeprefix("random:")
+    if size not in SIZES:
+        raise BadInput(f"llm={path}: the sizes are {', '.join(SIZES)}")
+    args = ModelArgs(head_dim=SIZES[size]["dim"] // SIZES[size]["n_heads"], **SIZES[size])
+    with torch.device("meta"):
+        shapes = {k: tuple(p.shape) for k, p in LLaMA(args).named_parameters()}
+    noise = torch.randn(2**22 - 3, generator=torch.Generator().manual_seed(0))  # drawn once, since billions take minutes; a prime: rows differ
+
+    def read(name):
+        n = math.prod(shapes[name])
+        if len(shapes[name]) == 1:
+            return init_weight(name, shapes[name], 0)
+        return noise.roll(zlib.crc32(name.encode())).repeat(-(-n // len(noise)))[:n].view(shapes[name]).mul_(shapes[name][1] ** -0.5)
+
+    return args, shapes, read
 
 
 def open_meta(path):
@@ -599,10 +659,12 @@ def open_meta(path):
     for name in ("tok_embeddings.weight", first + "attention.wk.weight", first + "feed_forward.w1.weight"):
         if len(shapes.get(name, ())) != 2:
             raise BadInput(f"{files[0]}: has no matrix {name}")
-    # vocab_size is -1 and n_kv_heads absent in what Meta ships: the weights know
-    args = ModelArgs(dim, params["n_layers"], params["n_heads"], shapes[first + "attention.wk.weight"][0] // head_dim,
-                     shapes[first + "feed_forward.w1.weight"][0], shapes["tok_embeddings.weight"][0], head_dim, params["norm_eps"],
-                     params.get("rope_theta", 10000.0))
+    n_kv_heads, vocab_size = shapes[first + "attention.wk.weight"][0] // head_dim, shapes["tok_embeddings.weight"][0]
+    for key, found in (("n_kv_heads", n_kv_heads), ("vocab_size", vocab_size)):  # absent and -1 in what Meta ships: the weights know
+        if params.get(key) not in (None, -1, found):
+            raise BadInput(f"{path}/params.json: {key}={params[key]}, but its weights have {found}")
+    args = ModelArgs(dim, params["n_layers"], params["n_heads"], n_kv_heads, shapes[first + "feed_forward.w1.weight"][0], vocab_size, head_dim,
+                     params["norm_eps"], params.get("rope_theta", 10000.0))
     return args, shapes, read
 
 

@@ -27,7 +27,7 @@ from config import BadInput, configure, launch, print0, rank, usage_error, whole
 from data import Clips, Tokenizer, pack, pick_device, prompt_ids, stateless, world
 from eval import bleu, find_checkpoint, language_code, pick_dtype, read_checkpoint, rouge, translate
 from lora import TARGETS, adapter, apply_lora, write_adapter
-from model import SLLaMA, fill, full, load_tensors, open_llm
+from model import SLLaMA, describe, fill, full, load_tensors, open_llm
 
 # what to run
 stage = "align"  # align, then sft
@@ -115,6 +115,25 @@ def setup(device):
 def groups(model):
     """The modules that FSDP2 gathers and scatters as one: the LLM's blocks and the root."""
     return [m for m in model.modules() if isinstance(m, FSDPModule)]
+
+
+def build(cfg, args, dim_in, device, dtype):
+    """SLLaMA on the meta device, sharded: its structure, what of it learns, where it will lie. model.load then gives it its values."""
+    with torch.device("meta"):
+        model = SLLaMA(args, dim_in, cfg)
+    model.requires_grad_(False)
+    model.adaptor.requires_grad_(True)
+    for part in (model.proj, model.ltn):
+        if part is not None:
+            part.requires_grad_(cfg.train_ltn)
+    model.llm.tok_embeddings.requires_grad_(cfg.train_embeddings)
+    if not cfg.freeze_llm:
+        apply_lora(model.llm, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets.split(","), cfg.lora_dropout)
+    for p in model.parameters():
+        p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
+    model.llm.activation_checkpointing = cfg.activation_checkpointing
+    shard(model, device, dtype, cfg)
+    return model
 
 
 def shard(model, device, dtype, cfg):
@@ -319,28 +338,12 @@ def main():
         if resuming:
             done = {key: state[key] for key in done}
 
-    # ---- model: its structure on the meta device, then sharded, then filled tensor by tensor
-    args = open_llm(cfg.llm)[0]
-    if max([tokenizer.bos_id, *tokenizer.eos_ids]) >= args.vocab_size:
-        raise BadInput(f"bos_id={tokenizer.bos_id}, eos_id={tokenizer.eos_id}: the embedding of {cfg.llm} has {args.vocab_size} rows")
-    if tokenizer.vocab_size > args.vocab_size:
-        raise BadInput(f"llm={cfg.llm}: its tokenizer has {tokenizer.vocab_size} pieces, its embedding {args.vocab_size} rows")
+    # ---- model: its structure on the meta device, sharded, then filled tensor by tensor
+    args, shapes, _ = open_llm(cfg.llm)
+    tokenizer.fit(args.vocab_size)
     torch_dtype, why = pick_dtype(cfg.dtype, device)
-    with torch.device("meta"):
-        model = SLLaMA(args, dim_in, cfg)
-    model.requires_grad_(False)
-    model.adaptor.requires_grad_(True)
-    for part in (model.proj, model.ltn):
-        if part is not None:
-            part.requires_grad_(cfg.train_ltn)
-    model.llm.tok_embeddings.requires_grad_(cfg.train_embeddings)
-    if not cfg.freeze_llm:
-        apply_lora(model.llm, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets.split(","), cfg.lora_dropout)
-    for p in model.parameters():
-        p.data = p.data.to(torch.float32 if p.requires_grad else torch_dtype)
-    model.llm.activation_checkpointing = cfg.activation_checkpointing
-    shard(model, device, torch_dtype, cfg)
-    start = time.time()
+    print0("LLM: " + describe(cfg.llm, args, shapes, torch_dtype))
+    model = build(cfg, args, dim_in, device, torch_dtype)
     model.load(cfg.llm, "cpu" if cfg.cpu_offload else device, cfg.seed, tensors)
     if not tensors:  # statistics of the training features, from 200 clips spread over the set
         some = torch.cat([clips.features(i).float() for i in range(0, len(clips), -(-len(clips) // 200))])
@@ -350,8 +353,7 @@ def main():
         setattr(model, name, b.to(device))  # with cpu_offload only the parameters stay behind
     learning = {k: p for k, p in model.named_parameters() if p.requires_grad}
     count = lambda some: f"{sum(p.numel() for p in some) / 1e6:.2f}M"
-    print0(f"model: LLM {cfg.llm} ({args.model_type}, {args.n_layers} layers of width {args.dim}, {args.vocab_size} tokens), {count(model.parameters())} parameters, loaded in {time.time() - start:.1f} s"
-           + (f", the rest from {source}" if source else ""))
+    print0(f"model: {count(model.parameters())} parameters" + (f", those that have learnt before from {source}" if source else ""))
     for part in ("proj", "ltn", "adaptor", "llm.tok_embeddings", "lora_"):
         if found := [p for k, p in learning.items() if k.startswith(part) or part in k and part == "lora_"]:
             print0(f"learns: {part.rstrip('_'):18} {count(found)}")

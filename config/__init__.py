@@ -64,6 +64,27 @@ def whole(path, mode="w"):
     os.replace(path + ".part", path)
 
 
+class Progress:
+    """done/total, rate and time left, on one line: rewritten on a terminal, a new line every ten seconds in a log file."""
+
+    def __init__(self, what, total):
+        self.what, self.total, self.start = what, total, time.time()
+        self.said = self.start
+        self.tty = sys.stderr.isatty()
+
+    def __call__(self, done, units=None, unit="clips"):
+        now = time.time()
+        if rank() or (now - self.said < (0.2 if self.tty else 10) and done < self.total):
+            return
+        self.said, passed = now, max(now - self.start, 1e-9)
+        left = passed / (done or 1) * (self.total - done)
+        said = lambda n: f"{n:.2f}" if isinstance(n, float) else n
+        rate = (done if units is None else units) / passed
+        line = f"{self.what}: {said(done)}/{said(self.total)}, {rate:.{0 if rate >= 10 else 2}f} {unit}/s, {left:.0f} s left"
+        end = "\n" if done >= self.total or not self.tty else ""
+        print(("\r" if self.tty else "") + line.ljust(78) if self.tty else line, end=end, file=sys.stderr, flush=True)
+
+
 def read_literals(path, strict=False):
     """
     name -> (value, comment) for the top-level assignments of literals to lower-case names in a Python file; a dict's comments are a dict too.

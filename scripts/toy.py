@@ -24,8 +24,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from config import BadInput, configure, launch, print0, rank, usage_error, whole
-from data import Extractor, Progress, barrier, prepare, stateless
+from config import BadInput, Progress, configure, launch, print0, rank, usage_error, whole
+from data import Extractor, barrier, prepare, stateless
 from model import Docs, LLaMA, ModelArgs, init_weight, load_json
 from readers import read_clips
 

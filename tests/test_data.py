@@ -543,10 +543,33 @@ def test_tokenizer_json(jsons):
     ({"config": {"bos_token_id": 0, "eos_token_id": 1}, "generation_config": {"eos_token_id": [1, 2]}}, 0, [1, 2]),
     ({"generation_config": {"eos_token_id": [2, 1]}, "tokenizer_config": {"bos_token": "<s>", "eos_token": "</s>"}}, 0, [1, 2]),
     ({"config": {"bos_token_id": None, "eos_token_id": 1}, "tokenizer_config": {"bos_token": None, "eos_token": "<|eot|>"}}, -1, [2, 1]),
-    ({"tokenizer_config": {"eos_token": "</s>"}}, -1, [1])])  # Qwen2 begins without BOS
+    ({"config": {"bos_token_id": 0, "eos_token_id": 1}, "tokenizer_config": {"bos_token": None, "eos_token": "</s>"}}, -1, [1]),  # as Qwen2-7B-Instruct
+    ({"config": {"bos_token_id": 0, "eos_token_id": 1}, "tokenizer_config": {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": False}}, -1, [1]),
+    ({"tokenizer_config": {"eos_token": "</s>"}}, -1, [1])])
 def test_tokenizer_json_bos_and_eos(jsons, files, bos, eos):
     tokenizer = Tokenizer(jsons(**files))
     assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.eos_id) == (bos, eos, eos[0])
+
+
+def test_embedding_of_another_size(pieces):
+    tokenizer = Tokenizer(pieces)
+    assert tokenizer.fit(340) is tokenizer and tokenizer.fit(384) is tokenizer  # padded to a round number
+    with bad(pieces, "340 pieces", "339 rows"):
+        tokenizer.fit(339)
+    with bad("eos_id=400", "384 rows"):
+        Tokenizer(pieces, eos_id=400).fit(384)
+
+
+def test_sentencepiece_obeys_the_folder(pieces, tmp_path):
+    """A Hugging Face folder with a tokenizer.model: its config files say what begins and ends a text."""
+    shutil.copy(os.path.join(pieces, "tokenizer.model"), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 7}))
+    assert (Tokenizer(str(tmp_path)).bos_id, Tokenizer(str(tmp_path)).eos_ids) == (1, [7])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>"}}))
+    assert (Tokenizer(str(tmp_path)).bos_id, Tokenizer(str(tmp_path)).eos_ids) == (1, [2, 7])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|eot|>"}))
+    with bad("tokenizer_config.json", "eos_token='<|eot|>'"):  # SentencePiece itself would call it <unk>
+        Tokenizer(str(tmp_path))
 
 
 def test_wrong_tokenizers(jsons, tmp_path):
@@ -557,7 +580,7 @@ def test_wrong_tokenizers(jsons, tmp_path):
         Tokenizer(folder)
     assert Tokenizer(folder, eos_id=1).eos_ids == [1]
     jsons(tokenizer_config={"eos_token": "<unknown>"})
-    with bad(folder, "eos_id="):
+    with bad(folder, "eos_token='<unknown>'", "eos_id="):
         Tokenizer(folder)
     (tmp_path / "tokenizer_config.json").write_text("{")
     with bad(tmp_path / "tokenizer_config.json"):

@@ -161,6 +161,9 @@ def test_we_read_what_peft_saves(tmp_path, targets):
     assert distance(theirs, llama) < 1e-4
     assert distance(theirs, merge_lora(llama)) < 1e-4
     assert difference(llama, LLaMA.from_pretrained(str(tmp_path / "base"))) > 1e-1  # it is not the base that was compared
+    (tmp_path / "lora/adapter_model.safetensors").unlink()
+    theirs.save_pretrained(tmp_path / "lora", safe_serialization=False)  # adapter_model.bin, as PEFT wrote it once
+    assert distance(theirs, load_lora(LLaMA.from_pretrained(str(tmp_path / "base")), str(tmp_path / "lora"))) < 1e-4
 
 
 @pytest.mark.parametrize("options", [dict(lora_dropout=0.3), dict(init_lora_weights="gaussian"), dict(init_lora_weights=False),

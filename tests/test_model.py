@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from config import BadInput
 from data import Sample, Tokenizer, pack
 from eval import generate, translate
-from model import Docs, GoogLeNet, LLaMA, LocalTransformer, ModelArgs, RandomCNN, SLLaMA, from_hf, init_weight, local_attention, open_llm, to_hf
+from model import SIZES as LLM_SIZES
+from model import Cache, Docs, GoogLeNet, LLaMA, LocalTransformer, ModelArgs, RandomCNN, SLLaMA, describe, from_hf, init_weight, local_attention, open_llm, to_hf
 
 SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=256)
@@ -75,10 +76,24 @@ class edit:
 
 @torch.no_grad()
 def distance(model, llama, tokens=TOKENS):
-    """The largest difference between the logits of transformers and ours."""
+    """The largest difference between the logits of transformers and ours, computed at once and, from a third on, word by word with a cache."""
     theirs = model(tokens).logits
     assert theirs.std() > 0.5  # logits near zero would be equal whatever the model did
-    return (theirs - llama(tokens)).abs().max().item()
+    return max((theirs - llama(tokens)).abs().max().item(), (theirs - cached(llama, tokens)).abs().max().item())
+
+
+def cached(llama, tokens):
+    """(B, T) -> (B, T, vocab) by one forward over the first third of every row, then one token at a time."""
+    B, T = tokens.shape
+    docs = Docs.of([T // 3] * B)
+    cache = Cache(docs, 1, T - T // 3)
+    h = llama.tok_embeddings(tokens)
+    first = llama(h=h[:, :T // 3].reshape(1, -1, h.shape[-1]), pos=torch.arange(T // 3).repeat(B)[None], docs=docs, cache=cache)
+    out = [first.view(B, T // 3, -1)]
+    for i in range(T // 3, T):
+        cache.step += 1
+        out.append(llama(h=h[:, i:i + 1], pos=torch.full((B, 1), i), cache=cache))
+    return torch.cat(out, 1)
 
 
 META = {"q_proj": "attention.wq", "k_proj": "attention.wk", "v_proj": "attention.wv", "o_proj": "attention.wo", "gate_proj": "feed_forward.w1",
@@ -155,15 +170,19 @@ def test_parity_would_notice_a_wrong_angle(tmp_path):
     assert distance(model, LLaMA.from_pretrained(str(tmp_path))) > 1e-2
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_several_files_and_bf16(tmp_path, kind):
-    model = hf_folder(tmp_path, kind=kind, shard_size="10KB", dtype=torch.bfloat16)
-    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+@pytest.mark.parametrize("shard_size", ["1GB", "10KB"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+def test_one_file_or_several_in_fp32_or_bf16(tmp_path, kind, dtype, shard_size):
+    model = hf_folder(tmp_path, kind=kind, shard_size=shard_size, dtype=dtype)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 2) == (shard_size == "10KB")
     assert distance(model, LLaMA.from_pretrained(str(tmp_path))) < 1e-4  # the same rounded weights, computed in fp32 by both
-    bf16 = LLaMA.from_pretrained(str(tmp_path), torch.bfloat16)
-    assert torch.equal(bf16.layers[0].attention.wq.weight.float(), model.model.layers[0].self_attn.q_proj.weight)
-    (tmp_path / "model.safetensors.index.json").unlink()  # not needed: the files say what they hold
-    assert distance(model, LLaMA.from_pretrained(str(tmp_path))) < 1e-4
+    as_stored = LLaMA.from_pretrained(str(tmp_path), dtype)
+    assert as_stored.norm.weight.dtype == dtype
+    assert torch.equal(as_stored.layers[0].attention.wq.weight.float(), model.model.layers[0].self_attn.q_proj.weight)
+    if shard_size == "10KB":
+        (tmp_path / "model.safetensors.index.json").unlink()  # not needed: the files say what they hold
+        assert distance(model, LLaMA.from_pretrained(str(tmp_path))) < 1e-4
 
 
 @pytest.mark.parametrize("shards, embedding_axis", [(1, 1), (2, 1), (2, 0)], ids=["one file", "two as LLaMA 2", "two as LLaMA 3"])
@@ -173,6 +192,35 @@ def test_meta_layout(tmp_path, shards, embedding_axis):
     llama = LLaMA.from_pretrained(str(tmp_path))
     assert (llama.args.vocab_size, llama.args.n_kv_heads) == (96, 2)
     assert distance(model, llama) < 1e-4
+    meta_folder(tmp_path / "whole", model)
+    whole = LLaMA.from_pretrained(str(tmp_path / "whole"))
+    assert all(torch.equal(a, b) for a, b in zip(llama.parameters(), whole.parameters()))
+
+
+@pytest.mark.parametrize("key, value", [("n_kv_heads", 4), ("vocab_size", 97)])
+def test_params_that_the_weights_contradict(tmp_path, key, value):
+    meta_folder(tmp_path, tiny_hf(), **{key: value})
+    refused(tmp_path, f"params.json: {key}={value}, but its weights have")
+
+
+@pytest.mark.parametrize("name, billions", [("7B", 6.738), ("13B", 13.016), ("70B", 68.977), ("vicuna-7b-v1.5", 6.738), ("mistral-7b-instruct-v0.3", 7.248),
+                                            ("qwen2-7b-instruct", 7.616), ("deepseek-llm-7b-chat", 6.910), ("chinese-llama-2-7b", 6.929), ("smollm2-135m", 0.1345)])
+def test_sizes(name, billions):
+    args, shapes, _ = open_llm(f"random:{name}")  # the published numbers of parameters
+    assert sum(torch.Size(s).numel() for s in shapes.values()) / 1e9 == pytest.approx(billions, abs=0.0006)
+    assert f"{args.n_layers} layers" in describe(f"random:{name}", args, shapes, torch.bfloat16) and name in LLM_SIZES
+
+
+def test_random_weights(monkeypatch):
+    monkeypatch.setitem(LLM_SIZES, "tiny", dict(dim=2048, n_layers=1, n_heads=16, n_kv_heads=8, hidden_dim=96, vocab_size=4096, qkv_bias=True))
+    a, b = (LLaMA.from_pretrained("random:tiny") for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+    w = a.tok_embeddings.weight  # more numbers than are drawn
+    assert len(w.unique(dim=0)) == len(w) and (w.mean().abs() < 1e-3) and (w.std() * 2048**0.5 - 1).abs() < 0.01
+    assert 0.1 < a(TOKENS).std() < 10 and a.norm.weight.eq(1).all() and a.layers[0].attention.wq.bias.eq(0).all()
+    tokenizer = Tokenizer("random:tiny")
+    assert tokenizer.decode(tokenizer.encode("schön, 雪")) == "schön, 雪" and (tokenizer.bos_id, tokenizer.eos_ids) == (1, [2])
+    refused("random:8B", "7B, 13B")
 
 
 def test_meta_layout_that_says_everything(tmp_path):
