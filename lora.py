@@ -157,6 +157,8 @@ def export_hf(llama, folder, source, shard_bytes=5 * 10**9):
     from model import load_json, to_hf
     if layers(llama):
         raise BadInput("the LLM's LoRA is not merged: a Hugging Face folder has no place for it")
+    if not os.path.isdir(source):
+        raise BadInput(f"{source}: is no folder, there is no tokenizer to copy from it")
     a = llama.args
     dtype = str(llama.tok_embeddings.weight.dtype).removeprefix("torch.")
     if os.path.exists(os.path.join(source, "config.json")):

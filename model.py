@@ -629,6 +629,13 @@ def open_meta(path):
     for f, shard in zip(files, shards):
         check_names(f, {k: v.shape for k, v in shards[0].items()}, {k: v.shape for k, v in shard.items()})
     dim, head_dim = params["dim"], params["dim"] // params["n_heads"]
+    first = "layers.0."
+    for name in ("tok_embeddings.weight", first + "attention.wk.weight", first + "attention.wo.weight", first + "feed_forward.w1.weight"):
+        if name not in shards[0] or shards[0][name].dim() != 2:
+            raise BadInput(f"{files[0]}: has no matrix {name}")
+    width = shards[0][first + "attention.wo.weight"].shape[1]
+    if width * len(files) < dim:
+        raise BadInput(f"{path}: has {len(files)} of {dim // width} shards consolidated.*.pth")
 
     def axis(name, shard):  # how model-parallel shards are joined: column-parallel layers on 0, row-parallel ones on 1, norms are copies
         kind = name.split(".")[-2]
@@ -655,10 +662,6 @@ def open_meta(path):
         return w
 
     shapes = {k: shape(k) for k in shards[0] if k != "rope.freqs"}
-    first = "layers.0."
-    for name in ("tok_embeddings.weight", first + "attention.wk.weight", first + "feed_forward.w1.weight"):
-        if len(shapes.get(name, ())) != 2:
-            raise BadInput(f"{files[0]}: has no matrix {name}")
     n_kv_heads, vocab_size = shapes[first + "attention.wk.weight"][0] // head_dim, shapes["tok_embeddings.weight"][0]
     for key, found in (("n_kv_heads", n_kv_heads), ("vocab_size", vocab_size)):  # absent and -1 in what Meta ships: the weights know
         if params.get(key) not in (None, -1, found):

@@ -340,6 +340,13 @@ def test_damaged_files(tmp_path):
         refused(tmp_path, "config.json")
 
 
+def test_shards_of_a_meta_folder_are_missing(tmp_path):
+    meta_folder(tmp_path, tiny_hf(), 4)
+    for there, gone in ((3, "01"), (2, "03"), (1, "00")):
+        (tmp_path / f"consolidated.{gone}.pth").unlink()
+        refused(tmp_path, f"{there} of 4 shards")
+
+
 def test_damaged_meta_files(tmp_path):
     meta_folder(tmp_path, tiny_hf())
     file, params = tmp_path / "consolidated.00.pth", (tmp_path / "params.json").read_text()
