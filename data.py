@@ -422,7 +422,7 @@ class Clips:
             there = [s for s in SPLITS if os.path.exists(os.path.join(folder, s + ".jsonl"))]
             hint = f"it has {', '.join(there)}: say split=" if there else "make it with python data.py"
             raise BadInput(f"{path}: data set {dataset} has no split {split}; {hint}")
-        self.rows = []
+        self.rows, self.path = [], path
         try:
             lines = list(open(path, encoding="utf-8"))
         except UnicodeDecodeError:

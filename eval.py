@@ -3,22 +3,28 @@ Decoding with a KV cache (greedy and beam search), BLEU and ROUGE by one fixed p
 
     python eval.py                                     # the newest sft run on its test split -> hyps.jsonl, scores.json
     torchrun --nproc_per_node=2 eval.py                # the same, the clips shared out
-    python eval.py control=shuffle                     # each sentence gets another clip's features: what the score is without looking
+    python eval.py control=all                         # and what it scores on other clips' features, on blanks and on noise: without looking
     python eval.py ckpt=out/toy/sft video=clip.mp4     # one translation on stdout
-    python eval.py hyps=FILE.jsonl lang=de             # scores lines {"name","hyp","ref"} made by anyone
+    python eval.py hyps=A.jsonl lang=de                # scores lines {"name","hyp","ref"} made by anyone
+    python eval.py hyps=A.jsonl against=B.jsonl lang=de  # is A better than B, or is it chance?
 """
 import glob
+import hashlib
+import itertools
 import json
+import logging
 import os
 import re
 import sys
 import time
+from collections import Counter
 from datetime import timedelta
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.significance import PairedTest
 
 from config import BadInput, Progress, configure, launch, print0, rank, usage_error, whole
 from data import Clips, Extractor, Sample, Tokenizer, pack, pick_device, prompt_ids, stateless, thin, world
@@ -32,10 +38,13 @@ split = "test"  # train, dev or test
 beam = 4  # beam width, 1 = greedy (paper: silent; the field: 4 to 10)
 length_penalty = 1.0  # exponent of ((5+len)/6), 0 = none (paper: silent)
 max_new_tokens = 200  # an answer that has not ended by then is cut, and counted on screen
-control = "none"  # none; shuffle, blank, noise: what the model scores without the right clip
+beams = ""  # e.g. 1,4,8: each is tried on dev with each of length_penalties, and the best dev BLEU-4 decodes the split
+length_penalties = ""  # e.g. 0,1,2
+control = "none"  # none; shuffle (another clip's features), blank, noise: what the model scores without the right clip; all: each of these
 video = ""  # translate this file or folder of frames and nothing else
 videos = ""  # translate every clip in this folder: a line name<TAB>sentence each
 hyps = ""  # score this file of lines {"name","hyp","ref"} and nothing else
+against = ""  # hyps: another such file of the same clips; tells whether the difference is significant
 lang = ""  # de, en, zh, ...: how to cut sentences into tokens; "" = by the run's language
 dataset = ""  # "" = the run's
 data_dir = ""  # "" = the run's
@@ -49,9 +58,11 @@ dtype = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, b
 device = "auto"  # auto, cpu, cuda
 seed = 1337  # of the shuffle and noise controls
 
+CONTROLS = ("shuffle", "blank", "noise")
 VIDEO_ENDINGS = (".mp4", ".webm", ".gif", ".mov", ".avi", ".mkv")
 UNSPACED = ("zh", "yue", "ja", "th")  # written without spaces between words
 LANGUAGES = {"German": "de", "English": "en", "Chinese": "zh"}
+SAMPLES = 1000  # of the bootstrap
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
@@ -117,27 +128,33 @@ def variants(lang):
 
 
 def report(hyps, refs, lang):
-    """All scores of a system as one dict, with the signatures that make them comparable."""
-    metric = _metric(lang)
+    """All scores of a system as one dict, with the signatures that make them comparable and a bootstrap interval (Koehn 2004) of BLEU-4."""
+    metric, chrf = _metric(lang), CHRF()
+    sampled = metric.corpus_score(hyps, [refs], n_bootstrap=SAMPLES) if len(refs) > 1 else None  # sacrebleu's fixed seed: the same each time
     metric.corpus_score(hyps, [refs])  # the signature counts the references
-    chrf = CHRF()
     scores = {"bleu": bleu(hyps, refs, lang), "rouge": rouge(hyps, refs, lang), "chrf": chrf.corpus_score(hyps, [refs]).score,
+              "bleu4_95": [sampled._mean - sampled._ci, sampled._mean + sampled._ci] if sampled else None,
               "exact": 100 * sum(h == r for h, r in zip(hyps, refs)) / len(refs), "clips": len(refs), "lang": lang, "variants": {}}
     for name, change in variants(lang).items():
         h, r = [change(s) for s in hyps], [change(s) for s in refs]
-        scores["variants"][name] = {"bleu": bleu(h, r, lang), "rouge": rouge(h, r, lang)}
+        scores["variants"][name] = {"bleu": bleu(h, r, lang), "rouge": rouge(h, r, lang), "chrf": CHRF().corpus_score(h, [r]).score}
     scores["signature"] = {"bleu": str(metric.get_signature()), "chrf": str(chrf.get_signature()),
                            "rouge": f"ROUGE-L|F:beta1.2|tok:{'char' if lang in UNSPACED else 'space'}|mean:sentence"}
     return scores
 
 
-def print_scores(scores, title):
-    row = lambda name, s: print(f"{name:32} " + " ".join(f"{b:6.2f}" for b in s["bleu"]) + f" {s['rouge']:6.2f}")
-    print(f"\n{title:32} BLEU-1 BLEU-2 BLEU-3 BLEU-4  ROUGE")
-    row("", scores)
+def print_scores(title, rows):
+    """A table of scores, name -> report; the first row's variants, interval and signatures stand with it."""
+    line = lambda name, s: print(f"{name:32} " + " ".join(f"{b:6.2f}" for b in s["bleu"]) + f" {s['rouge']:6.2f} {s['chrf']:6.2f}")
+    (first, scores), *others = rows.items()
+    print(f"\n{title:32} BLEU-1 BLEU-2 BLEU-3 BLEU-4  ROUGE   chrF")
+    line(first, scores)
     for name, s in scores["variants"].items():
-        row(f"  ({name})", s)
-    print(f"{scores['clips']} clips, chrF {scores['chrf']:.2f}, {scores['exact']:.0f} % exact\n{scores['signature']['bleu']}\n{scores['signature']['rouge']}", flush=True)
+        line(f"  ({name})", s)
+    for name, s in others:
+        line(name, s)
+    interval = "BLEU-4 {:.2f} to {:.2f} (95 %), ".format(*scores["bleu4_95"]) if scores["bleu4_95"] else ""
+    print(f"{scores['clips']} clips, {interval}{scores['exact']:.0f} % exact\n" + "\n".join(scores["signature"].values()), flush=True)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding
@@ -297,9 +314,22 @@ def controlled(features, control, seed, sllama):
     return features
 
 
-def score_file(path, lang):
-    """hyps=FILE: score lines {"name","hyp","ref"} made by anyone."""
-    found, names = [], set()
+def baselines(clips, train, sllama):
+    """What needs no LLM at all: {name: [sentence]}, the train sentence of the nearest mean feature, and the most frequent one."""
+    average = lambda c: torch.stack([((c.features(i).float() - sllama.mean.cpu()) / sllama.std.cpu()).mean(0) for i in range(len(c))])  # (clips, D)
+    distance = torch.cdist(average(clips), average(train))
+    names = {row["name"]: j for j, row in enumerate(train.rows)}
+    for i, row in enumerate(clips.rows):
+        if row["name"] in names:
+            distance[i, names[row["name"]]] = float("inf")  # split=train: nobody finds himself
+    texts = [row["text"] for row in train.rows]
+    return {"nearest training clip": [texts[j] for j in distance.argmin(1)],
+            "most frequent sentence": [Counter(texts).most_common(1)[0][0]] * len(clips)}
+
+
+def read_hyps(path):
+    """A file of lines {"name","hyp","ref"} -> {name: (hyp, ref)}."""
+    found = {}
     try:
         lines = list(open(path, encoding="utf-8-sig"))  # not splitlines: a sentence may hold U+2028
     except UnicodeDecodeError:
@@ -312,27 +342,73 @@ def score_file(path, lang):
                 raise ValueError("hyp and ref must be texts")
         except (ValueError, KeyError, TypeError) as e:
             raise BadInput(f'{path}:{number}: is not a line {{"name", "hyp", "ref"}} ({e})') from None
-        if name in names:
+        if name in found:
             raise BadInput(f"{path}:{number}: {name} stands there twice")
-        names.add(name)
-        found.append((hyp, ref))
+        found[name] = hyp, ref
     if not found:
         raise BadInput(f"{path}: has no lines")
+    return found
+
+
+def score_files(path, other, lang):
+    """hyps=FILE: its scores. against=FILE: beside those of another system, with the p-value of a paired bootstrap test (Koehn 2004)."""
     if not lang:
         raise BadInput("lang: say the language of the sentences, lang=de")
-    print_scores(report([h for h, _ in found], [r for _, r in found], lang), os.path.basename(path))
+    _metric(lang)
+    mine = read_hyps(path)
+    files = {path: mine}
+    if other:
+        theirs = files[other] = read_hyps(other)
+        if alone := sorted(mine.keys() ^ theirs.keys()):
+            raise BadInput(f"{other if alone[0] in mine else path}: has no clip {alone[0]}, which the other file has ({len(alone)} such)")
+        if unlike := [name for name in mine if mine[name][1] != theirs[name][1]]:
+            raise BadInput(f"{other}: the reference of {unlike[0]} is another than in {path} ({len(unlike)} such)")
+    refs = [ref for _, ref in mine.values()]
+    hyps = {f: [rows[name][0] for name in mine] for f, rows in files.items()}
+    print_scores(f"lang={lang}", {("" if f == path else "against ") + os.path.basename(f): report(h, refs, lang) for f, h in hyps.items()})
+    if other:
+        logging.getLogger("sacrebleu").setLevel(logging.WARNING)
+        systems = [(other, hyps[other]), (path, hyps[path])]  # sacrebleu tests against the first
+        test = PairedTest(systems, {"BLEU": _metric(lang), "chrF": CHRF()}, [refs], test_type="bs", n_samples=SAMPLES)()[1]
+        for metric, (theirs, ours) in zip(("BLEU-4", "chrF"), list(test.values())[1:]):  # the first holds the names
+            verdict = "significant" if ours.p_value < 0.05 else "may well be chance"
+            print(f"{metric:6} {ours.score - theirs.score:+.2f}, p = {ours.p_value:.3f}: {verdict} (paired bootstrap, {SAMPLES} samples of {len(refs)} clips)")
+
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def decode(sllama, features, tokenizer, what, how):
+    """translate(), the clips shared out among the processes. Every process gets all sentences."""
+    mine = range(rank(), len(features), world())
+    out = dict(zip(mine, translate(sllama, [features[i] for i in mine], tokenizer, progress=Progress(what, len(mine)), **how)))
+    if dist.is_initialized():
+        gathered = [None] * world()
+        dist.all_gather_object(gathered, out)
+        out = {i: s for part in gathered for i, s in part.items()}
+    return [out[i] for i in range(len(features))]
 
 
 def main():
-    cfg = configure(__file__, choices={"split": SPLITS, "control": ("none", "shuffle", "blank", "noise"), "device": ("auto", "cpu", "cuda"),
+    cfg = configure(__file__, choices={"split": SPLITS, "control": ("none", *CONTROLS, "all"), "device": ("auto", "cpu", "cuda"),
                                        "dtype": ("auto", "float32", "bfloat16", "float16")})
     for key, low in {"beam": 1, "max_new_tokens": 1, "batch_size": 1, "seed": 0}.items():
         if getattr(cfg, key) < low:
             usage_error(__file__, f"{key}={getattr(cfg, key)}: must be at least {low}")
+    try:
+        widths, penalties = [int(b) for b in cfg.beams.split(",") if b], [float(p) for p in cfg.length_penalties.split(",") if p]
+        if min(widths, default=1) < 1:
+            raise ValueError("a beam is at least 1")
+    except ValueError as e:
+        usage_error(__file__, f"beams={cfg.beams} length_penalties={cfg.length_penalties}: are no lists of numbers such as 1,4,8 ({e})")
+    if cfg.against and not cfg.hyps:
+        usage_error(__file__, "against: is compared with hyps=FILE, which is missing")
     if rank() and (cfg.hyps or cfg.video or cfg.videos):
         return  # one process is enough, and the sentence is to be printed once
     if cfg.hyps:
-        return score_file(cfg.hyps, cfg.lang)
+        return score_files(cfg.hyps, cfg.against, cfg.lang)
     folder = cfg.ckpt or newest_run(cfg.out_dir)
     say = lambda *args: print0(*args, file=sys.stderr if cfg.video or cfg.videos else sys.stdout)
     sllama, tokenizer, trained = load_model(folder, cfg.device, cfg.dtype, llm=cfg.llm, data_dir=cfg.data_dir, dataset=cfg.dataset,
@@ -372,43 +448,61 @@ def main():
     lang = language_code(trained.language, cfg.lang or trained.lang)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("gloo", timeout=timedelta(hours=2))
-    clips = Clips(trained.data_dir, trained.dataset, trained.backbone, cfg.split, trained.max_frames)
-    if clips.too_long:
-        say(f"{clips.too_long} of {len(clips)} clips are longer than max_frames={trained.max_frames} and are thinned out evenly, as in training")
-    features = [clips.features(i) for i in range(len(clips))]
-    if features[0].shape[1] != trained.state["dim_in"]:
-        raise BadInput(f"{clips.store.path}: features of width {features[0].shape[1]}, the run was trained on {trained.state['dim_in']}")
-    features = controlled(features, cfg.control, cfg.seed, sllama)
-    start = time.time()
-    mine = range(rank(), len(clips), world())
-    show = Progress("decoding", len(mine))
-    out = dict(zip(mine, translate(sllama, [features[i] for i in mine], tokenizer, progress=show, **how)))
+    def split_of(name):
+        clips = Clips(trained.data_dir, trained.dataset, trained.backbone, name, trained.max_frames)
+        if clips.too_long:
+            say(f"{clips.too_long} of {len(clips)} {name} clips are longer than max_frames={trained.max_frames} and are thinned out evenly, as in training")
+        if clips.features(0).shape[1] != trained.state["dim_in"]:
+            raise BadInput(f"{clips.store.path}: features of width {clips.features(0).shape[1]}, the run was trained on {trained.state['dim_in']}")
+        return clips, [clips.features(i) for i in range(len(clips))], [row["text"] for row in clips.rows]
+
+    swept = []
+    if cfg.beams or cfg.length_penalties:
+        _, features, refs = split_of("dev")  # chosen on dev alone: test is only ever read to report
+        for width, penalty in itertools.product(widths or [cfg.beam], penalties or [cfg.length_penalty]):
+            hyps = decode(sllama, features, tokenizer, f"dev, beam {width}, length penalty {penalty:g}", how | {"beam": width, "length_penalty": penalty})
+            swept.append({"beam": width, "length_penalty": penalty, "dev_bleu4": bleu(hyps, refs, lang)[3]})
+            say(f"dev: beam {width}, length penalty {penalty:g}: BLEU-4 {swept[-1]['dev_bleu4']:.2f}")
+        how |= {k: v for k, v in max(swept, key=lambda s: s["dev_bleu4"]).items() if k in how}
+
+    clips, features, refs = split_of(cfg.split)
+    controls = {"none": ["none"], "all": ["none", *CONTROLS]}.get(cfg.control, [cfg.control])
+    found, start = {}, time.time()
+    for control in controls:
+        what = f"decoding {cfg.split}" + (f", control {control}" if control != "none" else "")
+        found[control] = decode(sllama, controlled(features, control, cfg.seed, sllama), tokenizer, what, how)
     if dist.is_initialized():
-        gathered = [None] * world()
-        dist.all_gather_object(gathered, out)
-        out = {i: s for part in gathered for i, s in part.items()}
         dist.destroy_process_group()
     if rank():
         return
-    found, refs = [out[i] for i in range(len(clips))], [row["text"] for row in clips.rows]
-    scores = report(found, refs, lang) | {"control": cfg.control, "split": cfg.split, "dataset": trained.dataset, "checkpoint": find_checkpoint(folder),
-                                              "step": trained.state["step"], "decoding": how, "seconds": round(time.time() - start, 1)}
-    for row, hyp in list(zip(clips.rows, found))[:3]:
-        print(f"\n{row['name']}\n  reference  {row['text']}\n  model      {hyp}")
-    title = f"{trained.dataset} {cfg.split}" + (f", CONTROL {cfg.control}" if cfg.control != "none" else "")
-    print_scores(scores, title)
     home = folder.rstrip("/")
     if os.path.basename(home) in ("best", "last"):
         home = os.path.dirname(home)  # a run's scores stand in its folder, whichever checkpoint was named
-    # nothing but the run's own data set and test split may go by the plain name
-    marks = (cfg.dataset if cfg.dataset != trained.state["config"]["dataset"] else "", cfg.split if cfg.split != "test" else "",
-             cfg.control if cfg.control != "none" else "")
-    suffix = "".join("." + m for m in marks if m)
-    for name, lines in ((f"hyps{suffix}.jsonl", [{"name": r["name"], "hyp": h, "ref": r["text"]} for r, h in zip(clips.rows, found)]),
-                        (f"scores{suffix}.json", [scores])):
-        with whole(os.path.join(home, name)) as f:
-            f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    print(f"written to {os.path.join(home, f'hyps{suffix}.jsonl')} and scores{suffix}.json, {scores['seconds']:.0f} s")
+    checkpoint = find_checkpoint(folder)
+    facts = {"split": cfg.split, "dataset": trained.dataset, "checkpoint": checkpoint, "step": trained.state["step"], "llm": trained.said, "decoding": how,
+             "sweep": swept, "seconds": round(time.time() - start, 1), "references": f"{clips.path}, untouched",
+             "sha256": {os.path.basename(f): sha256(f) for f in (clips.path, clips.store.path, *sorted(glob.glob(glob.escape(checkpoint) + "/*.safetensors")))
+                        if os.path.basename(f) != "optimizer.safetensors"}}
+    scores = {c: report(h, refs, lang) | {"control": c} | facts for c, h in found.items()}
+    rows = {"model" if c == "none" else f"CONTROL {c}": s for c, s in scores.items()}
+    if "none" in found and os.path.exists(os.path.join(trained.data_dir, trained.dataset, "train.jsonl")):
+        train = Clips(trained.data_dir, trained.dataset, trained.backbone, "train", trained.max_frames)
+        simple = {name: report(hyps, refs, lang) for name, hyps in baselines(clips, train, sllama).items()}
+        scores["none"]["baselines"] = {name: {k: s[k] for k in ("bleu", "rouge", "chrf")} for name, s in simple.items()}
+        rows |= simple
+    for i, row in list(enumerate(clips.rows))[:3]:
+        print(f"\n{row['name']}\n  reference  {row['text']}\n  model      {found[controls[0]][i]}")
+    print_scores(f"{trained.dataset} {cfg.split}", rows)
+    for control in controls:
+        # nothing but the run's own data set and test split may go by the plain name
+        marks = (cfg.dataset if cfg.dataset != trained.state["config"]["dataset"] else "", cfg.split if cfg.split != "test" else "",
+                 control if control != "none" else "")
+        suffix = "".join("." + m for m in marks if m)
+        for name, lines in ((f"hyps{suffix}.jsonl", [{"name": r["name"], "hyp": h, "ref": r["text"]} for r, h in zip(clips.rows, found[control])]),
+                            (f"scores{suffix}.json", [scores[control]])):
+            with whole(os.path.join(home, name)) as f:
+                f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        print(f"written to {os.path.join(home, f'hyps{suffix}.jsonl')} and scores{suffix}.json")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@ The scores against sacrebleu and against second implementations written here, fi
 
     python -m pytest tests/test_eval.py
 """
+import gzip
 import json
 import math
+import pickle
 import re
 import subprocess
 import sys
@@ -19,7 +21,7 @@ import torch
 
 from config import BadInput
 from data import stateless
-from eval import _lcs, bleu, controlled, report, rouge, score_file, variants
+from eval import _lcs, baselines, bleu, controlled, report, rouge, score_files, variants
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -200,11 +202,41 @@ def test_report():
     json.dumps(got)  # it goes into scores.json
 
 
+def test_interval():
+    """Koehn 2004: 95 % of the scores of resampled corpora lie in it; drawn here a second time."""
+    ((hyps, refs, lang),) = pairs("German", 1)
+    low, high = report(hyps, refs, lang)["bleu4_95"]
+    rng, drawn = stateless("bootstrap"), []
+    for _ in range(1000):
+        chosen = rng.integers(len(refs), size=len(refs))
+        drawn.append(bleu([hyps[i] for i in chosen], [refs[i] for i in chosen], lang)[3])
+    drawn.sort()
+    assert (high - low) == pytest.approx(drawn[974] - drawn[25], rel=0.15) and low < bleu(hyps, refs, lang)[3] < high
+    wide, narrow = (report(hyps * n, refs * n, lang)["bleu4_95"] for n in (1, 30))
+    assert narrow[1] - narrow[0] < 0.3 * (wide[1] - wide[0])
+    assert report(hyps[:1], refs[:1], lang)["bleu4_95"] is None  # one sentence has no spread
+
+
+@pytest.mark.parametrize("file, lang", [("labels.train", "de"), ("csl_daily.labels.train", "zh")])
+@pytest.mark.parametrize("n", [1, 2, 100, 5000])
+def test_real_corpora(real, file, lang, n):
+    """The sentences of PHOENIX-2014T and CSL-Daily against spoilt copies of themselves."""
+    with gzip.open(real / "labels" / file) as f:
+        rows = pickle.load(f)  # plain dicts of texts, from the folder that the tests trust
+    refs = [row["text"] for row in rows.values()][:n]
+    cut = list if lang == "zh" else str.split
+    hyps = spoilt(refs, stateless("real", n), cut)
+    assert len(refs) == n
+    assert bleu(hyps, refs, lang) == pytest.approx([own_bleu(hyps, refs, lang, k) for k in (1, 2, 3, 4)], abs=0.01)
+    some = slice(0, 300)  # the second implementation is a slow one
+    assert rouge(hyps[some], refs[some], lang) == pytest.approx(own_rouge(hyps[some], refs[some], lang), abs=0.01)
+
+
 def test_variants():
     ((hyps, refs, _),) = pairs("German", 1)
     (dot,) = report(hyps, refs, "de")["variants"].values()
     dotted = [h + " ." for h in hyps], [r + " ." for r in refs]
-    assert dot == {"bleu": bleu(*dotted, "de"), "rouge": rouge(*dotted, "de")}
+    assert (dot["bleu"], dot["rouge"]) == (bleu(*dotted, "de"), rouge(*dotted, "de"))
     assert dot["rouge"] > rouge(hyps, refs, "de")  # why it is printed: a dot for free
     mapped, stripped = variants("zh").values()
     assert mapped("你好，ABC。对吗？") == "你好,ABC.对吗?" and stripped("你好，“ABC”。 对吗?") == "你好ABC 对吗"
@@ -245,7 +277,7 @@ def test_command_line(file):
     assert done.returncode == 0 and not done.stderr
     assert "theirs.jsonl" in done.stdout and "7 clips" in done.stdout and report(hyps, refs, lang)["signature"]["bleu"] in done.stdout
     plain, dotted = (list(map(float, re.findall(r"\d+\.\d\d", line))) for line in done.stdout.splitlines()[2:4])
-    assert plain == pytest.approx(bleu(hyps, refs, lang) + [rouge(hyps, refs, lang)], abs=0.006)
+    assert plain == pytest.approx(bleu(hyps, refs, lang) + [rouge(hyps, refs, lang), report(hyps, refs, lang)["chrf"]], abs=0.006)
     assert dotted[4] > plain[4]
 
 
@@ -257,9 +289,9 @@ def test_command_line_error_is_one_line(file):
 
 def test_sentences_with_odd_characters(file, capsys):
     refs = ["eins\u2028zwei", "mit\ttab \x85 und \x0c", "\"zitat\" \\ ende"]
-    score_file(file(rows(refs, refs)), "de")
+    score_files(file(rows(refs, refs)), "", "de")
     assert "3 clips" in capsys.readouterr().out
-    score_file(file("\ufeff" + json.dumps({"name": 1, "hyp": "über", "ref": "über"})), "de")  # as Windows writes it, without a last line end
+    score_files(file("\ufeff" + json.dumps({"name": 1, "hyp": "über", "ref": "über"})), "", "de")  # as Windows writes it, without a last line end
     assert "1 clips" in capsys.readouterr().out
 
 
@@ -271,21 +303,48 @@ def test_sentences_with_odd_characters(file, capsys):
 def test_wrong_files(file, capsys, content, says):
     path = file(content)
     with pytest.raises(BadInput) as e:
-        score_file(path, "de")
+        score_files(path, "", "de")
     assert path in str(e.value) and says in str(e.value) and "\n" not in str(e.value)
     assert not capsys.readouterr().out
+
+
+def test_two_systems(tmp_path, capsys):
+    """A system that is plainly worse, one that is the same but for a word, and files that do not belong together."""
+    refs = (GERMAN * 8)[:50]
+    write = lambda name, hyps, r=refs: (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows(hyps, r)))
+    write("good.jsonl", refs), write("bad.jsonl", [" ".join(r.split()[::-1]) for r in refs]), write("near.jsonl", ["guten abend"] + refs[1:])
+    compare = lambda a, b: score_files(str(tmp_path / a), str(tmp_path / b), "de")
+    compare("good.jsonl", "bad.jsonl")
+    out = capsys.readouterr().out
+    p = float(re.search(r"BLEU-4 \+\d+\.\d+, p = (\d\.\d+): significant", out)[1])
+    assert p < 0.01 and "against bad.jsonl" in out
+    compare("near.jsonl", "good.jsonl")
+    p = float(re.search(r"BLEU-4 -\d+\.\d+, p = (\d\.\d+): may well be chance", capsys.readouterr().out)[1])
+    assert p > 0.05
+    write("fewer.jsonl", refs[:-1], refs[:-1]), write("other.jsonl", refs, ["ja"] + refs[1:])
+    for name, words in (("fewer.jsonl", "fewer.jsonl: has no clip clip49"), ("other.jsonl", "the reference of clip0 is another")):
+        with pytest.raises(BadInput, match=words):
+            compare("good.jsonl", name)
+    with pytest.raises(BadInput, match="fewer.jsonl: has no clip clip49"):
+        compare("fewer.jsonl", "good.jsonl")
+
+
+@pytest.mark.parametrize("args", [["against=b.jsonl"], ["beams=4,x"], ["beams=0"], ["length_penalties=1;2"], ["control=shuffled"]], ids=lambda a: a[0])
+def test_wrong_command_lines(args):
+    done = command(*args)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and args[0].split("=")[0] in done.stderr and not done.stdout
 
 
 @pytest.mark.parametrize("lang", ["", "German"])
 def test_wrong_language_of_a_file(file, capsys, lang):
     with pytest.raises(BadInput, match="lang"):
-        score_file(file([GOOD]), lang)
+        score_files(file([GOOD]), "", lang)
     assert not capsys.readouterr().out
 
 
 def test_absent_file(tmp_path):
     with pytest.raises((BadInput, OSError), match="absent.jsonl"):
-        score_file(str(tmp_path / "absent.jsonl"), "de")
+        score_files(str(tmp_path / "absent.jsonl"), "", "de")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,6 +384,26 @@ def test_noise():
     (big,) = controlled([torch.zeros(4000, 5)], "noise", 1337, MODEL)  # spread as real features are
     torch.testing.assert_close(big.mean(0), MODEL.mean, rtol=0, atol=0.4)
     torch.testing.assert_close(big.std(0), MODEL.std, rtol=0.05, atol=0)
+
+
+class Few:
+    """Clips as data.Clips shows them."""
+
+    def __init__(self, texts, features, names=None):
+        self.rows = [{"name": n, "text": t} for n, t in zip(names or map(str, range(99)), texts)]
+        self.features = lambda i: features[i]
+
+    def __len__(self):
+        return len(self.rows)
+
+
+def test_baselines():
+    frame = lambda *x: torch.tensor(x, dtype=torch.float16)
+    model = SimpleNamespace(mean=torch.tensor([0.0, 100.0]), std=torch.tensor([1.0, 100.0]))  # the second feature is large and says little
+    train = Few(["a", "b", "b"], [frame([0, 100], [2, 100]), frame([8, 0]), frame([-8, 250])])
+    test = Few(["x", "y"], [frame([7, 190]), frame([-1, 90], [0, 90], [1, 90])], ["u", "v"])
+    assert baselines(test, train, model) == {"nearest training clip": ["b", "a"], "most frequent sentence": ["b", "b"]}
+    assert baselines(train, train, model)["nearest training clip"] == ["b", "a", "a"]  # nobody finds himself
 
 
 def test_no_control():
