@@ -166,11 +166,12 @@ def export_hf(llama, folder, source, shard_bytes=5 * 10**9):
     else:
         from data import Tokenizer
         tokenizer = Tokenizer(source)
-        c = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": a.dim, "num_hidden_layers": a.n_layers,
+        kind = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[a.model_type]
+        c = {"architectures": [kind + "ForCausalLM"], "model_type": a.model_type, "hidden_size": a.dim, "num_hidden_layers": a.n_layers,
              "num_attention_heads": a.n_heads, "num_key_value_heads": a.n_kv_heads, "head_dim": a.head_dim, "intermediate_size": a.hidden_dim,
              "vocab_size": a.vocab_size, "rms_norm_eps": a.norm_eps, "rope_theta": a.rope_theta, "hidden_act": "silu",
-             "max_position_embeddings": 4096, "tie_word_embeddings": a.tied, "attention_bias": False, "mlp_bias": False,
-             "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "torch_dtype": dtype}
+             "max_position_embeddings": 4096, "tie_word_embeddings": a.tied, "sliding_window": a.sliding_window,
+             "bos_token_id": tokenizer.bos_id if tokenizer.bos_id >= 0 else None, "eos_token_id": tokenizer.eos_id, "torch_dtype": dtype}
     part = folder.rstrip("/") + ".part"
     shutil.rmtree(part, ignore_errors=True)
     os.makedirs(part)

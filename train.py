@@ -295,18 +295,18 @@ def main():
     cfg = configure(__file__, stages=("align", "sft"), choices={"stage": ("align", "sft"), "adaptor": ("mlp", "mlp_noact", "linear"),
                                                                 "dtype": ("auto", "float32", "bfloat16", "float16")})
     check(cfg)
-    if not cfg.llm and cfg.dataset != "toy":
-        usage_error(__file__, f"llm: dataset={cfg.dataset} needs one, llm=FOLDER; the toy's own knows nothing but the toy's German")
-    cfg.llm = cfg.llm or os.path.join(cfg.data_dir, "toy", "llm")
+    if not cfg.llm and cfg.dataset not in ("toy", "toy_zh"):
+        usage_error(__file__, f"llm: dataset={cfg.dataset} needs one, llm=FOLDER; the toy's own knows nothing but the toy's language")
+    cfg.llm = cfg.llm or os.path.join(cfg.data_dir, cfg.dataset, "llm")
     lang = language_code(cfg.language, cfg.lang)
     device, device_why = pick_device(cfg.device)
     setup(device)
     run_dir = os.path.join(cfg.out_dir, cfg.dataset, cfg.run)
     run_folder = os.path.join(run_dir, cfg.stage)
     last, best = (os.path.join(run_folder, name) for name in ("last", "best"))
-    if cfg.dataset == "toy":
+    if cfg.dataset in ("toy", "toy_zh"):
         from scripts import toy
-        toy.build(cfg.data_dir)  # nothing to do where it is there already
+        toy.build(cfg.data_dir, cfg.dataset)  # nothing to do where it is there already
 
     # ---- data
     tokenizer = Tokenizer(cfg.llm, cfg.bos_id, cfg.eos_id)

@@ -2,6 +2,8 @@
 The embedded default: a small sign language as real video files, and a tiny LLaMA that knows its German and has never seen a sign.
 
     python -m scripts.toy                  # clips, tokenizer, LLaMA and features into data/toy (train.py does it by itself where it is absent)
+    python -m scripts.toy name=toy_zh      # another sign language with Chinese sentences, the stand-in for CSL-Daily
+    python -m scripts.toy llm=llm_qwen2    # another tiny LLM beside the LLaMA, in another format: the stand-ins for Table 7
 
 A stick figure signs weather sentences: one handshape, place and movement a sign, in an order unlike German's; a head shake from the
 last sign on is all that says "not". Speed, place, size, brightness and noise vary; between signs the hands travel.
@@ -26,10 +28,13 @@ import torch.nn.functional as F
 
 from config import BadInput, Progress, configure, launch, print0, rank, usage_error, whole
 from data import Extractor, barrier, prepare, stateless
+from lora import export_hf
 from model import Docs, LLaMA, ModelArgs, init_weight, load_json
 from readers import read_clips
 
-data_dir = "data"  # the toy goes to data_dir/toy
+data_dir = "data"  # the toy goes to data_dir/NAME
+name = "toy"  # toy (German) or toy_zh (Chinese)
+llm = "llm"  # which tiny LLM: llm, llm_13b, llm_vicuna, llm_mistral, llm_qwen2, llm_deepseek, llm_chinese
 seed = 1337  # everything follows from it: sentences, signs, clips, tokenizer, LLaMA
 n_train = 1000  # clips to learn from
 n_dev = 100  # clips to select on
@@ -38,37 +43,56 @@ text_steps = 300  # steps of the LLaMA's training on text
 text_batch = 64  # sentences a step
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The language: sign -> words of a German sentence. Sign order: degrees, place, time, manner, weather (with or without head shake)
+# The languages. Sign order: degrees, place, time, manner, weather (with or without head shake); word order is the language's own
 
-TIMES = {"HEUTE": "heute", "MORGEN": "morgen", "ABEND": "am abend", "NACHT": "in der nacht", "MONTAG": "am montag", "MITTWOCH": "am mittwoch",
-         "SAMSTAG": "am samstag", "SONNTAG": "am sonntag"}
-PLACES = {"NORD": "im norden", "SUED": "im süden", "KUESTE": "an der küste", "ALPEN": "in den alpen", "RHEIN": "am rhein", "INSEL": "auf den inseln"}
-MANNER = {"": "", "SPAETER": "später", "LANGE": "lange", "WIEDER": "wieder", "OFT": "oft"}
-WEATHER = {"REGEN": ("regnet es {}", "regnet es {} nicht"), "SCHNEE": ("schneit es {}", "schneit es {} nicht"),
-           "SONNE": ("scheint {} die sonne", "scheint {} die sonne nicht"), "WIND": ("weht {} der wind", "weht {} der wind nicht"),
-           "WOLKEN": ("gibt es {} wolken", "gibt es {} keine wolken"), "NEBEL": ("gibt es {} nebel", "gibt es {} keinen nebel")}
-DEGREES = {"": "", "NULL": "null", "FUENF": "fünf", "ZEHN": "zehn", "ZWANZIG": "zwanzig", "DREISSIG": "dreißig"}
-SIGNS = [s for words in (TIMES, PLACES, WEATHER, MANNER, DEGREES) for s in words if s]
-FUNCTION_WORDS = set("am im in an auf der den die es bei grad gibt".split())
-NEGATIONS = {"nicht", "kein", "keine", "keinen"}  # one meaning, so one word among the content words
-PROMPT = "[INST] <sign> {clip} </sign> \n Translate the sign language into German text. [/INST]"  # section 3.2; the same as train.py's
+LANGUAGE = {"toy": "German", "toy_zh": "Chinese"}  # name of the data set -> what its sentences are written in
+TIMES = "HEUTE MORGEN ABEND NACHT MONTAG MITTWOCH SAMSTAG SONNTAG".split()
+PLACES = "NORD SUED KUESTE ALPEN RHEIN INSEL".split()
+WEATHER = "REGEN SCHNEE SONNE WIND WOLKEN NEBEL".split()
+MANNER = ["", *"SPAETER LANGE WIEDER OFT".split()]
+DEGREES = ["", *"NULL FUENF ZEHN ZWANZIG DREISSIG".split()]
+SIGNS = [s for signs in (TIMES, PLACES, WEATHER, MANNER, DEGREES) for s in signs if s]
+# sign -> its words; of weather: as it is and as it is not, with room for place and manner
+GERMAN = {"HEUTE": "heute", "MORGEN": "morgen", "ABEND": "am abend", "NACHT": "in der nacht", "MONTAG": "am montag", "MITTWOCH": "am mittwoch",
+          "SAMSTAG": "am samstag", "SONNTAG": "am sonntag", "NORD": "im norden", "SUED": "im süden", "KUESTE": "an der küste", "ALPEN": "in den alpen",
+          "RHEIN": "am rhein", "INSEL": "auf den inseln", "SPAETER": "später", "LANGE": "lange", "WIEDER": "wieder", "OFT": "oft",
+          "NULL": "null", "FUENF": "fünf", "ZEHN": "zehn", "ZWANZIG": "zwanzig", "DREISSIG": "dreißig",
+          "REGEN": ("regnet es {}", "regnet es {} nicht"), "SCHNEE": ("schneit es {}", "schneit es {} nicht"),
+          "SONNE": ("scheint {} die sonne", "scheint {} die sonne nicht"), "WIND": ("weht {} der wind", "weht {} der wind nicht"),
+          "WOLKEN": ("gibt es {} wolken", "gibt es {} keine wolken"), "NEBEL": ("gibt es {} nebel", "gibt es {} keinen nebel")}
+CHINESE = {"HEUTE": "今天", "MORGEN": "明天", "ABEND": "晚上", "NACHT": "夜里", "MONTAG": "星期一", "MITTWOCH": "星期三", "SAMSTAG": "星期六", "SONNTAG": "星期天",
+           "NORD": "北部", "SUED": "南部", "KUESTE": "海边", "ALPEN": "山区", "RHEIN": "河边", "INSEL": "岛上",
+           "SPAETER": "稍后", "LANGE": "一直", "WIEDER": "再次", "OFT": "经常", "NULL": "零", "FUENF": "五", "ZEHN": "十", "ZWANZIG": "二十", "DREISSIG": "三十",
+           "REGEN": ("在 {} 会 下雨", "在 {} 不会 下雨"), "SCHNEE": ("在 {} 会 下雪", "在 {} 不会 下雪"), "SONNE": ("在 {} 会 出太阳", "在 {} 不会 出太阳"),
+           "WIND": ("在 {} 会 刮风", "在 {} 不会 刮风"), "WOLKEN": ("在 {} 有 云", "在 {} 没有 云"), "NEBEL": ("在 {} 有 雾", "在 {} 没有 雾")}
+FUNCTION_WORDS = set("am im in an auf der den die es bei grad gibt 在 会 有 ， 气温 度 。".split())
+NEGATIONS = {"nicht": "nicht", "keine": "nicht", "keinen": "nicht", "不会": "不", "没有": "不"}  # one meaning, so one word among the content words
+PROMPT = "[INST] <sign> {clip} </sign> \n Translate the sign language into {language} text. [/INST]"  # section 3.2; the same as train.py's
 
 
-def german(time, place, weather, manner, degrees, negated):
-    """The signs of a sentence -> its German."""
-    middle = WEATHER[weather][negated].format(" ".join(w for w in (PLACES[place], MANNER[manner]) if w))
-    return f"{TIMES[time]} {middle}" + (f" bei {DEGREES[degrees]} grad" if degrees else "")
+def words_of(language, time, place, weather, manner, degrees, negated):
+    """The signs of a sentence -> its words in the language, with spaces between."""
+    word = GERMAN if language == "German" else CHINESE
+    middle = word[weather][negated].format(" ".join(word[s] for s in (place, manner) if s))
+    if language == "German":
+        return f"{word[time]} {middle}" + (f" bei {word[degrees]} grad" if degrees else "")
+    return f"{word[time]} {middle}" + (f" ， 气温 {word[degrees]} 度" if degrees else "") + " 。"
 
 
-def sentences(seed, n):
-    """n different sentences: [(signs in signing order, number of the sign with the head shake or -1, German)]."""
+def written(words, language):
+    """Words as the language writes them."""
+    return words if language == "German" else words.replace(" ", "")
+
+
+def sentences(seed, n, language="German"):
+    """n different sentences: [(signs in signing order, number of the sign with the head shake or -1, words)]."""
     rng = stateless(seed, "sentences")
     everything = list(itertools.product(TIMES, PLACES, WEATHER, MANNER, DEGREES, (False, True)))
     chosen = []
     for i in rng.permutation(len(everything))[:n]:
         time, place, weather, manner, degrees, negated = everything[i]
         signs = [s for s in (degrees, place, time, manner, weather) if s]
-        chosen.append((signs, len(signs) - 1 if negated else -1, german(time, place, weather, manner, degrees, negated)))
+        chosen.append((signs, len(signs) - 1 if negated else -1, words_of(language, time, place, weather, manner, degrees, negated)))
     return chosen
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,11 +196,11 @@ def make_clip(job):
     write_mp4(path, render(signs, shaken, sign_table(seed), stateless(seed, "clip", number)))
 
 
-def make_clips(root, seed, counts, workers, show):
+def make_clips(root, seed, language, counts, workers, show):
     """Render the clips and write root/clips.tsv, the form of anybody's own clips. A kill leaves no table, so the next run starts over."""
     shutil.rmtree(root, ignore_errors=True)
     os.makedirs(root)
-    chosen = sentences(seed, sum(counts.values()))
+    chosen = sentences(seed, sum(counts.values()), language)
     split = [s for s, n in counts.items() for _ in range(n)]
     jobs = [(os.path.join(root, f"{i:05d}.mp4"), signs, shaken, seed, i) for i, (signs, shaken, _) in enumerate(chosen)]
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
@@ -184,9 +208,9 @@ def make_clips(root, seed, counts, workers, show):
             show(done)
     with whole(os.path.join(root, "clips.tsv")) as f:
         f.write("file\ttext\tsplit\tgloss\n")
-        for (path, signs, shaken, *_), (_, _, text), s in zip(jobs, chosen, split):
+        for (path, signs, shaken, *_), (_, _, words), s in zip(jobs, chosen, split):
             gloss = " ".join(g + "(-)" * (i == shaken) for i, g in enumerate(signs))
-            f.write(f"{os.path.basename(path)}\t{text}\t{s}\t{gloss}\n")
+            f.write(f"{os.path.basename(path)}\t{written(words, language)}\t{s}\t{gloss}\n")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The tiny LLaMA and its tokenizer, from text alone
@@ -194,59 +218,86 @@ def make_clips(root, seed, counts, workers, show):
 BLUR = 2.0  # noise on the embeddings of content words, in units of their own size: frames will never be as sharp as words
 
 
-def train_tokenizer(folder, texts):
+# What stands in for which LLM of the paper: sizes, model type, layout and tokenizer of its files; the rest as the first one's
+LLMS = {"llm": {}, "llm_13b": dict(dim=160, n_layers=5, n_heads=5, n_kv_heads=5, hidden_dim=432), "llm_vicuna": dict(layout="hf"),
+        "llm_mistral": dict(layout="hf", model_type="mistral", n_kv_heads=1, rope_theta=1e6),
+        "llm_qwen2": dict(layout="hf", model_type="qwen2", qkv_bias=True, rope_theta=1e6, tokenizer="json"),
+        "llm_deepseek": dict(layout="hf", norm_eps=1e-6, tokenizer="json"), "llm_chinese": dict(layout="hf", pieces=704)}
+
+
+def train_tokenizer(folder, texts, pieces):
     """A SentencePiece model with LLaMA's own settings (BPE, byte fallback, no normalisation), one piece a word."""
     import sentencepiece
     model = io.BytesIO()
-    # the prompt weighs as much as the rest, so that it too is a piece a word
-    corpus = texts + [p.strip() for p in PROMPT.split("{clip}")] * len(texts)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus), model_writer=model, model_type="bpe", vocab_size=640, byte_fallback=True, split_digits=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=1.0, minloglevel=2)
+        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=pieces, byte_fallback=True, split_digits=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=1.0, hard_vocab_limit=False, minloglevel=2)
     with open(os.path.join(folder, "tokenizer.model"), "wb") as f:
         f.write(model.getvalue())
 
 
-def content_words(text, rng):
+def train_tokenizer_json(folder, texts, pieces, bos):
+    """A byte-level BPE in tokenizer.json, as Qwen2's (no BOS) and DeepSeek's."""
+    try:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    except ImportError:
+        raise BadInput("tokenizers: is not installed, and this LLM's tokenizer needs it (pip install tokenizers)") from None
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
+    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=pieces, special_tokens=["<s>", "</s>"], show_progress=False,
+                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tok.save(os.path.join(folder, "tokenizer.json"))
+    with open(os.path.join(folder, "tokenizer_config.json"), "w") as f:
+        json.dump({"bos_token": "<s>" if bos else None, "eos_token": "</s>"}, f)
+
+
+def content_words(words, rng):
     """What is left of a sentence: its content words, shuffled; now and then a function word stays, as something to overlook."""
-    words = ["nicht" if w in NEGATIONS else w for w in text.split() if w not in FUNCTION_WORDS or rng.random() < 0.1]
-    return [words[i] for i in rng.permutation(len(words))]
+    left = [NEGATIONS.get(w, w) for w in words.split() if w not in FUNCTION_WORDS or rng.random() < 0.1]
+    return [left[i] for i in rng.permutation(len(left))]
 
 
-def text_batch_of(texts, tokenizer, rng):
+def text_batch_of(texts, tokenizer, rng, language="German"):
     """Packed stream of (content words -> sentence), half of them inside the prompt: tokens (1, N), pos (1, N), docs, target_at, targets."""
-    prompt = [tokenizer.encode(p.strip()) for p in PROMPT.split("{clip}")]
+    prompt = [tokenizer.encode(p.strip()) for p in PROMPT.replace("{language}", language).split("{clip}")]
+    bos = [tokenizer.bos_id] * (tokenizer.bos_id >= 0)
     tokens, lens, at, targets, blurred = [], [], [], [], []
-    for text in texts:
+    for words in texts:
         before, after = prompt if rng.random() < 0.5 else ([], [])
-        pieces = [t for w in content_words(text, rng) for t in tokenizer.encode(w)]
+        pieces = [t for w in content_words(words, rng) for t in tokenizer.encode(w)]
         signed = [t for t in pieces for _ in range(rng.integers(1, 5))]  # a sign lasts for several frames
-        answer = tokenizer.encode(text) + [tokenizer.eos_id]
-        document = [tokenizer.bos_id] + before + signed + after + answer[:-1]
+        answer = tokenizer.encode(written(words, language)) + [tokenizer.eos_id]
+        document = bos + before + signed + after + answer[:-1]
         at += range(len(tokens) + len(document) - len(answer), len(tokens) + len(document))
         targets += answer
         tokens += document
-        blurred += [0.0] * (1 + len(before)) + [1.0] * len(signed) + [0.0] * (len(after) + len(answer) - 1)
+        blurred += [0.0] * len(bos + before) + [1.0] * len(signed) + [0.0] * (len(after) + len(answer) - 1)
         lens.append(len(document))
     pos = torch.cat([torch.arange(n) for n in lens])
     return torch.tensor([tokens]), pos[None], Docs.of(lens), torch.tensor(at), torch.tensor(targets), torch.tensor(blurred)
 
 
-def train_llama(folder, texts, seed, steps, batch):
-    """Train the tiny LLaMA on texts and write it to folder in Meta's raw layout."""
+def train_llama(folder, texts, seed, steps, batch, language="German", layout="meta", tokenizer="sp", pieces=640, **sizes):
+    """Train a tiny LLM on texts and write it to folder, in Meta's raw layout or as a Hugging Face folder. sizes: of ModelArgs."""
     from data import Tokenizer
-    part = folder + ".part"
+    part = folder + ".new"
     shutil.rmtree(part, ignore_errors=True)
     os.makedirs(part)
-    train_tokenizer(part, texts[:2000])
+    corpus = [written(t, language) for t in texts[:2000]]
+    # the prompt weighs as much as the rest, so that it too is a piece a word
+    corpus += [p.strip() for p in PROMPT.replace("{language}", language).split("{clip}")] * len(corpus)
+    if tokenizer == "sp":
+        train_tokenizer(part, corpus, pieces)
+    else:
+        train_tokenizer_json(part, corpus, pieces, bos=sizes.get("model_type") != "qwen2")
     tokenizer = Tokenizer(part)
-    args = ModelArgs(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=352, vocab_size=tokenizer.vocab_size, head_dim=32)
+    args = ModelArgs(**dict(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=352, vocab_size=tokenizer.vocab_size, head_dim=32) | sizes)
     llama = LLaMA(args)
     with torch.no_grad():
         for name, p in llama.named_parameters():
             p.copy_(init_weight(name, p.shape, seed))
     params = list(llama.parameters())
-    print(f"tiny LLaMA: {sum(p.numel() for p in params) / 1e6:.2f}M parameters, {tokenizer.vocab_size} pieces, learns to restore sentences from their content words")
+    print(f"tiny LLaMA ({args.model_type}): {sum(p.numel() for p in params) / 1e6:.2f}M parameters, {tokenizer.vocab_size} pieces, learns to restore sentences from their content words")
     peak = 3e-3
     optimizer = torch.optim.AdamW(params, lr=peak, betas=(0.9, 0.95), weight_decay=0.01)
     show, rng = Progress("tiny LLaMA", steps), stateless(seed, "text")
@@ -254,7 +305,7 @@ def train_llama(folder, texts, seed, steps, batch):
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = peak * min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-        tokens, pos, docs, at, targets, signed = text_batch_of([texts[i] for i in rng.integers(len(texts), size=batch)], tokenizer, rng)
+        tokens, pos, docs, at, targets, signed = text_batch_of([texts[i] for i in rng.integers(len(texts), size=batch)], tokenizer, rng, language)
         h = llama.tok_embeddings(tokens)
         blur = BLUR * h.detach().pow(2).mean().sqrt() * torch.randn(h.shape, generator=noise)
         loss = F.cross_entropy(llama(h=h + blur * signed[:, None], pos=pos, docs=docs, at=at)[0], targets)
@@ -264,6 +315,10 @@ def train_llama(folder, texts, seed, steps, batch):
         optimizer.zero_grad()
         show(step + 1, unit="steps")
     print(f"tiny LLaMA: loss {loss.item():.3f} a token at the end", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    if layout == "hf":
+        export_hf(llama, folder, part)
+        return shutil.rmtree(part)
     state = llama.state_dict()
     for name in state:  # Meta's files keep rotary pairs side by side: the inverse of what model.open_meta does
         if name.endswith(("wq.weight", "wk.weight")):
@@ -273,55 +328,55 @@ def train_llama(folder, texts, seed, steps, batch):
     with open(os.path.join(part, "params.json"), "w") as f:
         json.dump({"dim": args.dim, "n_layers": args.n_layers, "n_heads": args.n_heads, "n_kv_heads": args.n_kv_heads,
                    "vocab_size": -1, "norm_eps": args.norm_eps}, f)
-    shutil.rmtree(folder, ignore_errors=True)
     os.rename(part, folder)
 
 
-def build(data_dir, **asked):
+def build(data_dir, name="toy", llm="llm", **asked):
     """
-    Make what is missing of the toy in data_dir/toy: clips, LLaMA, features. Under torchrun every process calls it; the first one does most.
+    Make what is missing of the toy in data_dir/name: clips, LLM, features. Under torchrun every process calls it; the first one does most.
     asked: page one's other variables; what is not asked for is as the toy that lies there was begun, else as on page one.
     """
-    folder, noted = os.path.join(data_dir, "toy"), os.path.join(data_dir, "toy", "toy.json")
+    folder, language = os.path.join(data_dir, name), LANGUAGE[name]
+    noted, root, llm_folder = (os.path.join(folder, f) for f in ("toy.json", "clips", llm))
     begun = load_json(noted) if os.path.exists(noted) else {}
     for key, value in asked.items():
         if key in begun and begun[key] != value:
             raise BadInput(f"{folder}: was made with {key}={begun[key]}, not {value}; remove it or give another data_dir")
     here = {"seed": seed, "n_train": n_train, "n_dev": n_dev, "n_test": n_test, "text_steps": text_steps, "text_batch": text_batch} | begun | asked
-    root = os.path.join(data_dir, "toy", "clips")
-    llm = os.path.join(data_dir, "toy", "llm")
     made = [os.path.join(folder, f) for s in ("train", "dev", "test") for f in (s + ".jsonl", os.path.join("toycnn", s + ".safetensors"))]
-    if os.path.exists(llm) and all(map(os.path.exists, made)):
+    if os.path.exists(llm_folder) and all(map(os.path.exists, made)):
         return
-    print0(f"toy: {folder} is not complete; rendering clips, training a tiny LLaMA on text, extracting features")
+    print0(f"toy: {folder} is not complete; rendering clips, training a tiny LLM on text, extracting features")
     counts = {"train": here["n_train"], "dev": here["n_dev"], "test": here["n_test"]}
+    begin = here["seed"] + list(LANGUAGE).index(name)  # other signs and other sentences in the other language
     if rank() == 0:
         os.makedirs(folder, exist_ok=True)
         with whole(noted) as f:  # the other processes may be reading it
             json.dump(here, f)
-        no_clips, no_llm = not os.path.exists(os.path.join(root, "clips.tsv")), not os.path.exists(llm)
+        no_clips, no_llm = not os.path.exists(os.path.join(root, "clips.tsv")), not os.path.exists(llm_folder)
         threads, cores = torch.get_num_threads(), os.cpu_count()
-        half = max(1, cores // 2) if no_clips else cores  # clips are rendered on half of the cores while the LLaMA learns on the other
+        half = max(1, cores // 2) if no_clips else cores  # clips are rendered on half of the cores while the LLM learns on the other
         with ThreadPoolExecutor(1) as beside:
             if no_clips:
                 show = (lambda done: None) if no_llm else Progress("clips", sum(counts.values()))  # one line of progress at a time
-                clips = beside.submit(make_clips, root, here["seed"], counts, max(1, cores - half) if no_llm else cores, show)
+                clips = beside.submit(make_clips, root, begin, language, counts, max(1, cores - half) if no_llm else cores, show)
             if no_llm:
                 torch.set_num_threads(half)  # torchrun gives each process one; the others are waiting at the barrier
-                every = sentences(here["seed"], None)
-                train_llama(llm, [text for *_, text in every[:counts["train"]] + every[sum(counts.values()):]],
-                            here["seed"], here["text_steps"], here["text_batch"])
+                every = sentences(begin, None, language)
+                train_llama(llm_folder, [words for *_, words in every[:counts["train"]] + every[sum(counts.values()):]],
+                            begin + list(LLMS).index(llm), here["text_steps"], here["text_batch"], language, **LLMS[llm])
                 torch.set_num_threads(threads)
             if no_clips:
                 clips.result()  # an error in there is an error here
     barrier()
-    prepare("toy", read_clips(root)[0], data_dir, Extractor("toycnn", device="cpu"))
+    if not all(map(os.path.exists, made)):
+        prepare(name, read_clips(root)[0], data_dir, Extractor("toycnn", device="cpu"))
 
 
 def main():
-    start, cfg = time.time(), configure(__file__)
+    start, cfg = time.time(), configure(__file__, choices={"name": tuple(LANGUAGE), "llm": tuple(LLMS)})
     for key, value in vars(cfg).items():
-        if key != "data_dir" and value < (key != "seed"):
+        if isinstance(value, int) and value < (key != "seed"):
             usage_error(__file__, f"{key}={value}: must be at least {int(key != 'seed')}")
     build(**vars(cfg))
     print0(f"toy: built in {time.time() - start:.0f} s")

@@ -39,8 +39,8 @@ def test_sentences_follow_from_the_seed(every):
 def test_what_is_tested_was_never_read(monkeypatch, tmp_path, every):
     """Neither the train clips nor the LLaMA's text hold a dev or a test sentence."""
     seen = {}
-    monkeypatch.setattr(toy, "make_clips", lambda root, seed, counts, workers, show: seen.update(clips=toy.sentences(seed, sum(counts.values())), counts=counts))
-    monkeypatch.setattr(toy, "train_llama", lambda folder, texts, *_: seen.update(texts=texts))
+    monkeypatch.setattr(toy, "make_clips", lambda root, seed, language, counts, workers, show: seen.update(clips=toy.sentences(seed, sum(counts.values())), counts=counts))
+    monkeypatch.setattr(toy, "train_llama", lambda folder, texts, *_, **sizes: seen.update(texts=texts))
     for name in ("read_clips", "prepare", "Extractor"):
         monkeypatch.setattr(toy, name, lambda *args, **kwargs: [None])
     toy.build(str(tmp_path), seed=1337, n_train=100, n_dev=20, n_test=30)
@@ -146,7 +146,7 @@ def test_text_batches(trained, every):
     assert tokens.shape == pos.shape == (1, N) and signed.shape == (N,) and docs.lens.sum() == N and len(docs.lens) == 12
     answers = [tokenizer.encode(t) + [tokenizer.eos_id] for t in texts]
     assert targets.tolist() == sum(answers, [])
-    prompt = tokenizer.encode(toy.PROMPT.split("{clip}")[1].strip())
+    prompt = tokenizer.encode(toy.PROMPT.replace("{language}", "German").split("{clip}")[1].strip())
     start, i, prompted = 0, 0, 0
     for n, answer, text in zip(docs.lens.tolist(), answers, texts):
         document, blurred = tokens[0, start:start + n].tolist(), signed[start:start + n]
@@ -194,3 +194,31 @@ def test_llama_follows_from_the_seed(trained, tmp_path, every):
             assert all((a[k] == b[k]).all() for k in a)
         else:
             assert open(os.path.join(trained.folder, name), "rb").read() == open(tmp_path / "llm" / name, "rb").read()
+
+
+@pytest.mark.parametrize("llm", [k for k in toy.LLMS if k not in ("llm", "llm_13b")])
+def test_other_llms(tmp_path, every, llm):
+    """Each stand-in of Table 7 is a Hugging Face folder of its own kind, which transformers reads with equal logits."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("tokenizers")
+    folder = str(tmp_path / llm)
+    toy.train_llama(folder, [g for *_, g in every[:500]], 1, 2, 4, **toy.LLMS[llm])
+    llama, tokenizer = LLaMA.from_pretrained(folder), Tokenizer(folder)
+    assert llama.args.model_type == toy.LLMS[llm].get("model_type", "llama") and tokenizer.fit(llama.args.vocab_size)
+    assert (tokenizer.bos_id == -1) == (llm == "llm_qwen2")
+    text = every[0][2]
+    assert tokenizer.decode(tokenizer.encode(text)).strip() == text
+    tokens = torch.tensor([tokenizer.encode(text)])
+    with torch.no_grad():
+        torch.testing.assert_close(llama(tokens), transformers.AutoModelForCausalLM.from_pretrained(folder)(tokens).logits, rtol=0, atol=1e-4)
+
+
+def test_chinese():
+    every = toy.sentences(1338, None, "Chinese")
+    texts = [toy.written(words, "Chinese") for *_, words in every]
+    assert len(set(texts)) == len(every) == 2880 and not any(" " in t for t in texts) and all(t.endswith("。") for t in texts)
+    for signs, shaken, words in every:
+        assert (shaken >= 0) == bool({"不会", "没有"} & set(words.split()))
+    assert "星期一在南部再次会下雨，气温十度。" in texts
+    kept = toy.content_words("星期一 在 南部 再次 不会 下雨 ， 气温 十 度 。", stateless(3))
+    assert {"星期一", "南部", "再次", "不", "下雨", "十"} <= set(kept)
