@@ -412,31 +412,38 @@ def stateless(*key):
     return np.random.default_rng([zlib.crc32(k.encode()) if isinstance(k, str) else k for k in key])
 
 
+def read_rows(path):
+    """The clips of a {split}.jsonl: [{"name", "text", ...}]."""
+    rows = []
+    try:
+        lines = list(open(path, encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise BadInput(f"{path}: is not UTF-8") from None
+    if not lines:
+        raise BadInput(f"{path}: has no clips")
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+            if not rows[-1]["name"] or not rows[-1]["text"]:
+                raise ValueError("empty name or text")
+        except (ValueError, KeyError, TypeError) as e:
+            raise BadInput(f"{path}:{number}: is not a clip ({e})") from None
+    return rows
+
+
 class Clips:
     """One split of a data set in its common form, as samples for a prompt."""
 
-    def __init__(self, data_dir, dataset, backbone, split, max_frames=0):
+    def __init__(self, data_dir, dataset, backbone, split, max_frames=0, max_clips=0):
         folder = os.path.join(data_dir, dataset)
         path = os.path.join(folder, split + ".jsonl")
         if not os.path.exists(path):
             there = [s for s in SPLITS if os.path.exists(os.path.join(folder, s + ".jsonl"))]
             hint = f"it has {', '.join(there)}: say split=" if there else "make it with python data.py"
             raise BadInput(f"{path}: data set {dataset} has no split {split}; {hint}")
-        self.rows, self.path = [], path
-        try:
-            lines = list(open(path, encoding="utf-8"))
-        except UnicodeDecodeError:
-            raise BadInput(f"{path}: is not UTF-8") from None
-        if not lines:
-            raise BadInput(f"{path}: has no clips")
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                if not row["name"] or not row["text"]:
-                    raise ValueError("empty name or text")
-            except (ValueError, KeyError, TypeError) as e:
-                raise BadInput(f"{path}:{number}: is not a clip ({e})") from None
-            self.rows.append(row)
+        self.rows, self.path = read_rows(path), path
+        if 0 < max_clips < len(self.rows):
+            self.rows = [self.rows[i * len(self.rows) // max_clips] for i in range(max_clips)]
         self.store = Store(os.path.join(folder, backbone, split + ".safetensors"))
         if missing := [r["name"] for r in self.rows if r["name"] not in self.store.names]:
             raise BadInput(f"{self.store.path}: has no features of clip {missing[0]} ({len(missing)} missing); run data.py again")

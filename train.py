@@ -53,6 +53,7 @@ lora_rank = 8  # (paper: 8; Table 8: 4, 8, 16, 32)
 lora_alpha = 16.0  # the update is scaled by alpha/rank (paper: silent)
 lora_dropout = 0.0  # (paper: silent)
 lora_targets = "wq,wk,wv,wo"  # of wq,wk,wv,wo,w1,w2,w3 (paper: each attention weight)
+max_clips = 0  # learn from so many train clips, spread over the set; 0 = all
 max_frames = 0  # longer clips are thinned out evenly to so many, 0 = no limit (paper: silent)
 language = "German"  # its name goes into the prompt
 lang = ""  # its code, which picks BLEU's tokens; "" = by language: German, English, Chinese
@@ -275,7 +276,7 @@ def learning_rate(step, total, cfg):
 def check(cfg):
     """Values that no run could make sense of end it with exit code 2 and the variable's name."""
     for key, low in {"epochs": 1, "batch_size": 1, "grad_accum": 1, "ltn_layers": 1, "ltn_heads": 1, "beam": 1, "seed": 0, "window": 0, "ltn_dim": 0,
-                     "max_frames": 0, "warmup": 0, "lr": 0, "grad_clip": 0, "weight_decay": 0, "max_steps": -1, "log_every": -1, "eval_every": -1,
+                     "max_frames": 0, "max_clips": 0, "warmup": 0, "lr": 0, "grad_clip": 0, "weight_decay": 0, "max_steps": -1, "log_every": -1, "eval_every": -1,
                      "save_every": -1, "eval_clips": -1, "lora_rank": 1}.items():
         if getattr(cfg, key) < low:
             usage_error(__file__, f"{key}={getattr(cfg, key)}: must be at least {low}")
@@ -310,7 +311,7 @@ def main():
 
     # ---- data
     tokenizer = Tokenizer(cfg.llm, cfg.bos_id, cfg.eos_id)
-    clips = Clips(cfg.data_dir, cfg.dataset, cfg.backbone, "train", cfg.max_frames)
+    clips = Clips(cfg.data_dir, cfg.dataset, cfg.backbone, "train", cfg.max_frames, cfg.max_clips)
     has_dev = os.path.exists(os.path.join(cfg.data_dir, cfg.dataset, "dev.jsonl")) and cfg.eval_every >= 0
     dev = Clips(cfg.data_dir, cfg.dataset, cfg.backbone, "dev", cfg.max_frames) if has_dev else None
     extractor = json.loads(clips.store.metadata.get("settings", "{}"))

@@ -251,20 +251,20 @@ def train_tokenizer_json(folder, texts, pieces, bos):
         json.dump({"bos_token": "<s>" if bos else None, "eos_token": "</s>"}, f)
 
 
-def content_words(words, rng):
+def content_words(words, rng, function_words=FUNCTION_WORDS):
     """What is left of a sentence: its content words, shuffled; now and then a function word stays, as something to overlook."""
-    left = [NEGATIONS.get(w, w) for w in words.split() if w not in FUNCTION_WORDS or rng.random() < 0.1]
+    left = [NEGATIONS.get(w, w) for w in words.split() if w not in function_words or rng.random() < 0.1]
     return [left[i] for i in rng.permutation(len(left))]
 
 
-def text_batch_of(texts, tokenizer, rng, language="German"):
+def text_batch_of(texts, tokenizer, rng, language="German", function_words=FUNCTION_WORDS):
     """Packed stream of (content words -> sentence), half of them inside the prompt: tokens (1, N), pos (1, N), docs, target_at, targets."""
     prompt = [tokenizer.encode(p.strip()) for p in PROMPT.replace("{language}", language).split("{clip}")]
     bos = [tokenizer.bos_id] * (tokenizer.bos_id >= 0)
     tokens, lens, at, targets, blurred = [], [], [], [], []
     for words in texts:
         before, after = prompt if rng.random() < 0.5 else ([], [])
-        pieces = [t for w in content_words(words, rng) for t in tokenizer.encode(w)]
+        pieces = [t for w in content_words(words, rng, function_words) for t in tokenizer.encode(w)]
         signed = [t for t in pieces for _ in range(rng.integers(1, 5))]  # a sign lasts for several frames
         answer = tokenizer.encode(written(words, language)) + [tokenizer.eos_id]
         document = bos + before + signed + after + answer[:-1]
@@ -277,7 +277,7 @@ def text_batch_of(texts, tokenizer, rng, language="German"):
     return torch.tensor([tokens]), pos[None], Docs.of(lens), torch.tensor(at), torch.tensor(targets), torch.tensor(blurred)
 
 
-def train_llama(folder, texts, seed, steps, batch, language="German", layout="meta", tokenizer="sp", pieces=640, **sizes):
+def train_llama(folder, texts, seed, steps, batch, language="German", layout="meta", tokenizer="sp", pieces=640, function_words=FUNCTION_WORDS, **sizes):
     """Train a tiny LLM on texts and write it to folder, in Meta's raw layout or as a Hugging Face folder. sizes: of ModelArgs."""
     from data import Tokenizer
     part = folder + ".new"
@@ -305,7 +305,7 @@ def train_llama(folder, texts, seed, steps, batch, language="German", layout="me
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = peak * min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-        tokens, pos, docs, at, targets, signed = text_batch_of([texts[i] for i in rng.integers(len(texts), size=batch)], tokenizer, rng, language)
+        tokens, pos, docs, at, targets, signed = text_batch_of([texts[i] for i in rng.integers(len(texts), size=batch)], tokenizer, rng, language, function_words)
         h = llama.tok_embeddings(tokens)
         blur = BLUR * h.detach().pow(2).mean().sqrt() * torch.randn(h.shape, generator=noise)
         loss = F.cross_entropy(llama(h=h + blur * signed[:, None], pos=pos, docs=docs, at=at)[0], targets)
@@ -378,7 +378,8 @@ def main():
     for key, value in vars(cfg).items():
         if isinstance(value, int) and value < (key != "seed"):
             usage_error(__file__, f"{key}={value}: must be at least {int(key != 'seed')}")
-    build(**vars(cfg))
+    # what stands as on page one was not asked for: a toy that was begun otherwise goes on as it was begun
+    build(cfg.data_dir, cfg.name, cfg.llm, **{k: v for k, v in vars(cfg).items() if isinstance(v, int) and v != globals()[k]})
     print0(f"toy: built in {time.time() - start:.0f} s")
 
 
