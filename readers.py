@@ -4,30 +4,22 @@ Data sets as they were downloaded or filmed: a folder -> the rows of its clips, 
 A reader is a function of the folder that gives ({split: [{"name", "text", "video", "signer", "gloss", "frames"}]}, whether the folder itself says the
 splits); the last four keys only where the data set has them ("frames": how many its labels promise). Readers take what is written; `check` says what is wrong with it.
 """
-import codecs
-import collections
 import functools
 import glob
-import gzip
-import io
-import math
 import os
-import pickle
 import re
-import zipfile
 import zlib
 
 import numpy as np
-import torch
 from safetensors import safe_open
 
 from config import BadInput, print0, rank, whole
+from pickles import Array, numpy_of, outline, read_pickle
 
 SPLITS = ("train", "dev", "test")
 IMAGES = (".png", ".jpg", ".jpeg")
 FPS = {"phoenix14t": 25.0, "csl_daily": 30.0}  # frames a second of the readers whose clips are folders of frames: those cannot say it themselves
 PUBLISHED = {"[0-9]{2}[A-Z][a-z]+_[0-9]{4}_[A-Z]": (7096, 519, 642), "S[0-9]{6}_P[0-9]{4}_T[0-9]{2}$": (18401, 1077, 1176)}  # how the names begin -> clips of each split
-MAX_PICKLE = 8 << 30  # bytes that a pickle may take when unpacked
 VAL = {"dev": "val"}  # how How2Sign and others call the dev split
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,143 +73,7 @@ def files_in(*folders):
     return {f: os.path.join(folder, f) for folder in reversed(folders) if os.path.isdir(folder) for f in os.listdir(folder)}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pickles. A pickle is a program: it may call anything that it can name. These here can name what builds arrays and plain containers, nothing else.
-
-class Array:
-    """An array in a pickle. .data is None where only the shape was asked for. Not numpy's own: its __setstate__ believes whatever a file says of memory."""
-
-    def __init__(self, keep, shape=(), data=None):
-        self.keep, self.shape, self.data = keep, shape, data
-
-    def __setstate__(self, state):  # numpy: (version, shape, dtype, is Fortran's order, bytes)
-        _, shape, dtype, fortran, raw = state
-        self.fill(raw.encode("latin1") if isinstance(raw, str) else raw, dtype, shape, "F" if fortran else "C")
-
-    def fill(self, raw, dtype, shape, order="C"):
-        data = np.frombuffer(raw, dtype.value).reshape(shape, order=order)  # fails unless the bytes are there: a shape alone allocates nothing
-        self.shape, self.data = data.shape, data if self.keep else None
-        return self
-
-
-class Dtype:
-    """A numpy dtype of plain numbers or texts."""
-
-    def __init__(self, spec, *_):
-        if not re.fullmatch(r"[<>=|]?[biufSU]\d{1,6}", spec):
-            raise ValueError(f"an array of dtype {spec}")
-        self.value = np.dtype(spec)
-
-    def __setstate__(self, state):  # (version, byte order, no fields, ...)
-        if any(state[2:5]):
-            raise ValueError("an array with fields")
-        self.value = self.value.newbyteorder(state[1])
-
-
-class Memo(dict):
-    """What the unpickler may be asked for again. Not the bytes of an array, which would stay in memory beside the array until the end."""
-
-    def __setitem__(self, key, value):
-        super().__setitem__(key, None if isinstance(value, (bytes, bytearray, str)) and len(value) > 1 << 16 else value)
-
-
-class Counted:
-    """A pickle file, unzipped as it is read, that ends with an error before more than `limit` bytes of it are in memory."""
-
-    def __init__(self, path):
-        size, self.path, self.zipped = os.path.getsize(path), path, open(path, "rb").read(2) == b"\x1f\x8b"
-        self.file = gzip.open(path) if self.zipped else open(path, "rb")
-        # labels shrink to a fifteenth at best, features hardly; a bomb shrinks to a thousandth
-        self.left = self.limit = min(MAX_PICKLE, max(1 << 28, 100 * size)) if self.zipped else size
-
-    def read(self, n):
-        self.left -= n
-        if self.left < 0 and not self.zipped:
-            raise EOFError("it is cut off")
-        if self.left < 0:
-            raise BadInput(f"{self.path}: unpacks to more than {self.limit / 1e9:.1f} GB (a hundred times its size or MAX_PICKLE in readers.py); if you trust it, unpack it with gunzip")
-        return self.file.read(n)
-
-    def readline(self):
-        line = self.file.readline(1 << 20)
-        self.left -= len(line)
-        return line
-
-
-class Unpickler(pickle._Unpickler):  # the one in Python: in the one in C a few bytes can ask for a memo of 64 GB
-    """It can build plain containers, numbers, texts and `Array`s."""
-
-    def __init__(self, file, values):
-        super().__init__(file)
-        self.path, self.values, self.memo = file.path, values, Memo()
-        tensor = {("torch._utils", f): self.tensor for f in ("_rebuild_tensor", "_rebuild_tensor_v2")}
-        numpy = {(f"numpy.{core}.{module}", f): call for core in ("core", "_core") for module, f, call in (
-            ("multiarray", "_reconstruct", self.empty), ("multiarray", "scalar", self.scalar), ("numeric", "_frombuffer", self.buffer))}
-        python = {(module, f): call for module in ("builtins", "__builtin__") for f, call in (("set", set), ("frozenset", frozenset))}
-        self.allowed = tensor | numpy | python | {
-            ("torch.storage", "_load_from_bytes"): self.storage, ("collections", "OrderedDict"): collections.OrderedDict,
-            ("numpy", "ndarray"): "ndarray", ("numpy", "dtype"): Dtype, ("_codecs", "encode"): self.latin1}
-
-    def find_class(self, module, name):
-        try:
-            return self.allowed[module, name]
-        except KeyError:
-            raise BadInput(f"{self.path}: wants to call {f'{module}.{name}'[:200]!r}, which neither labels nor features need; nothing of it was run") from None
-
-    # what a pickle may call
-    def empty(self, *_):
-        return Array(self.values)  # BUILD fills it
-
-    def buffer(self, raw, dtype, shape, order):
-        return Array(self.values).fill(raw, dtype, shape, order)
-
-    def scalar(self, dtype, raw):
-        return np.frombuffer(raw, dtype.value, 1)[0].item()
-
-    def latin1(self, text, encoding):
-        return codecs.encode(text, {"latin1": "latin1"}[encoding])  # how protocol 2 writes bytes
-
-    def storage(self, raw):
-        if not self.values:
-            return None
-        if raw[:2] == b"PK" and any(f.compress_type for f in zipfile.ZipFile(io.BytesIO(raw)).infolist()):
-            raise ValueError("a tensor in a compressed zip")
-        return torch.load(io.BytesIO(raw), weights_only=True)  # torch's own function of this name loads anything
-
-    def tensor(self, storage, offset, size, stride, *_):
-        size = tuple(map(int, size))
-        if not self.values:
-            return Array(False, size)
-        flat = torch.empty(0, dtype=storage.dtype).set_(storage)
-        if min(size, default=0) < 0 or math.prod(size) > len(flat):  # a stride of 0 would make a petabyte out of one number
-            raise ValueError(f"a tensor of {size} from {len(flat)} numbers")
-        x = flat.as_strided(size, stride, offset)
-        return Array(True, size, numpy_of(x))
-
-
-def numpy_of(x):
-    """A tensor as a numpy array, which knows no bfloat16."""
-    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
-
-
-def read_pickle(path, values=True):
-    """What a pickle holds (gzip or not), arrays as `Array`; values=False: arrays without their numbers, which are read and not kept."""
-    try:
-        file = Counted(path)
-        with file.file:
-            content = Unpickler(file, values).load()
-            file.file.read(1)  # gzip compares its checksum at the end
-        return content
-    except (BadInput, FileNotFoundError, IsADirectoryError, PermissionError):
-        raise
-    except Exception as e:  # a broken pickle can raise anything
-        raise BadInput(f"{path}: cannot be read as a pickle ({type(e).__name__}: {' '.join(str(e).split())[:200]})") from None
-
-
-@functools.lru_cache
-def outline(path):
-    """A pickle without the numbers in its arrays, kept: labels and shapes are asked for one after the other."""
-    return read_pickle(path, values=False)
-
+# Readers
 
 def entries(path, content=None):
     """The clips of a pickle of labels, a list of dicts (neccam) or a dict of dicts (GFSLT), as dicts with a name and a text."""
@@ -238,9 +94,6 @@ def optional(entry):
     gloss = entry.get("gloss")
     row = {"signer": entry.get("signer"), "gloss": " ".join(map(str, gloss)) if isinstance(gloss, list) else gloss, "frames": entry.get("num_frames", entry.get("length"))}
     return {k: v for k, v in row.items() if v not in (None, "") and isinstance(v, int if k == "frames" else (str, int))}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Readers
 
 def read_clips(root):
     """
@@ -373,7 +226,7 @@ def read_gfslt(root):
     for split, e in label_entries(label_pattern(root, "labels", "csl_daily.labels")):
         images = e.get("imgs_path")
         clip = e.get("video_path") or (os.path.dirname(str(images[0])) if images and isinstance(images, list) else e["name"])
-        splits[split].append({"name": e["name"], "text": e["text"], "video": first(*[os.path.join(folder, i, str(clip)) for i in inside])} | optional(e))
+        splits[split].append({"name": e["name"], "text": e["text"], "video": first(*[os.path.join(folder, i, c) for i in inside for c in (str(clip), f"{split}/{clip}")])} | optional(e))
     return splits, True
 
 
@@ -482,7 +335,7 @@ def half(x, what):
 # The check
 
 def clip_trouble(row, seen):
-    """What is wrong with a clip's name, text and video, or None. seen: name -> split of the clips before it."""
+    """What is wrong with a clip's name, text and video, or None. seen: name -> split and video of the clips before it."""
     name, text, video = row["name"], row["text"], row.get("video")
     # __metadata__ is a key of safetensors' own; half a character (a surrogate) can stand in a pickle and not in UTF-8
     if name in ("", "__metadata__") or os.path.isabs(name) or ".." in name.split("/") or re.search("[\0-\x1f\x7f\ud800-\udfff]", name):
@@ -544,7 +397,7 @@ def check(splits, patterns=(), sigma=None):
             elif not sources:
                 row.setdefault("video", "")  # no video and no features either
             trouble = clip_trouble(row, seen) or (feature_trouble(name, sources, width) if sources else None)
-            seen.setdefault(name, split)
+            seen.setdefault(name, f"{split} ({row['video']})" if row.get("video") else split)
             if trouble:
                 problems.append(f"{split}: clip {ascii(name) if 'inside the folder' in trouble else name}: {trouble}")
                 continue
