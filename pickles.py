@@ -54,10 +54,11 @@ class Dtype:
 
 
 class Memo(dict):
-    """What the unpickler may be asked for again. Not the bytes of an array, which would stay in memory beside the array until the end."""
+    """What the unpickler may be asked for again. Not the bytes of an array, nor the arguments that hold them: they would stay in memory beside the array."""
 
     def __setitem__(self, key, value):
-        super().__setitem__(key, None if isinstance(value, (bytes, bytearray, str)) and len(value) > 1 << 16 else value)
+        large = any(isinstance(v, (bytes, bytearray, str)) and len(v) > 1 << 16 for v in (value if isinstance(value, tuple) else (value,)))
+        super().__setitem__(key, None if large else value)
 
 
 class Counted:
