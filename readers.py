@@ -279,6 +279,8 @@ def open_features(path, split, names, values=True, sigma=None):
                     shape = f"cannot be read as an array ({' '.join(str(e).split())})"
                 source[name] = shape, functools.partial(np.load, file, allow_pickle=False)
         return source
+    if not os.path.exists(path):
+        raise BadInput(f"features: there is no file {path}")
     if path.endswith(".safetensors"):
         try:
             file = safe_open(path, "pt")
