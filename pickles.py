@@ -136,8 +136,8 @@ class Unpickler(pickle._Unpickler):  # the one in Python: in the one in C a few 
 
 
 def numpy_of(x):
-    """A tensor as a numpy array, which knows no bfloat16."""
-    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+    """A tensor as a numpy array, which knows neither bfloat16 nor anything smaller."""
+    return (x.float() if x.is_floating_point() and x.dtype not in (torch.float16, torch.float32, torch.float64) else x).numpy()
 
 
 def read_pickle(path, values=True):

@@ -20,6 +20,7 @@ SPLITS = ("train", "dev", "test")
 IMAGES = (".png", ".jpg", ".jpeg")
 FPS = {"phoenix14t": 25.0, "csl_daily": 30.0}  # frames a second of the readers whose clips are folders of frames: those cannot say it themselves
 PUBLISHED = {"[0-9]{2}[A-Z][a-z]+_[0-9]{4}_[A-Z]": (7096, 519, 642), "S[0-9]{6}_P[0-9]{4}_T[0-9]{2}$": (18401, 1077, 1176)}  # how the names begin -> clips of each split
+ODD = "[\0-\x1f\x7f\ud800-\udfff]"  # not for names: control characters, and half characters, which can stand in a pickle and not in UTF-8
 VAL = {"dev": "val"}  # how How2Sign and others call the dev split
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,7 +265,7 @@ def deal_out(rows, ratio):
 
 def open_features(path, split, names, values=True, sigma=None):
     """
-    The source of one pattern and split: a pickle, a .safetensors, or .npy files (a folder, or a path with {name} in it).
+    The source of one pattern and split: a pickle, a .safetensors, or .npy files (a folder, or a path with {name} in it). Where a clip has no shape stands what is wrong.
     values=False: for the shapes alone. sigma: stand-ins from the alignments in neccam's base annotations.
     """
     path = first(*[path.replace("{split}", s) for s in (split, VAL.get(split, split))])
@@ -276,7 +277,7 @@ def open_features(path, split, names, values=True, sigma=None):
                 try:
                     shape = np.load(file, mmap_mode="r", allow_pickle=False).shape
                 except (ValueError, EOFError, OSError, AttributeError) as e:  # AttributeError: an .npz
-                    shape = f"cannot be read as an array ({' '.join(str(e).split())})"
+                    shape = f"{os.path.basename(file)} cannot be read as an array ({' '.join(str(e).split())})"
                 source[name] = shape, functools.partial(np.load, file, allow_pickle=False)
         return source
     if not os.path.exists(path):
@@ -290,10 +291,11 @@ def open_features(path, split, names, values=True, sigma=None):
     elif sigma is not None:
         source = {}
         for e in entries(path):
-            lines = [str(a).split() for a in (e.get("alignments") or {}).values()]
-            if len(lines) != 3 or len({len(a) for a in lines}) > 1 or not all(n.isdecimal() for a in lines for n in a):
-                raise BadInput(f"{path}: clip {e['name']} has no alignments pami0, pami1, pami2 of one length")
-            source[e["name"]] = (len(lines[0]), 1024), functools.partial(standin, e["name"].removeprefix(split + "/"), lines, sigma)
+            lines = e["alignments"] if isinstance(e.get("alignments"), dict) else {}
+            lines = [str(lines.get(stream, "")).split() for stream in ("pami0", "pami1", "pami2")]
+            fit = lines[0] and len({len(a) for a in lines}) == 1 and all(n.isdecimal() for a in lines for n in a)
+            shape = (len(lines[0]), 1024) if fit else "has no alignments pami0, pami1 and pami2 of one length"
+            source[e["name"]] = shape, functools.partial(standin, e["name"].removeprefix(split + "/"), lines, sigma)
     else:
         content = read_pickle(path) if values else outline(path)
         if isinstance(content, list):
@@ -339,8 +341,7 @@ def half(x, what):
 def clip_trouble(row, seen):
     """What is wrong with a clip's name, text and video, or None. seen: name -> split and video of the clips before it."""
     name, text, video = row["name"], row["text"], row.get("video")
-    # __metadata__ is a key of safetensors' own; half a character (a surrogate) can stand in a pickle and not in UTF-8
-    if name in ("", "__metadata__") or os.path.isabs(name) or ".." in name.split("/") or re.search("[\0-\x1f\x7f\ud800-\udfff]", name):
+    if name in ("", "__metadata__") or os.path.isabs(name) or ".." in name.split("/") or re.search(ODD, name):  # __metadata__ is a key of safetensors' own
         return "the name must be one inside the folder"
     if name in seen:
         return f"stands there already, in {seen[name]}"
@@ -366,7 +367,7 @@ def feature_trouble(name, sources, width):
         return f"has no features in {missing[0]}"
     for path, shape in found.items():
         if isinstance(shape, str):
-            return f"{path}: its file {shape}"
+            return f"{path}: {shape}"
         if len(shape) != 2 or 0 in shape:
             return f"its features in {path} have the shape {shape}, not (frames, width)" + "; features=states makes stand-ins from alignments" * (shape == (0,))
     if len({T for T, _ in found.values()}) > 1:
@@ -401,7 +402,8 @@ def check(splits, patterns=(), sigma=None):
             trouble = clip_trouble(row, seen) or (feature_trouble(name, sources, width) if sources else None)
             seen.setdefault(name, f"{split} ({row['video']})" if row.get("video") else split)
             if trouble:
-                problems.append(f"{split}: clip {ascii(name) if 'inside the folder' in trouble else name}: {trouble}")
+                line = f"{split}: clip {name}: {trouble}"
+                problems.append(ascii(line) if re.search(ODD, line) else line)
                 continue
             good[split].append(row)
             if sources:

@@ -563,6 +563,9 @@ def test_slt_with_features_inside(tmp_path, monkeypatch, capsys):
     assert "video" not in rows_of(folder, "train")[0]
 
 
+SMALL = {"bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
+
+
 def save_as(form, folder, prefix):
     """neccam's test features in another form -> the pattern that finds them."""
     for split in SPLITS:
@@ -573,18 +576,18 @@ def save_as(form, folder, prefix):
             write_pickle(folder / f"f.{split}", {n: {"name": n, "sign": x} for n, x in arrays.items()})
         elif form == "safetensors":
             safetensors.torch.save_file(arrays, folder / f"f.{split}.safetensors")
-        elif form == "bfloat16":
-            safetensors.torch.save_file({n: x.bfloat16() for n, x in arrays.items()}, folder / f"f.{split}.safetensors")
+        elif form in SMALL:
+            safetensors.torch.save_file({n: x.to(SMALL[form]) for n, x in arrays.items()}, folder / f"f.{split}.safetensors")
         else:
             for n, x in arrays.items():
                 path = folder / ("npy" if "{split}" not in form else split) / f"{n}.npy"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 np.save(path, x.numpy())
-    return str(folder / {"pickle": "f.{split}", "pickle of dicts": "f.{split}", "safetensors": "f.{split}.safetensors", "bfloat16": "f.{split}.safetensors"}.get(form, form))
+    return str(folder / {"pickle": "f.{split}", "pickle of dicts": "f.{split}", "safetensors": "f.{split}.safetensors", "bfloat16": "f.{split}.safetensors", "float8": "f.{split}.safetensors"}.get(form, form))
 
 
 @pytest.mark.parametrize("prefix", [True, False])
-@pytest.mark.parametrize("form", ["pickle", "pickle of dicts", "safetensors", "bfloat16", "{split}", "{split}/{name}.npy", "npy"])
+@pytest.mark.parametrize("form", ["pickle", "pickle of dicts", "safetensors", "bfloat16", "float8", "{split}", "{split}/{name}.npy", "npy"])
 def test_forms_of_features(tmp_path, monkeypatch, form, prefix):
     make_slt(tmp_path / "slt", width=2, seed=9)  # other features, not to be taken
     pattern = save_as(form, tmp_path, prefix)
@@ -592,7 +595,7 @@ def test_forms_of_features(tmp_path, monkeypatch, form, prefix):
     for split in SPLITS:
         store = Store(str(folder / "timm/resnet" / f"{split}.safetensors"))
         for e in neccam(split):
-            assert same(store[e["name"].split("/")[1]], e["sign"].bfloat16().float() if form == "bfloat16" else e["sign"])
+            assert same(store[e["name"].split("/")[1]], e["sign"].to(SMALL.get(form, torch.float32)).float())
 
 
 def test_features_of_own_clips(tmp_path, monkeypatch):
@@ -731,8 +734,9 @@ def test_states(tmp_path, monkeypatch, real, capsys):
 
 def test_states_need_alignments(tmp_path, monkeypatch):
     make_slt(tmp_path / "slt")
-    with bad("cliptrain-0", "alignments"):
+    with bad("9 clip(s)"):
         run(monkeypatch, tmp_path, "reader=slt", f"root={tmp_path / 'slt'}", "features=states")
+    assert "clip cliptrain-0" in (line := (tmp_path / "data/set/problems.txt").read_text().splitlines()[0]) and "no alignments" in line
     with bad("reader=slt"):
         (tmp_path / "clips.tsv").write_text("file\ttext\na.mp4\tx\n")
         run(monkeypatch, tmp_path, f"root={tmp_path}", "features=states")
