@@ -416,7 +416,7 @@ def check(splits, patterns=(), sigma=None):
         if not names:
             notes.append(f"{split}: no clips")
         repeated = sum(row["text"] in train for row in splits[split]) if split != "train" else ""
-        table.append(f"{split:5} {len(names):7} {known:>10} {len(problems) - before:9} {repeated:>21}")
+        table.append(f"{split:5} {len(names):7} {known:>10} {len(problems) - before:9} {repeated:>21}".rstrip())
     return good, problems, notes, table, shapes
 
 
