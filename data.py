@@ -3,6 +3,8 @@ Clips in, batches out: video decoding, data-set readers, feature extraction and 
 
     python data.py dataset=isl root=clips_of_isl                            # own clips: a folder with clips.tsv (file<TAB>text)
     torchrun --nproc_per_node=2 data.py dataset=isl root=clips_of_isl       # the same, shared out among processes
+    python data.py dataset=phoenix14t root=FOLDER backbone=googlenet weights=googlenet.pth
+    python data.py dataset=slt root=FOLDER backbone=pami0                   # neccam's files with features inside: nothing to extract
 
 Writes data/NAME/{train,dev,test}.jsonl (one clip a line) and data/NAME/BACKBONE/{split}.safetensors (name -> (frames, width) float16).
 A run that was killed goes on where it stopped; clips that have not changed are not extracted again.
@@ -25,15 +27,18 @@ from safetensors import safe_open
 
 from config import BadInput, Progress, configure, launch, print0, rank, usage_error, whole
 from model import Docs, GoogLeNet, RandomCNN, load_json
-from readers import READERS, SPLITS, deal_out
+from readers import READERS, SLT, SPLITS, check, deal_out, half, label_pattern, open_features, report
 
 dataset = ""  # name of the data set: its common form goes to data_dir/NAME
 root = ""  # folder of the clips as they were downloaded or filmed
-reader = ""  # form of that folder: clips; "" = the data set's own name where that is a form, else clips
+reader = ""  # form of that folder: phoenix14t csl_daily how2sign openasl clips gfslt slt; "" = the data set's own name where that is a form, else clips
+strict = True  # false: goes on without the broken clips
 data_dir = "data"  # folder that holds the data sets
-backbone = "toycnn"  # frozen CNN: toycnn, googlenet (paper: pre-trained Inception, 1024-d)
+backbone = "toycnn"  # frozen CNN: toycnn, googlenet (paper: pre-trained Inception, 1024-d); with features= any name for these
 weights = ""  # googlenet: file of torchvision's weights (.pth or .safetensors)
 ratio = "0.8,0.1,0.1"  # shares of train, dev, test where clips.tsv has no split column and at least 20 clips
+features = ""  # ready ones instead of a CNN: a pickle, .safetensors or folder of .npy, with {split} in the path; A,B concatenates; states: stand-ins for reader=slt
+sigma = 1.0  # features=states: noise, beside sign states of deviation 1 (nobody can say what a CNN's would be; 1 leaves a single frame readable)
 device = "auto"  # auto, cpu, cuda: where the CNN runs
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,7 +209,7 @@ def write_common(folder, backbone, splits, shapes, read, metadata):
     print0(f"{folder}: " + ", ".join(f"{len(splits[s])} {s}" for s in SPLITS) + f" clips, features ({backbone}) of width {next(iter(shapes.values()))[1]}")
 
 
-def prepare(name, splits, data_dir, extractor):
+def prepare(name, splits, data_dir, extractor, strict=True):
     """
     Write a data set's common form: {split: [row]} -> data_dir/name/{split}.jsonl and data_dir/name/BACKBONE/{split}.safetensors.
     Each process appends its clips to a file of its own in .parts; the first one joins them at the end.
@@ -284,6 +289,29 @@ def prepare(name, splits, data_dir, extractor):
                      lambda names: {"settings": settings, "fingerprints": json.dumps({n: prints[n] for n in names})})
         shutil.rmtree(parts)
     barrier()
+
+
+def import_features(name, splits, data_dir, label, patterns, shapes, sigma=None):
+    """
+    Features that others have made -> the data set's common form, under a label, clip by clip: float16 of what the files hold, joined on the feature axis.
+    splits, shapes: as check() gives them. sigma: stand-ins from neccam's alignments, and the store says so.
+    """
+    split_of, opened = {row["name"]: split for split in SPLITS for row in splits[split]}, {}
+
+    def read(clip):
+        split = split_of[clip]
+        if split not in opened:  # one split's files at a time: a pickle must be read whole
+            opened.clear()
+            names = [row["name"] for row in splits[split]]
+            opened[split] = {p.replace("{split}", split): open_features(p, split, names, True, sigma) for p in patterns}
+        parts = [half(source[clip][1](), f"{path}: clip {clip}") for path, source in opened[split].items()]
+        return np.concatenate(parts, 1)
+
+    settings = {"backbone": label, "weights": "", "imported": True, "features": ",".join(patterns)}
+    if sigma is not None:
+        settings["standin"] = f"stand-in features made from HMM alignments with noise of sigma={sigma:g}, not from videos"
+    os.makedirs(os.path.join(data_dir, name, label), exist_ok=True)
+    write_common(os.path.join(data_dir, name), label, splits, shapes, read, lambda names: {"settings": json.dumps(settings)})
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text
@@ -477,18 +505,45 @@ def main():
             usage_error(__file__, f"{key}: say {what}, {key}=...")
     if not re.fullmatch(r"[\w.-]+", cfg.dataset) or cfg.dataset.startswith("."):
         raise BadInput(f"dataset={cfg.dataset}: a name of letters, digits, '_', '-' and '.'")
-    extractor = Extractor(cfg.backbone, cfg.weights, cfg.device)
-    print0(f"backbone {cfg.backbone}: {sum(p.numel() for p in extractor.cnn.parameters()) / 1e6:.1f}M frozen parameters on {extractor.device}")
-    splits, dealt = READERS[cfg.reader or (cfg.dataset if cfg.dataset in READERS else "clips")](cfg.root)
+    form = cfg.reader or (cfg.dataset if cfg.dataset in READERS else "clips")
+    splits, dealt = READERS[form](cfg.root)
     rows = [row for split in SPLITS for row in splits[split]]
     if not dealt and len(rows) >= 20:
         splits = deal_out(rows, cfg.ratio)
         print0(f"no column split in clips.tsv: train, dev, test by ratio={cfg.ratio}")
     elif not dealt:
         print0(f"{len(rows)} clips are too few to hold some out (fewer than 20, no column split in clips.tsv): all go to train")
+
+    states = cfg.features == "states"
+    if states and form != "slt":
+        raise BadInput("features=states: needs the alignments in neccam's base annotations, reader=slt")
+    if form == "slt" and (states or not cfg.features):  # the features are in the files of the labels
+        patterns = [label_pattern(cfg.root, *SLT)]
+    else:
+        patterns = [p.strip() for p in cfg.features.split(",") if p.strip()]
+    sigma = cfg.sigma if states else None
+    splits, problems, notes, table, shapes = check(splits, patterns, sigma)
+    report(problems, notes, table, os.path.join(cfg.data_dir, cfg.dataset), cfg.strict)
+    if not any(splits.values()):
+        raise BadInput(f"{cfg.root}: no clip is left")
+
+    if patterns:
+        label = cfg.backbone
+        if label == "toycnn":  # page one's: these are not made by it
+            label = "standin" if states else "imported"
+            print0(f"backbone={label}: how these features are called, for want of another backbone=")
+        if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", label):
+            raise BadInput(f"backbone={label}: a name of letters, digits, '_', '-', '.' and '/'")
+        if rank() == 0:  # nothing to share out: it is as fast as the disk
+            import_features(cfg.dataset, splits, cfg.data_dir, label, patterns, shapes, sigma)
+        if states:
+            print0(f"these are STAND-IN features, sigma={sigma:g}: made from alignments, not from videos; scores on them are no scores of the data set")
+        return
+    extractor = Extractor(cfg.backbone, cfg.weights, cfg.device)
+    print0(f"backbone {cfg.backbone}: {sum(p.numel() for p in extractor.cnn.parameters()) / 1e6:.1f}M frozen parameters on {extractor.device}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("gloo")
-    prepare(cfg.dataset, splits, cfg.data_dir, extractor)
+    prepare(cfg.dataset, splits, cfg.data_dir, extractor, strict=cfg.strict)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,5 +1,5 @@
 """
-Clips in, batches out: decoding, the reader of own clips, the extraction that may be killed, tokenizers, packing.
+Clips in, batches out: decoding, the extraction that may be killed, tokenizers, packing.
 
     python -m pytest tests/test_data.py
 """
@@ -19,7 +19,6 @@ import torch
 import data
 from config import BadInput
 from data import Clips, Extractor, Sample, Store, Tokenizer, pack, prepare, prompt_ids, read_video, stateless
-from readers import deal_out, read_clips
 from model import RandomCNN
 
 H, W = 24, 40
@@ -187,95 +186,6 @@ def test_real_phoenix_frames(real, split):
     (folder,) = (real / "phoenix14t/PHOENIX-2014-T-release-v3/PHOENIX-2014-T/features/fullFrame-210x260px" / split).iterdir()
     video = read_video(str(folder))
     assert video.shape == (2, 260, 210, 3) and video.dtype == np.uint8 and video.std() > 10
-
-
-def test_real_own_clips(real):
-    splits, dealt = read_clips(str(real / "isl"))
-    assert len(splits["train"]) == 10 and not splits["dev"] and not splits["test"] and not dealt
-    for row in splits["train"]:
-        sizes = {f.shape for f in data.frames(row["video"], 32)}  # decoded in full, kept small
-        assert sizes == {(32, 32, 3)}, row["video"]
-    assert {"name": "sit_down", "text": "sit down", "video": str(real / "isl" / "sit_down.gif")} in splits["train"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Own clips
-
-@pytest.fixture
-def own(tmp_path):
-    """Content of clips.tsv -> what read_clips says of it; a.mp4, b.mp4, c.gif and a folder d of frames are there."""
-    for name in ("a.mp4", "b.mp4", "c.gif"):
-        (tmp_path / name).touch()
-    (tmp_path / "d.x").mkdir()
-
-    def read(table):
-        (tmp_path / "clips.tsv").write_bytes(table if isinstance(table, bytes) else table.encode())
-        return read_clips(str(tmp_path))
-    return read
-
-
-def test_clips_tsv(own, tmp_path):
-    splits, dealt = own("text\tfile\n Wie geht's? \ta.mp4\n\n\"quoted\"\td.x\nmit\u2028Zeichen\tc.gif\n")
-    assert not dealt and splits == {"dev": [], "test": [], "train": [
-        {"name": "a", "text": "Wie geht's?", "video": str(tmp_path / "a.mp4")}, {"name": "d.x", "text": '"quoted"', "video": str(tmp_path / "d.x")},
-        {"name": "c", "text": "mit\u2028Zeichen", "video": str(tmp_path / "c.gif")}]}
-
-
-def test_clips_tsv_as_windows_writes_it(own):
-    splits, dealt = own("\ufefffile\ttext\tsplit\tsigner\tgloss\r\na.mp4\tüber\ttest\tS1\tÜBER ICH\r\nb.mp4\tja\t\t\t\r\n")
-    assert dealt and [r["name"] for r in splits["train"]] == ["b"] and not splits["dev"]
-    assert splits["test"][0] | {"video": ""} == {"name": "a", "text": "über", "video": "", "signer": "S1", "gloss": "ÜBER ICH"}
-    assert "signer" not in splits["train"][0]
-
-
-@pytest.mark.parametrize("table, says", [
-    ("file\ttext\na.mp4\tja\nz.mp4\tnein\n", (":3", "z.mp4")),
-    ("file\ttext\na.mp4\tja\n\tnein\n", (":3",)),
-    ("file\ttext\na.mp4\tja\nb.mp4\t \n", (":3", "clip b", "empty text")),
-    ("file\ttext\na.mp4\tja\na.mp4\tnein\n", (":3", "clip a", "twice")),
-    ("file\tsentence\na.mp4\tja\n", ("no column text",)),
-    ("a.mp4\tja\n", ("no column file",)),
-    ("file,text\na.mp4,ja\n", ("no column file",)),
-    ("", ("no column file",)),
-    ("file\ttext\n\n", ("no clips",)),
-    ("file\ttext\n\na.mp4\tja\tnein\n", (":3", "3 columns", "2")),
-    ("file\ttext\na.mp4\n", (":2", "1 columns", "2")),
-    ("file\ttext\tsplit\na.mp4\tja\tvalid\n", (":2", "clip a", "valid", "train, dev, test")),
-    ("file\ttext\na.mp4\tfür\n".encode("latin-1"), ("UTF-8",)),
-    ("file\ttext\na.mp4\tja\n".encode("utf-16"), ("UTF-8",))])
-def test_wrong_clips_tsv(own, tmp_path, table, says):
-    with bad(tmp_path / "clips.tsv", *says):
-        own(table)
-
-
-def test_two_files_of_one_name(own, tmp_path):
-    (tmp_path / "a.gif").touch()
-    with bad(":3", "clip a", "a.mp4", "a.gif"):
-        own("file\ttext\na.mp4\tja\na.gif\tnein\n")
-
-
-def test_no_clips_tsv(tmp_path):
-    with bad(tmp_path / "clips.tsv", "file<TAB>text"):
-        read_clips(str(tmp_path))
-    with bad(tmp_path / "absent"):
-        read_clips(str(tmp_path / "absent"))
-
-
-@pytest.mark.parametrize("n, ratio, want", [(20, "0.8,0.1,0.1", (16, 2, 2)), (1000, "0.8,0.1,0.1", (800, 100, 100)), (30, "1,0,0", (30, 0, 0)), (21, ".5,.25,.25", (10, 6, 5))])
-def test_deal_out(n, ratio, want):
-    rows = [{"name": f"clip{i}"} for i in range(n)]
-    splits = deal_out(rows, ratio)
-    assert tuple(len(splits[s]) for s in data.SPLITS) == want
-    assert sorted(r["name"] for part in splits.values() for r in part) == sorted(r["name"] for r in rows)
-    assert deal_out(rows[::-1], ratio) == splits  # the order of the table does not matter
-    if n == 1000:
-        assert splits["train"] != rows[:800]  # the test clips are not just the last ones
-
-
-@pytest.mark.parametrize("ratio", ["0.8,0.2", "0.8,0.1,0.2", "a,b,c", "", "1.1,-0.1,0", "nan,0,0"])
-def test_wrong_ratio(ratio):
-    with bad("ratio="):
-        deal_out([{"name": "a"}], ratio)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,160 @@
+"""
+Pickles of labels and features, read without running them. A pickle is a program: it may call anything that it can name. Here it can name what builds
+plain containers, numpy arrays and torch tensors, and nothing else; anything more is an error that says what it was.
+
+    read_pickle("phoenix14t.pami0.train")   # gzip or not -> lists, dicts, texts, numbers and `Array`s
+"""
+import codecs
+import collections
+import functools
+import gzip
+import io
+import math
+import os
+import pickle
+import re
+import zipfile
+
+import numpy as np
+import torch
+
+from config import BadInput
+
+MAX_PICKLE = 8 << 30  # bytes that a pickle may take when unpacked
+
+
+class Array:
+    """An array in a pickle: .shape and .data (None where only the shape was asked for). Not numpy's own: that believes whatever a file says of memory."""
+
+    def __init__(self, keep, shape=(), data=None):
+        self.keep, self.shape, self.data = keep, shape, data
+
+    def __setstate__(self, state):  # numpy: (version, shape, dtype, is Fortran's order, bytes)
+        _, shape, dtype, fortran, raw = state
+        self.fill(raw.encode("latin1") if isinstance(raw, str) else raw, dtype, shape, "F" if fortran else "C")
+
+    def fill(self, raw, dtype, shape, order="C"):
+        data = np.frombuffer(raw, dtype.value).reshape(shape, order=order)  # fails unless the bytes are there: a shape alone allocates nothing
+        self.shape, self.data = data.shape, data if self.keep else None
+        return self
+
+
+class Dtype:
+    """A numpy dtype of plain numbers or texts."""
+
+    def __init__(self, spec, *_):
+        if not re.fullmatch(r"[<>=|]?[biufSU]\d{1,6}", spec):
+            raise ValueError(f"an array of dtype {spec}")
+        self.value = np.dtype(spec)
+
+    def __setstate__(self, state):  # (version, byte order, no fields, ...)
+        if any(state[2:5]):
+            raise ValueError("an array with fields")
+        self.value = self.value.newbyteorder(state[1])
+
+
+class Memo(dict):
+    """What the unpickler may be asked for again. Not the bytes of an array, nor the arguments that hold them: they would stay in memory beside the array."""
+
+    def __setitem__(self, key, value):
+        large = any(isinstance(v, (bytes, bytearray, str)) and len(v) > 1 << 16 for v in (value if isinstance(value, tuple) else (value,)))
+        super().__setitem__(key, None if large else value)
+
+
+class Counted:
+    """A pickle file, unzipped as it is read, that ends with an error before more than `limit` bytes of it are in memory."""
+
+    def __init__(self, path):
+        size, self.path, self.zipped = os.path.getsize(path), path, open(path, "rb").read(2) == b"\x1f\x8b"
+        self.file = gzip.open(path) if self.zipped else open(path, "rb")
+        # labels shrink to a fifteenth at best, features hardly; a bomb shrinks to a thousandth
+        self.left = self.limit = min(MAX_PICKLE, max(1 << 28, 100 * size)) if self.zipped else size
+
+    def read(self, n):
+        self.left -= n
+        if self.left < 0 and not self.zipped:
+            raise EOFError("it is cut off")
+        if self.left < 0:
+            raise BadInput(f"{self.path}: unpacks to more than {self.limit / 1e9:.1f} GB (a hundred times its size or MAX_PICKLE in pickles.py); if you trust it, unpack it with gunzip")
+        return self.file.read(n)
+
+    def readline(self):
+        line = self.file.readline(1 << 20)
+        self.left -= len(line)
+        return line
+
+
+class Unpickler(pickle._Unpickler):  # the one in Python: in the one in C a few bytes can ask for a memo of 64 GB
+    """It can build plain containers, numbers, texts and `Array`s."""
+
+    def __init__(self, file, values):
+        super().__init__(file)
+        self.path, self.values, self.memo = file.path, values, Memo()
+        tensor = {("torch._utils", f): self.tensor for f in ("_rebuild_tensor", "_rebuild_tensor_v2")}
+        numpy = {(f"numpy.{core}.{module}", f): call for core in ("core", "_core") for module, f, call in (
+            ("multiarray", "_reconstruct", self.empty), ("multiarray", "scalar", self.scalar), ("numeric", "_frombuffer", self.buffer))}
+        python = {(module, f): call for module in ("builtins", "__builtin__") for f, call in (("set", set), ("frozenset", frozenset))}
+        self.allowed = tensor | numpy | python | {
+            ("torch.storage", "_load_from_bytes"): self.storage, ("collections", "OrderedDict"): collections.OrderedDict,
+            ("numpy", "ndarray"): "ndarray", ("numpy", "dtype"): Dtype, ("_codecs", "encode"): self.latin1}
+
+    def find_class(self, module, name):
+        try:
+            return self.allowed[module, name]
+        except KeyError:
+            raise BadInput(f"{self.path}: wants to call {f'{module}.{name}'[:200]!r}, which neither labels nor features need; nothing of it was run") from None
+
+    # what a pickle may call
+    def empty(self, *_):
+        return Array(self.values)  # BUILD fills it
+
+    def buffer(self, raw, dtype, shape, order):
+        return Array(self.values).fill(raw, dtype, shape, order)
+
+    def scalar(self, dtype, raw):
+        return np.frombuffer(raw, dtype.value, 1)[0].item()
+
+    def latin1(self, text, encoding):
+        return codecs.encode(text, {"latin1": "latin1"}[encoding])  # how protocol 2 writes bytes
+
+    def storage(self, raw):
+        if not self.values:
+            return None
+        if raw[:2] == b"PK" and any(f.compress_type for f in zipfile.ZipFile(io.BytesIO(raw)).infolist()):
+            raise ValueError("a tensor in a compressed zip")
+        return torch.load(io.BytesIO(raw), weights_only=True)  # torch's own function of this name loads anything
+
+    def tensor(self, storage, offset, size, stride, *_):
+        size = tuple(map(int, size))
+        if not self.values:
+            return Array(False, size)
+        flat = torch.empty(0, dtype=storage.dtype).set_(storage)
+        if min(size, default=0) < 0 or math.prod(size) > len(flat):  # a stride of 0 would make a petabyte out of one number
+            raise ValueError(f"a tensor of {size} from {len(flat)} numbers")
+        x = flat.as_strided(size, stride, offset)
+        return Array(True, size, numpy_of(x))
+
+
+def numpy_of(x):
+    """A tensor as a numpy array, which knows neither bfloat16 nor anything smaller."""
+    return (x.float() if x.is_floating_point() and x.dtype not in (torch.float16, torch.float32, torch.float64) else x).numpy()
+
+
+def read_pickle(path, values=True):
+    """What a pickle holds (gzip or not), arrays as `Array`; values=False: arrays without their numbers, which are read and not kept."""
+    try:
+        file = Counted(path)
+        with file.file:
+            content = Unpickler(file, values).load()
+            file.file.read(1)  # gzip compares its checksum at the end
+        return content
+    except BadInput:
+        raise
+    except Exception as e:  # a broken pickle can raise anything
+        raise BadInput(f"{path}: cannot be read as a pickle ({type(e).__name__}: {' '.join(str(e).split())[:200]})") from None
+
+
+@functools.lru_cache
+def outline(path):
+    """A pickle without the numbers in its arrays, kept: labels and shapes are asked for one after the other."""
+    return read_pickle(path, values=False)
