@@ -21,7 +21,7 @@ import torch.distributed as dist
 from sacrebleu.metrics import BLEU, CHRF
 
 from config import BadInput, configure, launch, print0, rank, usage_error, whole
-from data import Clips, Extractor, Progress, Sample, Tokenizer, pack, pick_device, prompt_ids, stateless, thin, world
+from data import Clips, Extractor, Progress, Sample, Tokenizer, pack, pick_device, prompt_ids, rate_of, stateless, thin, world
 from lora import apply_lora, read_adapter
 from model import Cache, SLLaMA, load_json, load_tensors, open_llm
 from readers import SPLITS
@@ -339,7 +339,8 @@ def main():
 
     if cfg.video or cfg.videos:
         made = trained.state["extractor"]
-        extractor = Extractor(made["backbone"], cfg.weights or made["weights"], cfg.device)
+        fps = made.get("fps", 0.0)  # what the model has learnt from; 0 = clips of several rates, or unknown ones
+        extractor = Extractor(made["backbone"], cfg.weights or made["weights"], cfg.device, fps)
         if cfg.videos and not (os.path.isdir(cfg.videos) and os.listdir(cfg.videos)):
             raise BadInput(f"videos={cfg.videos}: is not a folder with clips in it")
         paths = [cfg.video] if cfg.video else sorted(os.path.join(cfg.videos, f) for f in os.listdir(cfg.videos))
@@ -349,6 +350,9 @@ def main():
                 say(f"{path}: passed over, its ending is none of {' '.join(VIDEO_ENDINGS)}")
                 continue
             try:
+                own = rate_of(path, fps)
+                if fps and abs(own / fps - 1) > 0.01:
+                    say(f"{path}: its {own or 'unknown number of'} frames a second are resampled to {fps:g}, as in training")
                 features = torch.from_numpy(extractor(path))
             except BadInput as e:
                 if cfg.video:

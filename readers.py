@@ -70,3 +70,4 @@ def deal_out(rows, ratio):
 
 
 READERS = {"clips": read_clips}  # form of a folder -> function of the folder: ({split: [row]}, whether the folder itself says the splits)
+FPS = {"phoenix14t": 25.0, "csl_daily": 30.0}  # form of a folder whose clips are folders of frames -> the rate at which they were filmed
