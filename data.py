@@ -80,8 +80,10 @@ def rate_of(path, rate=0.0):
         return rate
     with opened(path) as container:
         video = container.streams.video[0]
-        # what a GIF says of itself is a guess from its first frames; webm does not count its frames
-        own = float(video.frames / (video.duration * video.time_base) if video.frames and video.duration else video.average_rate or 0)
+        own = float(video.average_rate or 0)
+        if video.frames > 1:  # of a GIF it is a guess from the first frames, of an mp4 it hangs on how long the last one lasts
+            times = [p.pts for p in container.demux(video) if p.pts is not None]
+            own = float((len(times) - 1) / max((max(times) - min(times)) * video.time_base, 1e-6))
     return own if 1 <= own <= 240 else 0.0
 
 
