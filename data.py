@@ -108,15 +108,15 @@ def timed(path, rate=0.0):
 def resampled(clip, fps, path):
     """(time, frame) through a clip -> for each of the times 0, 1/fps, 2/fps, ... the frame nearest to it; frames may come at any intervals."""
     n, start, before, frame = 0, None, 0.0, None
-    for time, after in clip:
-        if time is None:
+    for at, after in clip:
+        if at is None:
             raise BadInput(f"{path}: its frames carry no times, fps={fps:g} cannot be made of them")
-        start = time if start is None else start
-        step, middle = time - start - before, (time - start + before) / 2
+        start = at if start is None else start
+        step, middle = at - start - before, (at - start + before) / 2
         while frame and n / fps < middle + 1e-6:  # halfway between two frames: the earlier
             yield n / fps, frame
             n += 1
-        before, frame = time - start, after
+        before, frame = at - start, after
     while n / fps < before + max(step, 1e-3) / 2 + 1e-6:  # the last one is shown as long as the one before
         yield n / fps, frame
         n += 1

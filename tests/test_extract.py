@@ -21,6 +21,7 @@ import data
 from config import BadInput
 from data import Clips, Extractor, Store, prepare
 from readers import read_clips
+from scripts.bench import TABLE5
 from scripts.toy import write_mp4
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -320,6 +321,15 @@ def test_timm(timm, root, tmp_path, name, width, size, crop, mean):
     x = (x - torch.tensor(how["mean"]).view(3, 1, 1)) / torch.tensor(how["std"]).view(3, 1, 1)
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(features).float(), extractor.cnn(x), rtol=5e-3, atol=1e-3)
+
+
+def test_widths_of_table_5(timm):
+    assert [width for _, width in TABLE5.values()] == [512, 2048, 1536, 2560, 768, 768, 1024, 1536]
+    for backbone, width in TABLE5.values():
+        with torch.device("meta"):
+            model = timm.create_model(backbone.removeprefix("timm/"), num_classes=0).eval()
+            assert model(torch.zeros(1, *timm.data.resolve_model_data_config(model)["input_size"])).shape == (1, width)
+        assert timm.models.is_model_pretrained(backbone.removeprefix("timm/"))  # somebody has published weights
 
 
 def test_timm_weights_from_a_file(timm, root, tmp_path):
