@@ -21,6 +21,7 @@ import data
 from config import BadInput
 from data import Clips, Extractor, Store, prepare
 from readers import read_clips
+from scripts import bench
 from scripts.bench import TABLE5
 from scripts.toy import write_mp4
 
@@ -295,6 +296,14 @@ def test_the_store_knows_its_rate(root, tmp_path, capsys):
     assert dict(zip([r["name"] for r in clips.rows], clips.lengths)) == {"a": 20, "b": 10}
     run(mixed, tmp_path / "mixed")  # another rate, other features
     assert fps_of(tmp_path / "mixed") == 0 and Clips(str(tmp_path / "mixed"), "own", "toycnn", "train").lengths == [20, 20]
+
+
+def test_bench(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", "extract", "backbone=toycnn", "clips=2", "length=40", "repeats=2", "threads=1", f"out={tmp_path / 'out.json'}"])
+    bench.main()
+    figures = json.loads((tmp_path / "out.json").read_text())["backbones"]["toycnn"]
+    assert figures["clips"] == 2 and 40 <= figures["frames"] <= 120 and 0 < figures["ratio"] < 2 and len(figures["peak_mb"]) == 2
+    assert "ratio" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
