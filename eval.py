@@ -27,7 +27,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 
 from config import BadInput, Progress, configure, launch, print0, rank, usage_error, whole
-from data import Clips, Extractor, Sample, Tokenizer, pack, pick_device, prompt_ids, stateless, thin, world
+from data import Clips, Extractor, Sample, Tokenizer, pack, pick_device, prompt_ids, rate_of, stateless, thin, world
 from lora import apply_lora, read_adapter
 from model import Cache, SLLaMA, describe, load_json, load_tensors, open_llm
 from readers import SPLITS
@@ -391,6 +391,40 @@ def decode(sllama, features, tokenizer, what, how):
     return [out[i] for i in range(len(features))]
 
 
+def translate_videos(cfg, folder, sllama, tokenizer, trained, how, say):
+    """video=, videos=: a sentence on stdout for each clip, everything else by say."""
+    made = trained.state["extractor"]
+    if made.get("imported"):
+        raise BadInput(f"{folder}: its features ({made['backbone']}) were imported, and no extractor can make them from a video")
+    fps = made.get("fps", 0.0)  # what the model has learnt from; 0 = clips of several rates, or unknown ones
+    extractor = Extractor(made["backbone"], cfg.weights or made["weights"], cfg.device, fps)
+    if cfg.videos and not (os.path.isdir(cfg.videos) and os.listdir(cfg.videos)):
+        raise BadInput(f"videos={cfg.videos}: is not a folder with clips in it")
+    paths = [cfg.video] if cfg.video else sorted(os.path.join(cfg.videos, f) for f in os.listdir(cfg.videos))
+    failed = 0
+    for path in paths:
+        if cfg.videos and not os.path.isdir(path) and not path.lower().endswith(VIDEO_ENDINGS):
+            say(f"{path}: passed over, its ending is none of {' '.join(VIDEO_ENDINGS)}")
+            continue
+        try:
+            own = rate_of(path, fps)
+            if fps and abs(own / fps - 1) > 0.01:
+                say(f"{path}: its {own or 'unknown number of'} frames a second are resampled to {fps:g}, as in training")
+            features = torch.from_numpy(extractor(path))
+        except BadInput as e:
+            if cfg.video:
+                raise
+            failed += 1
+            say(f"eval.py: {e}")  # the other clips of the folder are fine
+            continue
+        if 0 < trained.max_frames < len(features):
+            say(f"{path}: {len(features)} frames are thinned out evenly to max_frames={trained.max_frames}, as in training")
+        (sentence,) = translate(sllama, [thin(features, trained.max_frames)], tokenizer, **how)
+        print(" ".join(sentence.split()) if cfg.video else f"{os.path.basename(path)}\t{' '.join(sentence.split())}", flush=True)
+    if failed:
+        raise BadInput(f"videos={cfg.videos}: {failed} of {len(paths)} clips could not be translated")
+
+
 def main():
     cfg = configure(__file__, choices={"split": SPLITS, "control": ("none", *CONTROLS, "all"), "device": ("auto", "cpu", "cuda"),
                                        "dtype": ("auto", "float32", "bfloat16", "float16")})
@@ -419,32 +453,7 @@ def main():
     how = dict(beam=cfg.beam, length_penalty=cfg.length_penalty, max_new_tokens=cfg.max_new_tokens, batch_size=cfg.batch_size)
 
     if cfg.video or cfg.videos:
-        made = trained.state["extractor"]
-        extractor = Extractor(made["backbone"], cfg.weights or made["weights"], cfg.device)
-        if cfg.videos and not (os.path.isdir(cfg.videos) and os.listdir(cfg.videos)):
-            raise BadInput(f"videos={cfg.videos}: is not a folder with clips in it")
-        paths = [cfg.video] if cfg.video else sorted(os.path.join(cfg.videos, f) for f in os.listdir(cfg.videos))
-        failed = 0
-        for path in paths:
-            if cfg.videos and not os.path.isdir(path) and not path.lower().endswith(VIDEO_ENDINGS):
-                say(f"{path}: passed over, its ending is none of {' '.join(VIDEO_ENDINGS)}")
-                continue
-            try:
-                features = torch.from_numpy(extractor(path))
-            except BadInput as e:
-                if cfg.video:
-                    raise
-                failed += 1
-                say(f"eval.py: {e}")  # the other clips of the folder are fine
-                continue
-            if 0 < trained.max_frames < len(features):
-                say(f"{path}: {len(features)} frames are thinned out evenly to max_frames={trained.max_frames}, as in training")
-            (sentence,) = translate(sllama, [thin(features, trained.max_frames)], tokenizer, **how)
-            print(" ".join(sentence.split()) if cfg.video else f"{os.path.basename(path)}\t{' '.join(sentence.split())}", flush=True)
-        if failed:
-            raise BadInput(f"videos={cfg.videos}: {failed} of {len(paths)} clips could not be translated")
-        return
-
+        return translate_videos(cfg, folder, sllama, tokenizer, trained, how, say)
     lang = language_code(trained.language, cfg.lang or trained.lang)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("gloo", timeout=timedelta(hours=2))
@@ -466,6 +475,7 @@ def main():
         how |= {k: v for k, v in max(swept, key=lambda s: s["dev_bleu4"]).items() if k in how}
 
     clips, features, refs = split_of(cfg.split)
+    standin = json.loads(clips.store.metadata.get("settings", "{}")).get("standin")
     controls = {"none": ["none"], "all": ["none", *CONTROLS]}.get(cfg.control, [cfg.control])
     found, start = {}, time.time()
     for control in controls:
@@ -480,7 +490,7 @@ def main():
         home = os.path.dirname(home)  # a run's scores stand in its folder, whichever checkpoint was named
     checkpoint = find_checkpoint(folder)
     facts = {"split": cfg.split, "dataset": trained.dataset, "checkpoint": checkpoint, "step": trained.state["step"], "llm": trained.said, "decoding": how,
-             "sweep": swept, "seconds": round(time.time() - start, 1), "references": f"{clips.path}, untouched",
+             "sweep": swept, "standin": standin, "seconds": round(time.time() - start, 1), "references": f"{clips.path}, untouched",
              "sha256": {os.path.basename(f): sha256(f) for f in (clips.path, clips.store.path, *sorted(glob.glob(glob.escape(checkpoint) + "/*.safetensors")))
                         if os.path.basename(f) != "optimizer.safetensors"}}
     scores = {c: report(h, refs, lang) | {"control": c} | facts for c, h in found.items()}
@@ -492,7 +502,9 @@ def main():
         rows |= simple
     for i, row in list(enumerate(clips.rows))[:3]:
         print(f"\n{row['name']}\n  reference  {row['text']}\n  model      {found[controls[0]][i]}")
-    print_scores(f"{trained.dataset} {cfg.split}", rows)
+    print_scores(f"{trained.dataset} {cfg.split}" + ", STAND-IN" * bool(standin), rows)
+    if standin:
+        print(f"NOT a score of the data set: {standin}")
     for control in controls:
         # nothing but the run's own data set and test split may go by the plain name
         marks = (cfg.dataset if cfg.dataset != trained.state["config"]["dataset"] else "", cfg.split if cfg.split != "test" else "",

@@ -33,9 +33,7 @@ class RandomCNN(nn.Module):
     def __init__(self, seed=0):
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 5, stride=2, padding=2) for i, o in ((3, 32), (32, 64), (64, 64)))
-        for name, p in self.named_parameters():
-            p.data = init_weight(name, p.shape, seed) * 2**0.5  # He: a ReLU halves the variance
-        self.requires_grad_(False)
+        he_init(self, seed).requires_grad_(False)
 
     def features(self, x):
         for conv in self.convs:
@@ -96,11 +94,23 @@ class GoogLeNet(nn.Module):
 
     def load(self, path):
         """Read torchvision's googlenet state dict (.pth or .safetensors); its classifiers (fc, aux1, aux2) are not needed."""
-        state = {k: v for k, v in load_tensors(path).items() if not k.startswith(("fc.", "aux"))}
-        check_names(path, {k: v.shape for k, v in self.state_dict().items() if "num_batches" not in k},
-                    {k: v.shape for k, v in state.items() if "num_batches" not in k})
-        self.load_state_dict({**self.state_dict(), **state})
-        return self
+        return load_cnn(self, path, ("fc.", "aux"))
+
+
+def load_cnn(net, path, heads):
+    """Read a CNN's weights from a file, which may also hold classifiers: names that begin like one of `heads`."""
+    state = {k: v for k, v in load_tensors(path).items() if not k.startswith(heads)}
+    shapes = lambda d: {k: v.shape for k, v in d.items() if "num_batches" not in k}  # a counter of BatchNorm's that older files lack
+    check_names(path, shapes(net.state_dict()), shapes(state))
+    net.load_state_dict({**net.state_dict(), **state})
+    return net
+
+
+def he_init(net, seed=0):
+    """Random weights for a CNN, a function of the seed alone. He: a ReLU halves the variance."""
+    for name, p in net.named_parameters():
+        p.data = init_weight(name, p.shape, seed) * (2**0.5 if p.dim() > 1 else 1)
+    return net
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pieces that the local transformer and LLaMA share

@@ -318,6 +318,8 @@ def main():
     dim_in = clips.features(0).shape[1]
     print0(f"data: {cfg.dataset}, {len(clips)} train clips of {sum(clips.lengths) / len(clips):.0f} frames, features {cfg.backbone} of width {dim_in}, "
            + (f"{len(dev)} dev clips" if dev else "no dev score: best/ is not written, eval.py takes last/"))
+    if "standin" in extractor:
+        print0(f"data: {extractor['standin']}: no score here is one of the data set")
     if cfg.max_frames:
         print0(f"data: {clips.too_long} train clips are longer than max_frames={cfg.max_frames} and are thinned out evenly")
 

@@ -111,8 +111,8 @@ SETTINGS = {
         "data": {(PHOENIX, size): ["dataset=toy"] for size in ("7B", "13B")} | {(CSL, size): ["dataset=toy_zh", "language=Chinese"] for size in ("7B", "13B")},
         "llm": {"7B": "llm", "13B": "llm_13b", "Vicuna-7B-v1.5": "llm_vicuna", "Mistral-7B-Instruct-v0.3": "llm_mistral", "Qwen2-7B-Instruct": "llm_qwen2",
                 "DeepSeek-LLM-7B-chat": "llm_deepseek", "Chinese-LLaMA-2-7B": "llm_chinese"},
-        "align": ["max_clips=500", "epochs=10", "eval_clips=0"],
-        "sft": ["max_clips=500", "epochs=4", "eval_clips=0", "train_embeddings=true"],  # eval_clips=0: best/ by dev loss, which costs less
+        "align": ["max_clips=500", "epochs=6", "batch_size=8", "eval_clips=0"],
+        "sft": ["max_clips=500", "epochs=3", "batch_size=8", "eval_clips=0", "train_embeddings=true"],  # eval_clips=0: best/ by dev loss, which costs less
     },
 }
 

@@ -746,19 +746,18 @@ def test_googlenet_loads_its_weights(tmp_path):
             GoogLeNet().load(str(tmp_path / "bad.pth"))
 
 
-def test_googlenet_equals_torchvision(tmp_path):
-    try:
-        from torchvision import models
-    except Exception as e:  # one built for another torch raises a RuntimeError
-        pytest.skip(f"no torchvision that works here ({e})")
-    theirs = models.googlenet(weights=None, init_weights=False, aux_logits=True, transform_input=True).eval()
+@pytest.mark.parametrize("aux", [True, False])
+def test_googlenet_equals_torchvision(tmp_path, aux):
+    models = pytest.importorskip("torchvision.models")
+    theirs = models.googlenet(weights=None, init_weights=False, aux_logits=aux, transform_input=True).eval()
     theirs.load_state_dict(googlenet().state_dict(), strict=False)
     torch.save(theirs.state_dict(), tmp_path / "googlenet.pth")
     theirs.fc, ours = torch.nn.Identity(), GoogLeNet().load(str(tmp_path / "googlenet.pth"))
     x = torch.rand(2, 3, 224, 224)
     mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     with torch.no_grad():  # frames prepared as torchvision's users do, and as data.py does
-        torch.testing.assert_close(ours.features((x - 0.5) / 0.5), theirs((x - mean) / std), rtol=1e-3, atol=1e-4)
+        a, b = ours.features((x - 0.5) / 0.5), theirs((x - mean) / std)
+    assert a.std() > 0.01 and (a - b).abs().max() < 1e-4
 
 
 def test_random_cnn_is_the_same_for_everybody():

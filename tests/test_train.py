@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -105,6 +106,10 @@ def test_both_stages_and_eval_under_torchrun(home):
     clip = home / "data" / "toy" / "clips" / "00022.mp4"
     said = in_processes(1, home, "", f"ckpt={run / 'sft'}", f"video={clip}", program="eval.py")
     assert said.stdout.count("\n") == 1  # the sentence, and all else on stderr
+    assert "resampled" not in said.stderr
+    toy.write_mp4(str(home / "fast.mp4"), np.repeat(data.read_video(str(clip)), 2, 0), fps=50)
+    said = in_processes(1, home, "", f"ckpt={run / 'sft'}", "video=fast.mp4", program="eval.py")
+    assert said.stdout.count("\n") == 1 and said.stderr.count("fast.mp4: its 50.0 frames a second are resampled to 25") == 1
 
 
 def test_fewer_dev_clips_than_processes(home):

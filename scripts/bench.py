@@ -1,0 +1,165 @@
+"""
+Measurements, side by side: what is compared takes turns (A B A B), since a machine is never the same for long.
+
+    python -m scripts.bench extract                                # frames/s of the extraction beside those of the CNN alone, and its peak memory
+    python -m scripts.bench extract root=clips_of_isl workers=4 out=extract.json
+"""
+import contextlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+
+import numpy as np
+import torch
+
+from config import BadInput, configure, launch, usage_error, whole
+from data import BATCH, Decoder, Extractor, prepare, stateless
+from readers import SPLITS, read_clips
+from scripts.toy import write_mp4
+
+backbone = "toycnn,googlenet"  # extract: CNNs to measure, with random weights (the time is the same)
+root = ""  # extract: folder of own clips; "" = clips are made: 210x260, 25 frames a second, as PHOENIX-2014T's
+clips = 24  # extract: clips to make
+length = 100  # extract: their mean length in frames
+repeats = 3  # turns that each side takes
+workers = 2  # extract: processes that decode
+threads = 0  # threads of the CNN, 0 = as many as there are cores
+device = "auto"  # auto, cpu, cuda
+out = ""  # also write the figures to this file, as JSON
+
+
+# the paper's Table 5: its CNNs beside GoogLeNet, as timm names them, and the width of their features
+TABLE5 = {"ResNet-34": ("timm/resnet34", 512), "ResNet-50": ("timm/resnet50", 2048), "EfficientNet-B3": ("timm/efficientnet_b3", 1536),
+          "EfficientNet-B7": ("timm/tf_efficientnet_b7", 2560), "ViT-B/16": ("timm/vit_base_patch16_224", 768), "Swin-S": ("timm/swin_small_patch4_window7_224", 768),
+          "Swin-B": ("timm/swin_base_patch4_window7_224", 1024), "Inception-v4": ("timm/inception_v4", 1536)}
+
+
+def make_clips(folder, n, length):
+    """n clips of a soft patch that moves before a soft background, 210x260 at 25 frames a second."""
+    os.makedirs(folder)
+    for i in range(n):
+        rng = stateless(0, "bench", i)
+        still = np.kron(rng.integers(0, 256, (26, 21, 3)), np.ones((10, 10, 1))).astype(np.uint8)
+        video = np.stack([still] * int(rng.integers(length // 2, length * 3 // 2 + 1)))
+        for t, frame in enumerate(video):
+            x, y = int(75 + 60 * np.sin(t / 5)), int(100 + 80 * np.cos(t / 7))
+            frame[y:y + 60, x:x + 60] = still[:60, :60] // 2 + 60
+        write_mp4(os.path.join(folder, f"{i}.mp4"), video)
+    return {"train": [{"name": str(i), "text": "-", "video": os.path.join(folder, f"{i}.mp4")} for i in range(n)], "dev": [], "test": []}
+
+
+@contextlib.contextmanager
+def peak_memory():
+    """A list that takes the largest number of bytes that this process and those it has started hold at once; what they share counts once."""
+    def held(pid):
+        with contextlib.suppress(OSError, IndexError, StopIteration):  # a process may end while it is looked at
+            pss = next(line for line in open(f"/proc/{pid}/smaps_rollup") if line.startswith("Pss:"))
+            return 1024 * int(pss.split()[1]) + sum(held(int(child)) for child in open(f"/proc/{pid}/task/{pid}/children").read().split())
+        return 0
+
+    def watch():
+        while not stop.wait(0.05):
+            peak[0] = max(peak[0], held(os.getpid()))
+    peak, stop = [0], threading.Event()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    yield peak
+    stop.set()
+    thread.join()
+
+
+def in_turn(repeats, **sides):
+    """
+    Call each side `repeats` times, in turn; a call returns a number of frames. -> side -> {median, low, high} of frames a second,
+    and cpu: frames a second of this process's CPU time, the median, which a busy machine disturbs less.
+    """
+    found = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, side in sides.items():
+            start, cpu = time.time(), time.process_time()
+            n = side()
+            found[name].append((n / (time.time() - start), n / (time.process_time() - cpu)))
+            print(f"    {name}: {found[name][-1][0]:.1f} frames/s", file=sys.stderr, flush=True)
+    walls = {name: [wall for wall, _ in v] for name, v in found.items()}
+    return {name: {"median": statistics.median(w), "low": min(w), "high": max(w), "cpu": statistics.median(c for _, c in found[name])} for name, w in walls.items()}
+
+
+def extract(cfg):
+    """(A) the CNN alone on frames that lie in memory, (B) the whole of data.prepare, and decoding alone in one process."""
+    figures = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "workers": cfg.workers, "backbones": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        splits = read_clips(cfg.root)[0] if cfg.root else make_clips(os.path.join(folder, "clips"), cfg.clips, cfg.length)
+        rows = [row for split in SPLITS for row in splits[split]]
+        paths, turn = [row["video"] for row in rows], iter(range(10**6))
+
+        def run(extractor, times=1):
+            """An extraction from nothing of all clips, `times` times over."""
+            again = {"train": [row | {"name": f"{k} {row['name']}"} for k in range(times) for row in rows], "dev": [], "test": []}
+            with contextlib.redirect_stdout(open(os.devnull, "w")), contextlib.redirect_stderr(sys.stdout):
+                prepare(f"bench{next(turn)}", again, folder, extractor)
+            return times * n_frames
+
+        for name in cfg.backbone.split(","):
+            extractor = Extractor(name, "random", cfg.device, workers=cfg.workers)
+            decoder = Decoder(paths, **extractor.how)
+            n_frames = sum(len(some) for _, some, _ in decoder)
+
+            def decode():
+                for _ in decoder:
+                    pass
+                return n_frames
+
+            for _ in range(2):  # what is made at first use is made
+                extractor.compute(np.zeros((BATCH, extractor.crop, extractor.crop, 3), np.uint8))
+            peaks = []
+            for times in (1, 4):
+                with peak_memory() as peak:
+                    run(extractor, times)
+                peaks.append(peak[0] / 2**20)
+            some = np.concatenate([some for _, some, _ in Decoder(paths[:4], **extractor.how) if len(some)])[:4 * BATCH]
+            batches = [np.ascontiguousarray(some[i:i + BATCH]) for i in range(0, len(some) - BATCH + 1, BATCH)]
+            if not batches:
+                raise BadInput(f"{len(some)} frames in the first clips: a batch is {BATCH}")
+
+            def alone():
+                for i in range(-(-n_frames // BATCH)):  # the last batch is filled up here as there
+                    extractor.compute(batches[i % len(batches)])
+                return n_frames
+
+            print(f"{name} on {extractor.device}: {len(rows)} clips, {n_frames} frames", file=sys.stderr)
+            found = in_turn(cfg.repeats, alone=alone, extraction=lambda: run(extractor), decoding=decode)
+            ratio, cpu = (found["extraction"][kind] / found["alone"][kind] for kind in ("median", "cpu"))
+            figures["backbones"][name] = {"device": str(extractor.device), "clips": len(rows), "frames": n_frames, "ratio": ratio, "cpu_ratio": cpu, "peak_mb": peaks, **found}
+            say = lambda f: f"{f['median']:.1f} frames/s ({f['low']:.1f} to {f['high']:.1f})"
+            print(f"{name}: CNN alone {say(found['alone'])}, extraction {say(found['extraction'])}, ratio {ratio:.3f}\n"
+                  f"  ratio by the CPU time of the process that runs the CNN {cpu:.3f}: what a core more for those that decode would bring on a CPU\n"
+                  f"  decoding alone, one process: {say(found['decoding'])}\n"
+                  f"  peak memory {peaks[0]:.0f} MB with {len(rows)} clips, {peaks[1]:.0f} MB with {4 * len(rows)}", flush=True)
+    print(f"{figures['cores']} cores, {figures['threads']} threads for the CNN, {cfg.workers} processes that decode; medians of {cfg.repeats} turns")
+    return figures
+
+
+NAMES = {"extract": extract}  # what can be measured
+
+
+def main():
+    name = sys.argv[1] if len(sys.argv) > 1 else "help"
+    if name not in NAMES and name not in ("help", "--help", "-h"):
+        usage_error(__file__, f"{name}: is none of {', '.join(NAMES)}")
+    cfg = configure(__file__, sys.argv[2:] if name in NAMES else ["help"], choices={"device": ("auto", "cpu", "cuda")})
+    for key, low in {"clips": 1, "length": 2, "repeats": 1, "workers": 0, "threads": 0}.items():
+        if getattr(cfg, key) < low:
+            usage_error(__file__, f"{key}={getattr(cfg, key)}: must be at least {low}")
+    torch.set_num_threads(cfg.threads or os.cpu_count())
+    figures = NAMES[name](cfg)
+    if cfg.out:
+        with whole(cfg.out) as f:
+            json.dump(figures, f, indent=1)
+
+
+if __name__ == "__main__":
+    launch(main)

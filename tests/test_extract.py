@@ -1,0 +1,377 @@
+"""
+Extraction at work: processes that decode and die, batches across clips, broken clips, frame rates, timm's backbones.
+
+    python -m pytest tests/test_extract.py
+"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import data
+from config import BadInput
+from data import Clips, Extractor, Store, prepare
+from readers import read_clips
+from scripts import bench
+from scripts.bench import TABLE5
+from scripts.toy import write_mp4
+
+ROOT = Path(__file__).resolve().parents[1]
+LENGTHS = {"a": 40, "b": 1, "c": 33, "d": 70, "e": 5, "f": 64, "g": 9}  # frames; 222 in all: seven batches of 32, the last one filled up
+
+
+def noise(n, seed=0, size=(48, 40)):
+    return np.random.default_rng(seed).integers(0, 256, (n, *size, 3), np.uint8)
+
+
+def table(root, names):
+    (root / "clips.tsv").write_text("file\ttext\tsplit\n" + "".join(f"{n}.mp4\tsatz {n}\t{s}\n" for n, s in zip(names, ["train", "dev", "test"] + ["train"] * 99)))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder of own clips."""
+    root = tmp_path_factory.mktemp("clips")
+    for i, (name, n) in enumerate(LENGTHS.items()):
+        write_mp4(str(root / f"{name}.mp4"), noise(n, i))
+    table(root, LENGTHS)
+    return root
+
+
+def run(root, home, workers=0, strict=True, **how):
+    prepare("own", read_clips(str(root))[0], str(home), Extractor("toycnn", device="cpu", workers=workers, **how), strict)
+    return everything(home)
+
+
+def everything(home):
+    """Every file of a prepared data set, byte for byte."""
+    return {str(p.relative_to(home)): p.read_bytes() for p in sorted(home.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def want(root, tmp_path_factory):
+    return run(root, tmp_path_factory.mktemp("want"))
+
+
+def program(*args, processes=1, **how):
+    start = [sys.executable, *(["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []), str(ROOT / "data.py")]
+    return subprocess.Popen([*start, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how)
+
+
+def descendants(pid):
+    """Processes that a process has started, theirs included."""
+    children = [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return children + [n for child in children for n in descendants(child)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whoever decodes, however often it is killed: the same bytes
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_workers_leave_no_trace(root, want, tmp_path, workers):
+    assert run(root, tmp_path, workers) == want
+
+
+def test_a_clip_alone_has_the_same_features(root, want, tmp_path, monkeypatch):
+    batches, compute = [], Extractor.compute
+    monkeypatch.setattr(Extractor, "compute", lambda self, batch: batches.append(batch.shape) or compute(self, batch))
+    assert run(root, tmp_path) == want
+    assert batches == [(32, 64, 64, 3)] * 7  # across the borders of clips; clip by clip it would be twelve
+    for split in data.SPLITS:
+        clips = Clips(str(tmp_path), "own", "toycnn", split)
+        for row in clips.rows:
+            assert row["frames"] == LENGTHS[row["name"]]
+            assert np.array_equal(clips.store[row["name"]].numpy(), Extractor("toycnn", device="cpu")(row["video"]))
+
+
+def test_googlenet_does_not_see_a_frame_s_place_in_the_batch():
+    extractor = Extractor("googlenet", "random", "cpu")
+    batch = noise(data.BATCH, size=(224, 224))
+    a = extractor.compute(batch)
+    assert a.shape == (32, 1024) and np.isfinite(a).all() and a.astype(float).std() > 0.01 and np.array_equal(extractor.compute(np.roll(batch, 5, 0)), np.roll(a, 5, 0))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_program_goes_on(root, want, tmp_path, processes):
+    """SIGKILL to everything that is at work, as soon as a clip or two are done; then the same command again."""
+    long = tmp_path / "clips"
+    long.mkdir()
+    names = list(LENGTHS) + [f"long{i}" for i in range(12)]
+    for name in names:
+        (long / f"{name}.mp4").symlink_to(root / f"{name[0] if name in LENGTHS else 'd'}.mp4")
+    table(long, names)
+    args = ["dataset=own", f"root={long}", f"data_dir={tmp_path / 'data'}", "device=cpu"]
+    work = program(*args, processes=processes)
+    parts = tmp_path / "data/own/toycnn/.parts"
+    while not (parts.exists() and any(parts.glob("*.safetensors"))):
+        assert work.poll() is None, work.stdout.read()
+        time.sleep(0.002)
+    for pid in (work.pid, *descendants(work.pid)):  # torchrun gives each of its processes a session of its own
+        os.kill(pid, signal.SIGKILL)
+    work.communicate()
+    assert not (tmp_path / "data/own/train.jsonl").exists()
+    again = program(*args, processes=processes)
+    said = again.communicate()[0]
+    assert again.returncode == 0 and "clips are there already" in said, said
+    assert everything(tmp_path / "data") == run(long, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("code", [1, -signal.SIGKILL])
+def test_a_dead_worker_is_one_line(root, want, tmp_path, monkeypatch, code):
+    whole = data.frames
+
+    def dies(path, *args, **kwargs):
+        if path.endswith("f.mp4") and torch.utils.data.get_worker_info():
+            time.sleep(0.5)  # others get ready meanwhile
+            os._exit(1) if code == 1 else os.kill(os.getpid(), -code)
+        return whole(path, *args, **kwargs)
+    with monkeypatch.context() as m:
+        m.setattr(data, "frames", dies)
+        with pytest.raises(BadInput, match="^a process that decodes was killed.*workers=1"):
+            run(root, tmp_path, workers=2)
+    assert any((tmp_path / "own/toycnn/.parts").iterdir())
+    assert run(root, tmp_path) == want
+
+
+def test_a_mistake_in_a_worker_is_no_dead_worker(root, tmp_path, monkeypatch):
+    def wrong(*args, **kwargs):
+        raise RuntimeError("a mistake in the code")
+    monkeypatch.setattr(data, "frames", wrong)
+    with pytest.raises(RuntimeError, match="a mistake in the code"):
+        run(root, tmp_path, workers=1)
+
+
+def test_long_clips_come_in_pieces(monkeypatch):
+    decoded = []
+
+    def endless(*args, **kwargs):
+        for i in range(10**6):
+            decoded.append(i)
+            yield np.zeros((64, 64, 3), np.uint8)
+    monkeypatch.setattr(data, "frames", endless)
+    pieces = iter(data.Decoder(["a.mp4"], 64, 64))
+    for n in (1, 2, 3):
+        assert next(pieces)[1].shape == (16, 64, 64, 3) and len(decoded) == 16 * n
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Broken clips
+
+@pytest.fixture
+def broken(root, tmp_path):
+    """The clips, of which the dev clip (b) is text and c is cut off in the middle."""
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for name in LENGTHS:
+        content = (root / f"{name}.mp4").read_bytes()
+        (folder / f"{name}.mp4").write_bytes(b"text" if name == "b" else content[:len(content) // 2] if name == "c" else content)
+    table(folder, LENGTHS)
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_strict(broken, tmp_path, workers, capsys):
+    with pytest.raises(BadInput) as e:
+        run(broken, tmp_path / "data", workers)
+    assert "\n" not in str(e.value) and any(f"{n}.mp4" in str(e.value) for n in "bc")
+    assert not (tmp_path / "data/own/train.jsonl").exists()
+    kept = len(list((tmp_path / "data/own/toycnn/.parts").iterdir()))
+    capsys.readouterr()
+    files = run(broken, tmp_path / "data", workers, strict=False)
+    out, err = capsys.readouterr()
+    assert f"{kept} of 7" in out if kept else "already" not in out
+    assert "clip b is left out" in err and "clip c is left out" in err and "5 train, 0 dev, 0 test" in out
+    problems = files["own/problems.txt"].decode().splitlines()
+    assert sorted(p.split(": ")[0] for p in problems) == ["clip b", "clip c"] and all("b.mp4" in p or "c.mp4" in p for p in problems)
+    assert "own/dev.jsonl" not in files and len(Clips(str(tmp_path / "data"), "own", "toycnn", "train")) == 5
+
+
+def test_a_broken_clip_is_mended(broken, root, want, tmp_path):
+    run(broken, tmp_path / "data", strict=False)
+    for name in "bc":
+        (broken / f"{name}.mp4").write_bytes((root / f"{name}.mp4").read_bytes())
+    files = run(broken, tmp_path / "data")
+    store = Store(str(tmp_path / "data/own/toycnn/dev.safetensors"))
+    assert len(store["b"]) == 1 and {f for f in files if "problems" not in f} == set(want)
+
+
+def test_only_broken_clips(broken, tmp_path):
+    for path in broken.glob("*.mp4"):
+        path.write_bytes(b"text")
+    with pytest.raises(BadInput, match=r"has no features of clip a \(7 of 7"):
+        run(broken, tmp_path / "data", strict=False)
+
+
+@pytest.mark.parametrize("limit, value, says", [("MAX_SIDE", 47, "40x48"), ("MAX_FRAMES", 39, "longer")])
+def test_absurd_sizes(root, monkeypatch, limit, value, says):
+    assert len(list(data.frames(str(root / "a.mp4"), 16))) == 40
+    monkeypatch.setattr(data, limit, value + 1)
+    assert len(list(data.frames(str(root / "a.mp4"), 16))) == 40  # as much as is allowed
+    monkeypatch.setattr(data, limit, value)
+    with pytest.raises(BadInput, match=f"a.mp4.*{says}.*|a.mp4.*data.{limit} = {value}") as e:
+        list(data.frames(str(root / "a.mp4"), 16))
+    assert f"data.{limit} = {value}" in str(e.value) and says in str(e.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frame rates
+
+def shades(path, times, fps=1000):
+    """A clip whose frame at time t has the even grey 100 t: a frame's brightness says when it was filmed."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("h264", rate=fps, options={"crf": "10", "preset": "ultrafast", "bf": "0"})
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        for t in times:
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), round(100 * t), np.uint8))
+            frame.pts = round(t * fps)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return str(path)
+
+
+def filmed(path, **how):
+    return [f.mean() / 100 for f in data.frames(path, **how)]
+
+
+@pytest.mark.parametrize("own, n, fps, times", [
+    (50, 100, 25, [k / 25 for k in range(50)]),  # every second frame
+    (12.5, 25, 25, [k // 2 / 12.5 for k in range(50)]),  # every frame twice
+    (30, 60, 25, [round(30 * k / 25) / 30 for k in range(50)]),
+    (24.9, 50, 25, [k / 24.9 for k in range(50)])])  # within 1 %: as they are
+def test_resampling(tmp_path, own, n, fps, times):
+    path = shades(tmp_path / "a.mp4", [k / own for k in range(n)])
+    assert data.rate_of(path) == pytest.approx(own, rel=0.005)
+    got = filmed(path, fps=fps)
+    assert len(got) == len(times) and max(abs(a - b) for a, b in zip(got, times)) < 0.03
+    assert len(filmed(path)) == n
+
+
+def test_variable_frame_rate(tmp_path):
+    """Phones film when they can: dense at first, then with a gap."""
+    path = shades(tmp_path / "a.mp4", [0, 0.02, 0.04, 0.06, 0.08, 0.5, 1.0, 1.5, 2.0])
+    got = filmed(path, fps=10)
+    want = [0, 0.08, 0.08] + [0.5] * 5 + [1.0] * 5 + [1.5] * 5 + [2.0] * 5
+    assert len(got) == len(want) and max(abs(a - b) for a, b in zip(got, want)) < 0.03
+
+
+def test_folders_of_frames_have_the_rate_that_is_said(tmp_path):
+    for i in range(10):
+        with av.open(str(tmp_path / f"{i}.png"), "w", options={"update": "1"}) as container:
+            stream = container.add_stream("png", rate=25)
+            stream.height, stream.width, stream.pix_fmt = 32, 32, "rgb24"
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), 10 * i, np.uint8))))
+            container.mux(stream.encode())
+    assert len(filmed(str(tmp_path), fps=25, rate=50)) == 5 and len(filmed(str(tmp_path), fps=25)) == 10 == len(filmed(str(tmp_path), fps=25, rate=25))
+    assert data.rate_of(str(tmp_path)) == 0 and data.rate_of(str(tmp_path), 30.0) == 30
+
+
+def fps_of(home, split="train"):
+    return json.loads(Store(str(home / f"own/toycnn/{split}.safetensors")).metadata["settings"])["fps"]
+
+
+def test_the_store_knows_its_rate(root, tmp_path, capsys):
+    run(root, tmp_path / "as filmed")
+    assert fps_of(tmp_path / "as filmed") == 25 and "frames a second" not in capsys.readouterr().out
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for name in "ab":
+        write_mp4(str(mixed / f"{name}.mp4"), noise(20), fps=25 if name == "a" else 50)
+    (mixed / "clips.tsv").write_text("file\ttext\na.mp4\tja\nb.mp4\tnein\n")
+    run(mixed, tmp_path / "mixed as filmed")
+    said = capsys.readouterr().out
+    assert fps_of(tmp_path / "mixed as filmed") == 0 and "from 25 to 50 frames a second" in said and "fps=25" in said
+    run(mixed, tmp_path / "mixed", fps=25.0)
+    assert fps_of(tmp_path / "mixed") == 25 and "frames a second" not in capsys.readouterr().out
+    clips = Clips(str(tmp_path / "mixed"), "own", "toycnn", "train")
+    assert dict(zip([r["name"] for r in clips.rows], clips.lengths)) == {"a": 20, "b": 10}
+    run(mixed, tmp_path / "mixed")  # another rate, other features
+    assert fps_of(tmp_path / "mixed") == 0 and Clips(str(tmp_path / "mixed"), "own", "toycnn", "train").lengths == [20, 20]
+
+
+def test_bench(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", "extract", "backbone=toycnn", "clips=2", "length=40", "repeats=2", "threads=1", f"out={tmp_path / 'out.json'}"])
+    bench.main()
+    figures = json.loads((tmp_path / "out.json").read_text())["backbones"]["toycnn"]
+    assert figures["clips"] == 2 and 40 <= figures["frames"] <= 120 and 0 < figures["ratio"] < 2 and len(figures["peak_mb"]) == 2
+    assert "ratio" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# timm
+
+@pytest.fixture
+def timm():
+    return pytest.importorskip("timm")
+
+
+@pytest.mark.parametrize("name, width, size, crop, mean", [("resnet34", 512, 235, 224, 0.485), ("vit_tiny_patch16_224", 192, 248, 224, 0.5),
+                                                           ("efficientnet_b0", 1280, 256, 224, 0.485)])
+def test_timm(timm, root, tmp_path, name, width, size, crop, mean):
+    path, extractor = str(root / "e.mp4"), Extractor(f"timm/{name}", "random", "cpu")
+    features = extractor(path)
+    assert features.shape == (5, width) and features.dtype == np.float16
+    assert not extractor.cnn.training and not any(p.requires_grad for p in extractor.cnn.parameters())
+    assert np.array_equal(features, Extractor(f"timm/{name}", "random", "cpu")(path))  # the same for everybody
+    # once more by hand, with what timm itself says of the model's preparation
+    how = timm.data.resolve_model_data_config(extractor.cnn)
+    assert (how["input_size"][1], int(how["input_size"][1] / how["crop_pct"]), how["mean"][0], how["interpolation"]) == (crop, size, mean, "bicubic")
+    low = (size - crop) // 2
+    x = torch.from_numpy(np.stack(list(data.frames(path, size, "BICUBIC")))[:, low:low + crop, low:low + crop]).permute(0, 3, 1, 2) / 255
+    x = (x - torch.tensor(how["mean"]).view(3, 1, 1)) / torch.tensor(how["std"]).view(3, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(features).float(), extractor.cnn(x), rtol=5e-3, atol=1e-3)
+
+
+def test_widths_of_table_5(timm):
+    assert [width for _, width in TABLE5.values()] == [512, 2048, 1536, 2560, 768, 768, 1024, 1536]
+    for backbone, width in TABLE5.values():
+        with torch.device("meta"):
+            model = timm.create_model(backbone.removeprefix("timm/"), num_classes=0).eval()
+            assert model(torch.zeros(1, *timm.data.resolve_model_data_config(model)["input_size"])).shape == (1, width)
+        assert timm.models.is_model_pretrained(backbone.removeprefix("timm/"))  # somebody has published weights
+
+
+def test_timm_weights_from_a_file(timm, root, tmp_path):
+    """A file as timm's authors publish it: with the classifier."""
+    torch.manual_seed(3)
+    model = timm.create_model("resnet18")
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    model.reset_classifier(0)
+    for file in ("model.safetensors", "model.pth"):
+        loaded = Extractor("timm/resnet18", str(tmp_path / file), "cpu").cnn.state_dict()
+        assert all(torch.equal(v, loaded[k]) for k, v in model.state_dict().items())
+    with pytest.raises(BadInput, match="model.pth: has no tensor"):
+        Extractor("timm/resnet34", str(tmp_path / "model.pth"), "cpu")
+    prepare("own", read_clips(str(root))[0] | {"train": []}, str(tmp_path / "data"), Extractor("timm/resnet18", str(tmp_path / "model.pth"), "cpu"))
+    assert Clips(str(tmp_path / "data"), "own", "timm/resnet18", "dev").features(0).shape == (1, 512)  # a folder in a folder
+
+
+@pytest.mark.parametrize("name", ["resnet9999", "../../etc", "hf-hub:someone/something", ""])
+def test_timm_has_no_such_model(timm, name):
+    with pytest.raises(BadInput, match="no model of this name"):
+        Extractor(f"timm/{name}", "random", "cpu")
+
+
+def test_timm_without_network(timm, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("the network\nis down")
+    monkeypatch.setattr(timm, "create_model", no_network)
+    with pytest.raises(BadInput, match=r"timm/resnet18: timm cannot make it \(the network\).*weights=FILE"):
+        Extractor("timm/resnet18", "", "cpu")
+
+
+def test_without_timm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(BadInput, match="pip install timm"):
+        Extractor("timm/resnet18", "random", "cpu")
