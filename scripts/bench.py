@@ -3,6 +3,7 @@ Measurements, side by side: what is compared takes turns (A B A B), since a mach
 
     python -m scripts.bench extract                                # frames/s of the extraction beside those of the CNN alone, and its peak memory
     python -m scripts.bench extract root=clips_of_isl workers=4 out=extract.json
+    python -m scripts.bench step                                   # also decode, band, load, scale: the LLM's part beside transformers and PEFT
 """
 import contextlib
 import json
@@ -19,6 +20,7 @@ import torch
 from config import BadInput, configure, launch, usage_error, whole
 from data import BATCH, Decoder, Extractor, prepare, stateless
 from readers import SPLITS, read_clips
+from scripts import bench_llm
 from scripts.toy import write_mp4
 
 backbone = "toycnn,googlenet"  # extract: CNNs to measure, with random weights (the time is the same)
@@ -27,7 +29,10 @@ clips = 24  # extract: clips to make
 length = 100  # extract: their mean length in frames
 repeats = 3  # turns that each side takes
 workers = 2  # extract: processes that decode
-threads = 0  # threads of the CNN, 0 = as many as there are cores
+threads = 0  # threads of the CNN or the LLM, 0 = as many as there are cores
+labels = ""  # step, decode, scale: folder of PHOENIX-2014T's labels.train, which give the lengths of clips; else lengths like theirs
+tokenizer = ""  # step, decode, scale: folder of a LLaMA's tokenizer.model; "" = a token a byte
+batches = 4  # step: batches of 4 clips
 device = "auto"  # auto, cpu, cuda
 out = ""  # also write the figures to this file, as JSON
 
@@ -143,7 +148,7 @@ def extract(cfg):
     return figures
 
 
-NAMES = {"extract": extract}  # what can be measured
+NAMES = {"extract": extract} | bench_llm.NAMES  # what can be measured
 
 
 def main():
