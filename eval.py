@@ -223,7 +223,7 @@ def pick_dtype(dtype, device):
 
 def find_checkpoint(path):
     """A run folder (its best/, else its last/) or a checkpoint folder -> checkpoint folder."""
-    for sub in ("", "best", "best.old", "last", "last.old"):  # .old: a kill between the two renames of a save
+    for sub in ("", "best", "best.1", "last", "last.1"):  # .1: a kill between the two renames of a save
         if os.path.exists(os.path.join(path, sub, "state.json")):
             return os.path.join(path, sub).rstrip("/")
     raise BadInput(f"{path}: holds no checkpoint (neither it nor its best/ or last/ has a state.json)")
