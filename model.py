@@ -739,7 +739,10 @@ def open_hf(path):
 
     index = os.path.join(path, "model.safetensors.index.json")
     if os.path.exists(index):
-        files = sorted({os.path.join(path, os.path.basename(f)) for f in load_json(index).get("weight_map", {}).values()})
+        names = load_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
+            raise BadInput(f"{index}: its weight_map does not say the files of weights")
+        files = sorted({os.path.join(path, os.path.basename(f)) for f in names.values()})  # basename: files of this folder alone
     else:
         files = sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors")))
     if not files:

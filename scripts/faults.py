@@ -112,10 +112,7 @@ def material(home):
     """A small toy with runs of both stages and one file at least of every type -> [(file, loader)]."""
     home = Path(home)
     toy.build(str(home / "data"), n_train=20, n_dev=4, n_test=4, text_steps=3, text_batch=8)
-    for stage in ("align", "sft"):
-        if not (home / "out" / "toy" / stage / "last" / "state.json").exists():
-            program(home, "train.py", f"stage={stage}", "out_dir=out", *SMALL, "max_steps=2", "eval_every=-1", "train_embeddings=true")
-    llm, run, files = home / "data" / "toy" / "llm", home / "out" / "toy" / "sft" / "last", home / "files"
+    llm, run, files = home / "data" / "toy" / "llm", reference(home, "sft", 1) / "last", home / "files"
     files.mkdir(exist_ok=True)
 
     def load_llm(path):
@@ -421,26 +418,33 @@ def same_run(a, b):
     return ""
 
 
+def wanted(home, stage, out):
+    return [f"stage={stage}", f"out_dir={out}", *SMALL, "lora_dropout=0.1", *([f"init_from={home}/whole1/toy/align"] if stage == "sft" else [])]
+
+
+def reference(home, stage, processes):
+    """The folder of a run that nobody killed; made where it is absent."""
+    if stage == "sft":
+        reference(home, "align", 1)
+    run = Path(home) / f"whole{processes}" / "toy" / stage
+    if not (run / "last" / "state.json").exists():
+        program(home, "train.py", *wanted(home, stage, f"whole{processes}"), processes=processes)
+    return run
+
+
 def killed_run(home, stage, processes, rng):
     """Kill a run of a stage at a random moment, some of them twice, and go on -> (what, what differs from a run that nobody killed)."""
-    home = Path(home)
-    whole = home / f"whole{processes}"
-    wanted = lambda out: [f"stage={stage}", f"out_dir={out}", *SMALL, "lora_dropout=0.1", *([f"init_from={home}/whole1/toy/align"] if stage == "sft" else [])]
-    for s, n in ([("align", 1)] if stage == "sft" else []) + [(stage, processes)]:
-        if not (home / f"whole{n}" / "toy" / s / "last" / "state.json").exists():
-            program(home, "train.py", *wanted(home / f"whole{n}") if s == stage else [f"stage={s}", f"out_dir={home}/whole{n}", *SMALL, "lora_dropout=0.1"], processes=n)
-    out = home / "killed"
+    whole, out, where = reference(home, stage, processes), Path(home) / "killed", []
     shutil.rmtree(out, ignore_errors=True)
-    where = []
+    log = out / "toy" / stage / "log.jsonl"
+    lines = lambda: log.read_bytes().count(b"\n") if log.exists() else 0
     for _ in range(rng.choice([1, 1, 2])):
-        p = start(home, "train.py", *wanted(out), "resume=true", processes=processes)
-        log = out / "toy" / stage / "log.jsonl"
-        have = log.read_bytes().count(b"\n") if log.exists() else 0
-        wait_for(p, log, rng.randint(have, 7), rng)
+        p = start(home, "train.py", *wanted(home, stage, out), "resume=true", processes=processes)
+        wait_for(p, log, rng.randint(lines(), 7), rng)
         kill(p, rng)
-        where.append(log.read_bytes().count(b"\n") if log.exists() else 0)
-    program(home, "train.py", *wanted(out), "resume=true", processes=processes)
-    return f"{stage}, {processes} process(es), killed at {', '.join(map(str, where))} of 7 lines", same_run(whole / "toy" / stage, out / "toy" / stage)
+        where.append(lines())
+    program(home, "train.py", *wanted(home, stage, out), "resume=true", processes=processes)
+    return f"{stage}, {processes} process(es), killed at {', '.join(map(str, where))} of 7 lines", same_run(whole, out / "toy" / stage)
 
 
 def killed_extraction(home, processes, rng):
@@ -465,6 +469,63 @@ def killed_extraction(home, processes, rng):
             wrong = f"{split} differs"
     return f"extraction, {processes} process(es), killed at {there} lines of its first process", wrong
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The estimate of a run's memory, beside what it then holds
+
+WATCH = """
+import sys, threading, time
+sys.path.insert(0, {root!r})
+import train
+
+def held():  # anonymous memory in bytes; the pages of mapped files are not the process's own
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return 1024 * sum(int(status[k].split()[0]) for k in ("RssAnon", "RssShmem"))
+
+def watch():
+    global peak
+    while True:
+        peak = max(peak, held())
+        time.sleep(0.002)
+
+def setup(device, real=train.setup):
+    global base, peak
+    real(device)
+    import torch._dynamo  # the optimizer would: part of the program, not of the run
+    base = peak = held()
+    threading.Thread(target=watch, daemon=True).start()  # one for each call, no harm
+
+train.setup, train.configure = setup, lambda program, real=train.configure, **more: real(train.__file__, **more)
+sys.argv.append("estimate=true")
+train.main()
+sys.argv.pop()
+train.main()
+print("HELD", peak - base)
+"""
+
+
+def random_llm(folder, tokenizer, **sizes):
+    """A LLaMA of any size with random weights, in Hugging Face's layout."""
+    Path(folder).mkdir()
+    with torch.device("meta"):
+        shapes = {k: p.shape for k, p in model.LLaMA(model.ModelArgs(**sizes)).named_parameters()}
+    save_file({model.to_hf(k): torch.randn(s) * 0.02 for k, s in shapes.items()}, Path(folder) / "model.safetensors")
+    c = {"model_type": "llama", "hidden_size": sizes["dim"], "num_hidden_layers": sizes["n_layers"], "num_attention_heads": sizes["n_heads"], "head_dim": sizes["head_dim"],
+         "num_key_value_heads": sizes["n_kv_heads"], "intermediate_size": sizes["hidden_dim"], "vocab_size": sizes["vocab_size"], "rms_norm_eps": 1e-5}
+    (Path(folder) / "config.json").write_text(json.dumps(c))
+    shutil.copy(tokenizer, folder)
+
+
+def peak(home, *args):
+    """A short run on the toy in home/data -> (GB that estimate=true says, GB that the run holds above the imported program)."""
+    (Path(home) / "watch.py").write_text(WATCH.format(root=str(ROOT)))
+    command = [sys.executable, str(Path(home) / "watch.py"), "out_dir=peak", *args]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}  # glibc gives free memory back at once
+    done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return float(re.search(r"in all +([\d.]+) GB", done.stdout)[1]), int(re.search(r"HELD (\d+)", done.stdout)[1]) / 1e9
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 def main():
     cfg = config.configure(__file__)
