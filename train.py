@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import timedelta
 from itertools import pairwise
@@ -279,7 +280,7 @@ def load_optimizer(path, model, optimizer, step):
     """Give AdamW the moments of a checkpoint; each process takes its own rows, so the number of processes may have changed."""
     moments = load_tensors(path)
     for name, p in model.named_parameters():
-        if p.requires_grad:
+        if p.requires_grad and step:  # else all steps so far were skipped
             optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device)}
             for key in ("exp_avg", "exp_avg_sq"):
                 if f"{key}.{name}" not in moments:
@@ -331,8 +332,9 @@ def memory(cfg, model, args, clips, prompt, tokenizer, dtype, device):
     # what autograd keeps of a block. A frozen matrix keeps nothing of its input, one that learns or has LoRA beside it keeps all of it
     s, dim, hidden, wide = dtype.itemsize, args.dim, args.hidden_dim, args.n_heads * args.head_dim
     lora = {"wo": ("o", wide), "w2": ("w2", hidden), "w1": ("ffn", dim), "w3": ("ffn", dim)}
-    lora = {} if cfg.freeze_llm else dict(lora.get(t, ("qkv", dim)) for t in cfg.lora_targets.split(","))
-    kept = N * (2 * dim * 4 + 3 * hidden * s + sum(lora.values()) * s)  # both norms' inputs in fp32; w1 x, silu(w1 x), w3 x; LoRA's inputs
+    lora = {} if cfg.freeze_llm else {t if cfg.lora_dropout else of: n for t in cfg.lora_targets.split(",") for of, n in [lora.get(t, ("qkv", dim))]}
+    kept = N * (2 * dim * 4 + 3 * hidden * s)  # both norms' inputs in fp32; w1 x, silu(w1 x), w3 x
+    kept += N * sum(lora.values()) * (s + (cfg.lora_dropout > 0))  # LoRA's inputs, shared where nothing is dropped out; with the mask
     kept += padded * 2 * (wide + args.n_kv_heads * args.head_dim) * s + padded * args.n_heads * 4  # q, k, v, their output, a log-sum a row
     blocks = args.n_layers * N * dim * s + kept if cfg.activation_checkpointing else args.n_layers * kept
     vision = F * dim * s * (3 if cfg.adaptor == "mlp" else 2)
@@ -387,14 +389,9 @@ def main():
     run_dir = os.path.join(cfg.out_dir, cfg.dataset, cfg.run)
     run_folder = os.path.join(run_dir, cfg.stage)
     last, best = (os.path.join(run_folder, name) for name in ("last", "best"))
-    if rank() == 0 and not cfg.estimate:  # a folder that cannot be written is better noticed now than after the model is loaded
-        try:
-            os.makedirs(run_folder, exist_ok=True)
-            with whole(os.path.join(run_folder, "config.json.try")):
-                pass
-            os.remove(os.path.join(run_folder, "config.json.try"))
-        except OSError as e:
-            raise BadInput(f"out_dir={cfg.out_dir}: {run_folder} cannot be written ({e.strerror or e})") from None
+    if rank() == 0 and not cfg.estimate:
+        os.makedirs(run_folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=run_folder).close()  # an OSError here names the folder, and costs less than one after the model is loaded
     if cfg.dataset == "toy":
         from scripts import toy
         toy.build(cfg.data_dir)  # nothing to do where it is there already
@@ -419,7 +416,7 @@ def main():
     resuming = source is not None
     if cfg.resume and not resuming:
         print0(f"resume=true: {run_folder} holds no checkpoint yet, starting at step 0")
-    if not resuming and (cfg.init_from or cfg.stage == "sft"):
+    if not resuming and not cfg.estimate and (cfg.init_from or cfg.stage == "sft"):
         source = find_checkpoint(cfg.init_from or os.path.join(run_dir, "align"))
     if source:
         state, tensors, _ = read_checkpoint(source)
@@ -429,6 +426,8 @@ def main():
                 raise BadInput(f"{source}: was trained with {key}={was}, this run says {key}={now}")
         if resuming:
             done = {key: state.get(key) for key in done}
+            if done["step"] < 0 or type(done["skipped"]) is not int or type(done["best"]) not in (int, float, type(None)) or type(done["unscored"]) not in (dict, type(None)):
+                raise BadInput(f"{source}/state.json: is damaged, {done}")
             if state.get("clips") not in (None, n_clips):
                 raise BadInput(f"{source}: was trained on {state['clips']}, {clips.store.path} has {n_clips}")
 
@@ -498,7 +497,7 @@ def main():
     print0(f"{cfg.stage}: {total} steps of {cfg.batch_size} clips in {cfg.epochs} epochs" + (f", going on at step {done['step']}" if resuming else ""))
     asked, names = note_signals(), lambda indices: ", ".join(clips.rows[i]["name"] for i in indices)
 
-    def state():
+    def standing():
         return checkpoint | {"step": finished, "best": best_score, "skipped": skipped, "unscored": unscored}
 
     def write(entry):
@@ -515,7 +514,7 @@ def main():
             return entry
         print0(f"step {finished}/{total} dev loss {scores['dev_loss']:.4f}" + (f" BLEU-4 {scores['dev_bleu'][3]:.2f} ROUGE {scores['dev_rouge']:.2f}" if "dev_bleu" in scores else ""))
         score = scores["dev_bleu"][3] if "dev_bleu" in scores else -scores["dev_loss"]
-        if (best_score is None or score > best_score) and save(best, model, None, state() | {"best": score}, cfg):
+        if (best_score is None or score > best_score) and save(best, model, None, standing() | {"best": score}, cfg):
             best_score = score
         write(entry | scores)
 
@@ -583,12 +582,12 @@ def main():
         elif entry:
             write(entry)
         if not unscored and (finished % save_every == 0 or finished == stop):
-            saved = finished if save(last, model, optimizer, state(), cfg, cfg.keep, finished == stop) else saved
+            saved = finished if save(last, model, optimizer, standing(), cfg, cfg.keep, finished == stop) else saved
         if entry:
             last_said, tokens_seen = (time.time(), finished), 0
     stopped = finished < stop or unscored
     if stopped and finished > saved:
-        save(last, model, optimizer, state(), cfg, cfg.keep, True)
+        save(last, model, optimizer, standing(), cfg, cfg.keep, True)
     processes = world()
     dist.destroy_process_group()
     if stopped:

@@ -111,7 +111,6 @@ def damage(raw, rng):
 def material(home):
     """A small toy with runs of both stages and one file at least of every type -> [(file, loader)]."""
     home = Path(home)
-    toy.build(str(home / "data"), n_train=20, n_dev=4, n_test=4, text_steps=3, text_batch=8)
     llm, run, files = home / "data" / "toy" / "llm", reference(home, "sft", 1) / "last", home / "files"
     files.mkdir(exist_ok=True)
 
@@ -424,6 +423,7 @@ def wanted(home, stage, out):
 
 def reference(home, stage, processes):
     """The folder of a run that nobody killed; made where it is absent."""
+    toy.build(str(Path(home) / "data"), n_train=20, n_dev=4, n_test=4, text_steps=3, text_batch=8)
     if stage == "sft":
         reference(home, "align", 1)
     run = Path(home) / f"whole{processes}" / "toy" / stage

