@@ -434,7 +434,7 @@ class Clips:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                if not row["name"] or not row["text"]:
+                if not all(row[k] and isinstance(row[k], str) for k in ("name", "text")):
                     raise ValueError("empty name or text")
             except (ValueError, KeyError, TypeError) as e:
                 raise BadInput(f"{path}:{number}: is not a clip ({e})") from None

@@ -97,9 +97,8 @@ class GoogLeNet(nn.Module):
 
     def load(self, path):
         """Read torchvision's googlenet state dict (.pth or .safetensors); its classifiers (fc, aux1, aux2) are not needed."""
-        state = {k: v for k, v in load_tensors(path).items() if not k.startswith(("fc.", "aux"))}
-        check_names(path, {k: v.shape for k, v in self.state_dict().items() if "num_batches" not in k},
-                    {k: v.shape for k, v in state.items() if "num_batches" not in k})
+        state = {k: v for k, v in load_tensors(path).items() if not k.startswith(("fc.", "aux")) and "num_batches" not in k}
+        check_names(path, {k: v.shape for k, v in self.state_dict().items() if "num_batches" not in k}, {k: v.shape for k, v in state.items()})
         self.load_state_dict({**self.state_dict(), **state})
         return self
 
