@@ -505,9 +505,11 @@ class Tokenizer:
                 return []  # Qwen2: config.json names a BOS, but no text begins with it
             found = special.get(kind + "_token_id", [])
             found = found if isinstance(found, list) else [found]  # chat models list further tokens that end an answer
+            if not all(type(i) is int for i in found):
+                raise BadInput(f"{path}: {kind}_token_id={str(found)[:50]} is no number of a token")
             if token := said.get(kind + "_token"):
-                token = token["content"] if isinstance(token, dict) else token
-                if id_of(token) is None:
+                token = token.get("content") if isinstance(token, dict) else token
+                if not isinstance(token, str) or id_of(token) is None:
                     raise BadInput(f"{words}: {kind}_token={token!r} is no piece of the tokenizer; give {kind}_id=")
                 found = [id_of(token)] + [i for i in found if i != id_of(token)]
             return [i for i in found if i >= 0]
@@ -598,7 +600,7 @@ def read_rows(path):
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-            if not rows[-1]["name"] or not rows[-1]["text"]:
+            if not all(rows[-1][k] and isinstance(rows[-1][k], str) for k in ("name", "text")):
                 raise ValueError("empty name or text")
         except (ValueError, KeyError, TypeError) as e:
             raise BadInput(f"{path}:{number}: is not a clip ({e})") from None

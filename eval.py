@@ -29,7 +29,7 @@ from sacrebleu.significance import PairedTest
 from config import BadInput, Progress, configure, launch, print0, rank, usage_error, whole
 from data import Clips, Extractor, Sample, Tokenizer, pack, pick_device, prompt_ids, rate_of, stateless, thin, world
 from lora import apply_lora, read_adapter
-from model import Cache, SLLaMA, describe, load_json, load_tensors, open_llm
+from model import LIMITS, Cache, SLLaMA, describe, load_json, load_tensors, open_llm
 from readers import SPLITS
 
 ckpt = ""  # run folder (its best/, else its last/) or checkpoint folder; "" = the newest sft run under out_dir
@@ -240,7 +240,7 @@ def pick_dtype(dtype, device):
 
 def find_checkpoint(path):
     """A run folder (its best/, else its last/) or a checkpoint folder -> checkpoint folder."""
-    for sub in ("", "best", "best.old", "last", "last.old"):  # .old: a kill between the two renames of a save
+    for sub in ("", "best", "best.1", "last", "last.1"):  # .1: a kill between the two renames of a save
         if os.path.exists(os.path.join(path, sub, "state.json")):
             return os.path.join(path, sub).rstrip("/")
     raise BadInput(f"{path}: holds no checkpoint (neither it nor its best/ or last/ has a state.json)")
@@ -249,9 +249,14 @@ def find_checkpoint(path):
 def read_checkpoint(folder):
     """-> (state.json as a dict, tensors by name in SLLaMA, what lora.read_adapter says or None)"""
     state = load_json(os.path.join(folder, "state.json"))
-    for key in ("config", "dim_in", "step"):
-        if key not in state:
+    for key, kind in {"config": dict, "dim_in": int, "step": int}.items():
+        if type(state.get(key)) is not kind:
             raise BadInput(f"{folder}/state.json: has no {key}")
+    for key, kind in {"ltn": bool, "freeze_llm": bool, **dict.fromkeys(("ltn_dim", "ltn_layers", "ltn_heads", "window", "max_frames", "bos_id", "eos_id"), int),
+                      **dict.fromkeys(("stage", "dataset", "data_dir", "backbone", "llm", "adaptor", "prompt", "language", "lang"), str)}.items():
+        value = state["config"].get(key)
+        if value is not None and (type(value) is not kind or kind is int and not -1 <= value <= LIMITS["rows"] or key == "ltn_layers" and value > LIMITS["layers"]):
+            raise BadInput(f"{folder}/state.json: its config has {key}={repr(value)[:50]}")
     tensors, lora = load_tensors(os.path.join(folder, "vision.safetensors")), None
     if os.path.exists(os.path.join(folder, "adapter_config.json")):
         lora = read_adapter(folder)

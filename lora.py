@@ -118,11 +118,13 @@ def read_adapter(folder):
     for key in ("peft_type", "r", "lora_alpha"):
         if key not in c:
             raise BadInput(f"{where}: has no {key}")
+    if type(c["r"]) is not int or type(c["lora_alpha"]) not in (int, float) or type(c.get("lora_dropout") or 0.0) not in (int, float):
+        raise BadInput(f"{where}: r, lora_alpha and lora_dropout must be numbers")
     if c["peft_type"] != "LORA":
         raise BadInput(f"{where}: peft_type={c['peft_type']!r} is not LORA")
     for key, value in c.items():
         if key not in HARMLESS and value not in UNSET and not (key == "init_lora_weights" and value in INITS):
-            raise BadInput(f"{where}: {key}={value!r} is not implemented")
+            raise BadInput(f"{where}: {key}={repr(value)[:100]} is not implemented")
     path = os.path.join(folder, "adapter_model.safetensors")
     if not os.path.exists(path) and os.path.exists(os.path.join(folder, "adapter_model.bin")):
         path = os.path.join(folder, "adapter_model.bin")  # as PEFT saved before 0.6

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -99,9 +100,9 @@ class GoogLeNet(nn.Module):
 
 def load_cnn(net, path, heads):
     """Read a CNN's weights from a file, which may also hold classifiers: names that begin like one of `heads`."""
-    state = {k: v for k, v in load_tensors(path).items() if not k.startswith(heads)}
-    shapes = lambda d: {k: v.shape for k, v in d.items() if "num_batches" not in k}  # a counter of BatchNorm's that older files lack
-    check_names(path, shapes(net.state_dict()), shapes(state))
+    counter = lambda k: "num_batches" in k  # BatchNorm's: older files lack it, and nobody needs it
+    state = {k: v for k, v in load_tensors(path).items() if not k.startswith(heads) and not counter(k)}
+    check_names(path, {k: v.shape for k, v in net.state_dict().items() if not counter(k)}, {k: v.shape for k, v in state.items()})
     net.load_state_dict({**net.state_dict(), **state})
     return net
 
@@ -518,11 +519,29 @@ def to_hf(name):
     return "model." + name if name.startswith("layers.") else name
 
 
+MAX_JSON = 100e6  # bytes of a JSON file; the largest real ones, indexes of shards, have some 100 kB. (safetensors itself allows its header as much)
+LIMITS = {"width": 2**17, "layers": 1000, "heads": 2**12, "rows": 2**23}  # sizes of an LLM; the largest real ones have 16384, 126, 128 and 256000
+
+
+def whole_number(where, key, value, most):
+    """A size that stands in a file, as it is; BadInput where no model can have it, before anything of that size is made."""
+    if type(value) is not int or not 1 <= value <= LIMITS[most]:
+        raise BadInput(f"{where}: {key}={str(value)[:50]} is not a whole number from 1 to {LIMITS[most]} (LIMITS in model.py)")
+    return value
+
+
+def positive(where, values, *keys):
+    """These, where they stand there, must be numbers that one can divide by."""
+    for key in keys:
+        value = values.get(key, 1)
+        if value is not None and (type(value) not in (int, float) or not 0 < value < 1e30):
+            raise BadInput(f"{where}: {key}={str(value)[:50]} is not a positive number")
+
+
 def load_tensors(path):
     """name -> tensor of a .safetensors or .pth file, memory-mapped. Nothing in the file is executed."""
     try:
         if path.endswith(".safetensors"):
-            from safetensors import safe_open
             with safe_open(path, "pt") as f:
                 return {k: f.get_tensor(k) for k in f.keys()}
         mmap = zipfile.is_zipfile(path)  # what torch < 1.6 wrote (torchvision's googlenet) is no zip and cannot be mapped
@@ -530,16 +549,23 @@ def load_tensors(path):
     except OSError as e:
         raise BadInput(f"{path}: {e.strerror or e}") from None
     except Exception as e:  # a damaged file can raise nearly anything; the first line of what it says is enough
-        raise BadInput(f"{path}: cannot be read as weights, damaged or not plain tensors ({(str(e) or type(e).__name__).splitlines()[0][:200]})") from None
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        said = (str(e) or type(e).__name__).splitlines()[0][:200]
+        if isinstance(e, SafetensorError):
+            said = said.split(":")[-1]
+        elif "eights_only" in said or "eights only" in said:
+            said = "it holds more than tensors, which might run code"
+        raise BadInput(f"{path}: cannot be read as weights, damaged or not plain tensors ({said.strip()})") from None
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise BadInput(f"{path}: is not a plain dict of tensors")
     return state
 
 
 def load_json(path):
     try:
+        if os.path.getsize(path) > MAX_JSON:
+            raise ValueError(f"more than {MAX_JSON / 1e6:.0f} MB, MAX_JSON in model.py")
         value = json.load(open(path, encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise BadInput(f"{path}: cannot be read as JSON ({e})") from None
     if not isinstance(value, dict):
         raise BadInput(f"{path}: is not a JSON object")
@@ -632,6 +658,9 @@ def open_meta(path):
             raise BadInput(f"{path}/params.json: has no {key}")
     if surplus := sorted(k for k in params.keys() - known if params[k]):
         raise BadInput(f"{path}/params.json: {surplus[0]}={params[surplus[0]]} is not implemented")
+    for key, most in {"dim": "width", "n_layers": "layers", "n_heads": "heads"}.items():
+        whole_number(f"{path}/params.json", key, params[key], most)
+    positive(f"{path}/params.json", params, "norm_eps", "rope_theta")
     files = sorted(glob.glob(os.path.join(glob.escape(path), "consolidated.*.pth")))
     if not files:
         raise BadInput(f"{path}: has no consolidated.00.pth")
@@ -688,8 +717,13 @@ def open_hf(path):
     for key in need:
         if c.get(key) is None:
             raise BadInput(f"{where}: has no {key}")
-    refuse = lambda key, why="is not implemented": BadInput(f"{where}: {key}={c[key]!r} {why}")
-    if c["model_type"] not in ("llama", "mistral", "qwen2"):
+    for key, most in {"hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads", "num_key_value_heads": "heads",
+                      "intermediate_size": "width", "vocab_size": "rows", "head_dim": "width", "sliding_window": "rows"}.items():
+        if key in need or c.get(key) is not None:
+            whole_number(where, key, c[key], most)
+    positive(where, c, "rms_norm_eps", "rope_theta")
+    refuse = lambda key, why="is not implemented": BadInput(f"{where}: {key}={repr(c[key])[:100]} {why}")
+    if str(c["model_type"]) not in ("llama", "mistral", "qwen2"):
         raise refuse("model_type", "is none of llama, mistral, qwen2")
     for key in ("attention_bias", "mlp_bias", "quantization_config"):
         if c.get(key):
@@ -698,7 +732,10 @@ def open_hf(path):
         raise refuse("hidden_act")
     key = "rope_scaling" if c.get("rope_scaling") else "rope_parameters"  # newer folders keep rope_theta in the latter; where both stand,
     rope = c.get(key) or {}  # transformers obeys the former
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(rope, dict):
+        raise refuse(key)
+    positive(where, rope, "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    kind = str(rope.get("rope_type", rope.get("type", "default")))
     needed = {"default": set(), "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}}
     if kind not in needed or not needed[kind] <= rope.keys() or rope.get("partial_rotary_factor", 1) != 1:
         raise refuse(key)
@@ -712,7 +749,10 @@ def open_hf(path):
 
     index = os.path.join(path, "model.safetensors.index.json")
     if os.path.exists(index):
-        files = sorted({os.path.join(path, os.path.basename(f)) for f in load_json(index).get("weight_map", {}).values()})
+        names = load_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
+            raise BadInput(f"{index}: its weight_map does not say the files of weights")
+        files = sorted({os.path.join(path, os.path.basename(f)) for f in names.values()})  # basename: files of this folder alone
     else:
         files = sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors")))
     if not files:

@@ -11,19 +11,24 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import timedelta
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from config import BadInput, configure, launch, print0, rank, usage_error, whole
+from config import BadInput, configure, launch, print0, rank, sync, usage_error, whole
 from data import Clips, Tokenizer, pack, pick_device, prompt_ids, stateless, world
 from eval import bleu, find_checkpoint, language_code, pick_dtype, read_checkpoint, rouge, translate
 from lora import TARGETS, adapter, apply_lora, write_adapter
@@ -39,6 +44,7 @@ out_dir = "out"  # holds the runs: out_dir/dataset/stage
 run = ""  # a name: the run goes to out_dir/dataset/NAME/stage
 init_from = ""  # checkpoint to start from; "" = nothing for align, the align run beside it for sft
 resume = False  # go on from the run's last/
+estimate = False  # only print the memory that the run will need, in GB a process
 seed = 1337  # first weights, order of the clips, frame drop
 bos_id = -1  # -1 = the tokenizer's own
 eos_id = -1  # -1 = the tokenizer's own
@@ -76,6 +82,8 @@ eval_every = 0  # steps between dev losses and dev BLEU, 0 = once an epoch, -1 =
 eval_clips = -1  # dev clips decoded for BLEU, -1 = all, 0 = none: then best/ is the lowest dev loss
 beam = 1  # beam width of that decoding
 save_every = 0  # steps between checkpoints, 0 = once an epoch, -1 = at the end only
+keep = 1  # checkpoints to keep: last/, and before it last.1/, last.2/, ...
+max_skips = 10  # steps in a row whose loss or gradient is not finite, then the run stops
 
 # what differs between the stages
 align = {
@@ -101,7 +109,9 @@ sft = {
 
 SHAPE = ("ltn", "ltn_dim", "ltn_layers", "ltn_heads", "window", "adaptor", "backbone")  # a stage must agree in these with the one it starts from
 FREE = ("resume", "run", "out_dir", "data_dir", "init_from", "device", "dtype", "compile", "activation_checkpointing", "cpu_offload", "grad_accum",
-        "max_steps", "log_every", "eval_every", "save_every")  # and a resumed run with itself in all but these
+        "max_steps", "log_every", "eval_every", "save_every", "keep", "max_skips", "estimate")  # and a resumed run with itself in all but these
+
+LOWERS = "grad_accum= (more micro-batches of fewer clips), batch_size=, activation_checkpointing=true, max_frames=, cpu_offload=true, more processes"
 
 
 def setup(device):
@@ -111,6 +121,20 @@ def setup(device):
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo beside NCCL: cpu_offload clips its gradients on the CPU
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)  # the others wait while the first one makes the toy
+
+
+def note_signals():
+    """A list that SIGTERM and SIGINT are noted in from now on: the loop looks at it once a step. A second Ctrl-C ends the process at once."""
+    asked = []  # (signal, when)
+
+    def note(number, frame):
+        # a scheduler signals every process, and torchrun passes on what itself has got: within a second it is the same wish
+        if asked and number == signal.SIGINT and time.time() - asked[0][1] > 1:
+            os._exit(130)
+        asked.append((number, time.time()))
+
+    signal.signal(signal.SIGTERM, note), signal.signal(signal.SIGINT, note)
+    return asked
 
 
 def groups(model):
@@ -166,26 +190,33 @@ def micro_batch(clips, indices, prompt, tokenizer, device, drop=0.0, key=()):
 
 
 @torch.no_grad()
-def evaluate(model, dev, prompt, tokenizer, device, lang, cfg):
-    """Dev loss a token, and BLEU and ROUGE of real decoding, the clips shared out. -> dict, the same on every process."""
+def evaluate(model, dev, prompt, tokenizer, device, lang, cfg, asked):
+    """Dev loss a token, and BLEU and ROUGE of real decoding, the clips shared out. -> dict, the same on every process; {} after a signal."""
     model.eval()
     model.set_reshard_after_forward(False)  # gather the weights once; from here on a forward needs no other process
     for m in groups(model):
         m.unshard()
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
     for start in range(0, len(dev), 16 * world()):  # as many forwards on every process
+        if asked:
+            break
         indices = share(range(start, min(start + 16 * world(), len(dev))), dev.lengths, world())[rank()]
         loss, n = model(micro_batch(dev, indices, prompt, tokenizer, device))
-        sums += torch.tensor([loss.item(), n], dtype=torch.float64, device=device)
+        sums += torch.tensor([loss.item(), n, 0], dtype=torch.float64, device=device)
+    chosen, hyps = range(len(dev))[:cfg.eval_clips if cfg.eval_clips >= 0 else None], {}
+    # FSDP2 remembers who computed last: all must have, or the next backward hangs. Clips of like length are decoded together
+    mine = sorted(list(chosen)[rank()::world()] or [0], key=lambda i: dev.lengths[i]) if chosen else []
+    longest = max(len(tokenizer.encode(row["text"])) for row in dev.rows)  # a model that has not learnt to end need not babble on
+    # compiled blocks would be compiled anew for every length of the cache
+    with torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext():
+        for part in (mine[n:n + 16] for n in range(0, len(mine), 16)):
+            if asked:
+                break
+            hyps |= zip(part, translate(model, [dev.features(i) for i in part], tokenizer, cfg.beam, max_new_tokens=2 * longest, warn=False))
+    sums[2] = len(asked)
     dist.all_reduce(sums)
-    scores = {"dev_loss": (sums[0] / sums[1]).item()}
-    chosen = range(len(dev))[:cfg.eval_clips if cfg.eval_clips >= 0 else None]
-    if chosen:
-        mine = list(chosen)[rank()::world()] or [0]  # FSDP2 remembers who computed last: all must have, or the next backward hangs
-        # compiled blocks would be compiled anew for every length of the cache
-        with torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext():
-            longest = max(len(tokenizer.encode(row["text"])) for row in dev.rows)  # a model that has not learnt to end need not babble on
-            hyps = dict(zip(mine, translate(model, [dev.features(i) for i in mine], tokenizer, cfg.beam, max_new_tokens=2 * longest, warn=False)))
+    scores = {} if sums[2] else {"dev_loss": (sums[0] / sums[1]).item()}
+    if chosen and scores:
         gathered = [None] * world()
         dist.all_gather_object(gathered, hyps)
         hyps = {i: s for part in gathered for i, s in part.items()}
@@ -199,43 +230,58 @@ def evaluate(model, dev, prompt, tokenizer, device, lang, cfg):
     return scores
 
 
-def save(folder, model, optimizer, state, cfg):
-    """Write a checkpoint folder: to folder.part, then renamed, so that a reader never sees half of one. Every process must call it."""
+def save(folder, model, optimizer, state, cfg, keep=1, final=False):
+    """
+    Write a checkpoint folder: to folder.part, then renamed, so that a reader never sees half of one. Every process must call it. keep: with the
+    one before as folder.1 and so on. -> whether it is there. A disk that is full for an hour need not cost the days in memory: the checkpoint before
+    stays what it is, the run says so, goes on and tries again next time; only the last save of a run (final) has no next time and raises BadInput.
+    """
     vision = {k: full(v).contiguous() for k, v in model.vision_state().items()}
     lora = None if cfg.freeze_llm else adapter(model.llm, cfg.llm)
     lora = lora and ({k: full(v).contiguous() for k, v in lora[0].items()}, lora[1])
-    moments = {}
+    moments, failed = {}, torch.zeros(())
     if optimizer is not None:
         for name, p in model.named_parameters():
             for key in ("exp_avg", "exp_avg_sq") if p in optimizer.state else ():
                 moments[f"{key}.{name}"] = full(optimizer.state[p][key]).contiguous()
     if rank() == 0:
-        part, old = folder + ".part", folder + ".old"
-        shutil.rmtree(part, ignore_errors=True)
-        os.makedirs(part)
-        save_file(vision, os.path.join(part, "vision.safetensors"))
-        if lora:
-            write_adapter(*lora, part)
-        if optimizer is not None:
-            save_file(moments, os.path.join(part, "optimizer.safetensors"))
-        with open(os.path.join(part, "state.json"), "w") as f:
-            json.dump(state, f, indent=1)
-        for name in os.listdir(part):
-            with open(os.path.join(part, name), "rb") as f:
-                os.fsync(f.fileno())
-        shutil.rmtree(old, ignore_errors=True)
-        if os.path.exists(folder):
-            os.rename(folder, old)  # a kill here leaves .old, and find_checkpoint looks there too
-        os.rename(part, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
+        part, ages = folder + ".part", [folder] + [f"{folder}.{n}" for n in range(1, max(keep, 1) + 1)]  # the last of them is one too old
+        try:
+            shutil.rmtree(part, ignore_errors=True)
+            os.makedirs(part)
+            save_file(vision, os.path.join(part, "vision.safetensors"))
+            if lora:
+                write_adapter(*lora, part)
+            if optimizer is not None:
+                save_file(moments, os.path.join(part, "optimizer.safetensors"))
+            with open(os.path.join(part, "state.json"), "w") as f:
+                json.dump(state, f, indent=1)
+            for name in [*os.listdir(part), ""]:
+                sync(os.path.join(part, name))
+            if os.path.exists(folder):  # else a kill has left the newest under another age, and it must not be the one to go
+                shutil.rmtree(ages[-1], ignore_errors=True)
+                for younger, older in reversed([*pairwise(ages)]):
+                    if os.path.exists(younger):
+                        os.rename(younger, older)  # a kill here leaves folder.1, and find_checkpoint looks there too
+            os.rename(part, folder)
+            sync(os.path.dirname(folder))
+            shutil.rmtree(ages[-1], ignore_errors=True)
+        except (OSError, SafetensorError) as e:
+            failed += 1
+            shutil.rmtree(part, ignore_errors=True)  # a full disk gets its room back
+            why = f"{folder}: the checkpoint of step {state['step']} could not be written ({e}); the one before is untouched"
+            print0(why + ("" if final else ", the run goes on"), file=sys.stderr)
+    dist.all_reduce(failed)
+    if failed and final:
+        raise BadInput(f"{folder}: the run ends without its last checkpoint; make room and go on with resume=true")
+    return not failed
 
 
 def load_optimizer(path, model, optimizer, step):
     """Give AdamW the moments of a checkpoint; each process takes its own rows, so the number of processes may have changed."""
     moments = load_tensors(path)
     for name, p in model.named_parameters():
-        if p.requires_grad:
+        if p.requires_grad and step:  # else all steps so far were skipped
             optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device)}
             for key in ("exp_avg", "exp_avg_sq"):
                 if f"{key}.{name}" not in moments:
@@ -266,6 +312,45 @@ def versions():
     return {"python": sys.version.split()[0], "torch": torch.__version__, "commit": commit, "processes": world()}
 
 
+def memory(cfg, model, args, clips, prompt, tokenizer, dtype, device):
+    """
+    What each process will hold at its peak, counted from the code of model.py -> (the longest micro-batch of the first epoch, [(what, bytes)]), for a
+    model on the meta device. Tensors alone: beside them stand the program (0.3 GB), a CUDA context (0.5 GB or so), NCCL's buffers, and what an allocator
+    does not give back (glibc's keeps up to a quarter more; MALLOC_MMAP_THRESHOLD_=131072 in the environment stops that).
+    """
+    held = {learns: sum(getattr(p, "_local_tensor", p).nbytes for p in model.parameters() if p.requires_grad == learns) for learns in (False, True)}
+    block = sum(p.numel() for p in model.llm.layers[0].parameters())
+    root = sum(p.numel() for p in model.parameters()) - block * args.n_layers
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # the longest micro-batch: F frames and N tokens in documents that attention pads to one length, M of them targets
+    order, parts = stateless(cfg.seed, "order", 0).permutation(len(clips)), world() * cfg.grad_accum
+    micro = [m for n in range(0, len(order), cfg.batch_size) for m in share(order[n:n + cfg.batch_size].tolist(), clips.lengths, parts)]
+    frames = lambda i: max(1, round(clips.lengths[i] * (1 - cfg.frame_drop)))
+    longest = max(micro, key=lambda m: sum(map(frames, m)))
+    answers = [len(tokenizer.encode(clips.rows[i]["text"])) + 1 for i in longest]
+    lens = [len(prompt[0]) + frames(i) + len(prompt[1]) + n - 1 for i, n in zip(longest, answers)]
+    F, N, M, padded = sum(map(frames, longest)), sum(lens), sum(answers), len(lens) * max(lens)
+    # what autograd keeps of a block. A frozen matrix keeps nothing of its input, one that learns or has LoRA beside it keeps all of it
+    s, dim, hidden, wide = dtype.itemsize, args.dim, args.hidden_dim, args.n_heads * args.head_dim
+    lora = {"wo": ("o", wide), "w2": ("w2", hidden), "w1": ("ffn", dim), "w3": ("ffn", dim)}
+    lora = {} if cfg.freeze_llm else {t if cfg.lora_dropout else of: n for t in cfg.lora_targets.split(",") for of, n in [lora.get(t, ("qkv", dim))]}
+    kept = N * (2 * dim * 4 + 3 * hidden * s)  # both norms' inputs in fp32; w1 x, silu(w1 x), w3 x
+    kept += N * sum(lora.values()) * (s + (cfg.lora_dropout > 0))  # LoRA's inputs, shared where nothing is dropped out; with the mask
+    kept += padded * 2 * (wide + args.n_kv_heads * args.head_dim) * s + padded * args.n_heads * 4  # q, k, v, their output, a log-sum a row
+    blocks = args.n_layers * N * dim * s + kept if cfg.activation_checkpointing else args.n_layers * kept
+    vision = F * dim * s * (3 if cfg.adaptor == "mlp" else 2)
+    if cfg.ltn and cfg.train_ltn:
+        w, reach = model.adaptor.w1.in_features, cfg.window // 2  # a block of 64 queries sees 64 + 2 reach keys
+        vision += cfg.ltn_layers * F * s * (10 * w + 2 * w * (64 + 2 * reach) // 64 + 4 * (8 * w // 3) + 2 * cfg.ltn_heads * (64 + 2 * reach))
+    back = max(3 * 4 * M * args.vocab_size, N * (3 * hidden + 2 * dim) * s)  # log-softmax and two gradients of it, or the gradients inside a block
+    away = ", on the CPU" * (cfg.cpu_offload and device.type == "cuda")
+    after = learning * (s + 4) if device.type == "cuda" else 3 * 4 * learning  # gradients before and after the sum; a save's copies are made on the CPU
+    return (f"{len(lens)} clips of {F} frames, {N} tokens", [
+        ("frozen weights" + away, held[False]), ("weights that learn" + away, held[True]), ("AdamW's two moments" + away, 2 * held[True]),
+        ("gathered: two blocks and what is no block", (root + 2 * block) * s), ("kept for the backward pass", blocks + vision),
+        ("logits or a block's gradients", back), ("gradients, copies for a save, where larger", max(0, after - blocks - vision - back))])
+
+
 def learning_rate(step, total, cfg):
     """Linear warm-up, then a cosine to a tenth of the peak."""
     if step < cfg.warmup:
@@ -277,7 +362,7 @@ def check(cfg):
     """Values that no run could make sense of end it with exit code 2 and the variable's name."""
     for key, low in {"epochs": 1, "batch_size": 1, "grad_accum": 1, "ltn_layers": 1, "ltn_heads": 1, "beam": 1, "seed": 0, "window": 0, "ltn_dim": 0,
                      "max_frames": 0, "max_clips": 0, "warmup": 0, "lr": 0, "grad_clip": 0, "weight_decay": 0, "max_steps": -1, "log_every": -1, "eval_every": -1,
-                     "save_every": -1, "eval_clips": -1, "lora_rank": 1}.items():
+                     "save_every": -1, "keep": 0, "max_skips": 1, "eval_clips": -1, "lora_rank": 1}.items():
         if getattr(cfg, key) < low:
             usage_error(__file__, f"{key}={getattr(cfg, key)}: must be at least {low}")
     for key in ("frame_drop", "lora_dropout", "label_smoothing"):
@@ -305,6 +390,9 @@ def main():
     run_dir = os.path.join(cfg.out_dir, cfg.dataset, cfg.run)
     run_folder = os.path.join(run_dir, cfg.stage)
     last, best = (os.path.join(run_folder, name) for name in ("last", "best"))
+    if rank() == 0 and not cfg.estimate:
+        os.makedirs(run_folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=run_folder).close()  # an OSError here names the folder, and costs less than one after the model is loaded
     if cfg.dataset in ("toy", "toy_zh"):
         from scripts import toy
         toy.build(cfg.data_dir, cfg.dataset)  # nothing to do where it is there already
@@ -316,6 +404,7 @@ def main():
     dev = Clips(cfg.data_dir, cfg.dataset, cfg.backbone, "dev", cfg.max_frames) if has_dev else None
     extractor = json.loads(clips.store.metadata.get("settings", "{}"))
     dim_in = clips.features(0).shape[1]
+    n_clips = f"{len(clips)} clips of {sum(clips.lengths)} frames"  # a resumed run must find the same
     print0(f"data: {cfg.dataset}, {len(clips)} train clips of {sum(clips.lengths) / len(clips):.0f} frames, features {cfg.backbone} of width {dim_in}, "
            + (f"{len(dev)} dev clips" if dev else "no dev score: best/ is not written, eval.py takes last/"))
     if "standin" in extractor:
@@ -324,13 +413,13 @@ def main():
         print0(f"data: {clips.too_long} train clips are longer than max_frames={cfg.max_frames} and are thinned out evenly")
 
     # ---- where to start
-    source, tensors, done = None, {}, {"step": 0, "best": None, "skipped": 0}
+    source, tensors, done = None, {}, {"step": 0, "best": None, "skipped": 0, "unscored": None}
     if cfg.resume:
-        source = next((p for p in (last, last + ".old") if os.path.exists(os.path.join(p, "state.json"))), None)
+        source = next((p for p in (last, last + ".1") if os.path.exists(os.path.join(p, "state.json"))), None)
     resuming = source is not None
     if cfg.resume and not resuming:
         print0(f"resume=true: {run_folder} holds no checkpoint yet, starting at step 0")
-    if not resuming and (cfg.init_from or cfg.stage == "sft"):
+    if not resuming and not cfg.estimate and (cfg.init_from or cfg.stage == "sft"):
         source = find_checkpoint(cfg.init_from or os.path.join(run_dir, "align"))
     if source:
         state, tensors, _ = read_checkpoint(source)
@@ -339,7 +428,11 @@ def main():
             if was != now and not (key == "llm" and os.path.realpath(was) == os.path.realpath(now)):
                 raise BadInput(f"{source}: was trained with {key}={was}, this run says {key}={now}")
         if resuming:
-            done = {key: state[key] for key in done}
+            done = {key: state.get(key) for key in done}
+            if done["step"] < 0 or type(done["skipped"]) is not int or type(done["best"]) not in (int, float, type(None)) or type(done["unscored"]) not in (dict, type(None)):
+                raise BadInput(f"{source}/state.json: is damaged, {done}")
+            if state.get("clips") not in (None, n_clips):
+                raise BadInput(f"{source}: was trained on {state['clips']}, {clips.store.path} has {n_clips}")
 
     # ---- model: its structure on the meta device, sharded, then filled tensor by tensor
     args, shapes, _ = open_llm(cfg.llm)
@@ -347,10 +440,18 @@ def main():
     torch_dtype, why = pick_dtype(cfg.dtype, device)
     print0("LLM: " + describe(cfg.llm, args, shapes, torch_dtype))
     model = build(cfg, args, dim_in, device, torch_dtype)
+    if cfg.estimate:
+        longest, rows = memory(cfg, model, args, clips, prompt_ids(model.prompt, tokenizer), tokenizer, torch_dtype, device)
+        print0(f"estimate: a process of {world()}, at the longest micro-batch, {longest}; lower it by {LOWERS}")
+        for what, size in [*rows, ("in all", sum(size for what, size in rows if "on the CPU" not in what))]:
+            print0(f"  {what:44} {size / 1e9:8.2f} GB")
+        return dist.destroy_process_group()
     model.load(cfg.llm, "cpu" if cfg.cpu_offload else device, cfg.seed, tensors)
     if not tensors:  # statistics of the training features, from 200 clips spread over the set
         some = torch.cat([clips.features(i).float() for i in range(0, len(clips), -(-len(clips) // 200))])
         std = some.std(0)
+        if not torch.isfinite(std).all():
+            raise BadInput(f"{clips.store.path}: some of its features are not finite")
         model.mean.copy_(some.mean(0)), model.std.copy_(torch.where(std > 1e-4, std, 1.0))  # a dead feature stays as it is
     for name, b in model.named_buffers():
         setattr(model, name, b.to(device))  # with cpu_offload only the parameters stay behind
@@ -382,7 +483,7 @@ def main():
             os.rename(run_folder, f"{run_folder}.{n}")  # nothing that was saved is lost
             print0(f"{run_folder} held an earlier run: moved to {run_folder}.{n}")
         os.makedirs(run_folder, exist_ok=True)
-        with open(os.path.join(run_folder, "config.json"), "w") as f:
+        with whole(os.path.join(run_folder, "config.json")) as f:
             json.dump(vars(cfg) | {"versions": versions()}, f, indent=1)
         log = open_log(os.path.join(run_folder, "log.jsonl"), done["step"])
     dist.barrier()
@@ -390,12 +491,38 @@ def main():
     # ---- the loop
     prompt = prompt_ids(model.prompt, tokenizer)
     parts = world() * cfg.grad_accum
-    best_score, skipped, checkpoint = done["best"], done["skipped"], {"config": vars(cfg), "dim_in": dim_in, "extractor": extractor}
+    best_score, skipped, in_a_row, unscored, saved = done["best"], done["skipped"], 0, done["unscored"], done["step"]
+    checkpoint = {"config": vars(cfg), "dim_in": dim_in, "extractor": extractor, "clips": n_clips}
     model.train()
     began, tokens_seen, last_said = time.time(), 0, (time.time(), done["step"])
     if done["step"] >= stop:
         print0(f"{cfg.stage}: {source} is at step {done['step']} of {stop}, nothing is left to do")
     print0(f"{cfg.stage}: {total} steps of {cfg.batch_size} clips in {cfg.epochs} epochs" + (f", going on at step {done['step']}" if resuming else ""))
+    asked, names = note_signals(), lambda indices: ", ".join(clips.rows[i]["name"] for i in indices)
+
+    def standing():
+        return checkpoint | {"step": finished, "best": best_score, "skipped": skipped, "unscored": unscored}
+
+    def write(entry):
+        try:
+            log and log.write(json.dumps(entry) + "\n")
+        except OSError as e:  # the line waits in the file's buffer for the next one
+            print0(f"{run_folder}/log.jsonl: {e.strerror}, the run goes on", file=sys.stderr)
+
+    def look(entry):
+        """Dev scores into a line of the log, and best/ by them. -> None, or the line where a signal came first: it is still to be scored."""
+        nonlocal best_score
+        scores = evaluate(model, dev, prompt, tokenizer, device, lang, cfg, asked)
+        if not scores:
+            return entry
+        print0(f"step {finished}/{total} dev loss {scores['dev_loss']:.4f}" + (f" BLEU-4 {scores['dev_bleu'][3]:.2f} ROUGE {scores['dev_rouge']:.2f}" if "dev_bleu" in scores else ""))
+        score = scores["dev_bleu"][3] if "dev_bleu" in scores else -scores["dev_loss"]
+        if (best_score is None or score > best_score) and save(best, model, None, standing() | {"best": score}, cfg):
+            best_score = score
+        write(entry | scores)
+
+    finished = done["step"]
+    unscored = unscored and look(unscored)
     for step in range(done["step"], stop):
         epoch, at = divmod(step, per_epoch)
         if at == 0 or step == done["step"]:
@@ -403,34 +530,45 @@ def main():
         chosen = order[at * cfg.batch_size:(at + 1) * cfg.batch_size].tolist()
         mine = share(chosen, clips.lengths, parts)[rank() * cfg.grad_accum:(rank() + 1) * cfg.grad_accum]
         batches = [micro_batch(clips, part, prompt, tokenizer, device, cfg.frame_drop, (cfg.seed, "drop", epoch)) for part in mine]
-        sums = torch.tensor([sum(len(b.targets) for b in batches), sum(len(b.tokens) for b in batches)], dtype=torch.float64, device=device)
+        sums = torch.tensor([sum(len(b.targets) for b in batches), sum(len(b.tokens) for b in batches), len(asked)], dtype=torch.float64, device=device)
         dist.all_reduce(sums)
-        n_targets = sums[0].item()
+        if sums[2] or unscored:  # a signal has reached one of the processes: all stop here, with the same steps behind them
+            break
+        if not (n_targets := sums[0].item()):
+            raise BadInput(f"step {step + 1}: there is no token to learn in clips {names(chosen)}")
         torch.manual_seed(int(stateless(cfg.seed, "dropout", step, rank()).integers(2**62)))  # dropout too has no state to save
         loss = torch.zeros((), dtype=torch.float64, device=device)
         scale = 2.0 ** max(0, 10 - skipped) if torch_dtype == torch.float16 else 1.0  # keeps small gradients out of float16's underflow
         for i, batch in enumerate(batches):
             model.set_requires_gradient_sync(i == len(batches) - 1)  # gradients travel once a step
             # the mean over the target tokens of the whole step: the same gradient however many processes and micro-batches share it
-            part_loss, _ = model(batch)
-            (part_loss * (scale / n_targets)).backward()
+            try:
+                part_loss, _ = model(batch)
+                (part_loss * (scale / n_targets)).backward()
+            except torch.OutOfMemoryError as e:
+                raise BadInput(f"step {step + 1}: out of memory with {len(batch.docs.lens)} clips of {len(batch.features)} frames, {len(batch.tokens)} tokens in a "
+                               f"micro-batch; what lowers it: {LOWERS}; estimate=true says how much ({str(e).splitlines()[0]})") from None
             loss += part_loss.detach() / n_targets
         dist.all_reduce(loss)
+        loss = loss.item()
         for p in learning.values():
             if scale != 1.0 and p.grad is not None:
                 p.grad.div_(scale)
         norm = torch.nn.utils.clip_grad_norm_(learning.values(), cfg.grad_clip or math.inf)
         norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
         rate = learning_rate(step, total, cfg)
-        if math.isfinite(norm):
+        if math.isfinite(norm) and math.isfinite(loss):
+            in_a_row = 0
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
         else:
-            print0(f"step {step + 1}: the gradient is not finite, the step is skipped; its clips: {', '.join(clips.rows[i]['name'] for i in chosen)}")
-            skipped += 1
+            print0(f"step {step + 1}: {'the gradient' if math.isfinite(loss) else 'the loss'} is not finite, the step is skipped; its clips: {names(chosen)}")
+            skipped, in_a_row = skipped + 1, in_a_row + 1
+            if in_a_row == cfg.max_skips:
+                raise BadInput(f"max_skips={cfg.max_skips} steps in a row were not finite, the last with clips {names(chosen)}; the checkpoint of step {saved} is kept in {last}")
         optimizer.zero_grad(set_to_none=True)
-        tokens_seen, loss, now = tokens_seen + sums[1].item(), loss.item(), time.time()
+        tokens_seen, now = tokens_seen + sums[1].item(), time.time()
 
         # ---- looking at it
         finished = step + 1
@@ -443,21 +581,25 @@ def main():
             print0(f"step {finished}/{total} epoch {finished / per_epoch:.2f} loss {loss:.4f} norm {norm:.3f} lr {rate:.1e} "
                    f"{entry['tokens_per_s']} tokens/s {step_s:.3f} s/step, {(stop - finished) * step_s:.0f} s left")
         if evaluates:
-            scores = evaluate(model, dev, prompt, tokenizer, device, lang, cfg)
-            entry |= scores
-            print0(f"step {finished}/{total} dev loss {scores['dev_loss']:.4f}" + (f" BLEU-4 {scores['dev_bleu'][3]:.2f} ROUGE {scores['dev_rouge']:.2f}" if "dev_bleu" in scores else ""))
-            score = scores["dev_bleu"][3] if "dev_bleu" in scores else -scores["dev_loss"]
-            if best_score is None or score > best_score:
-                best_score = score
-                save(best, model, None, checkpoint | {"step": finished, "best": best_score, "skipped": skipped}, cfg)
-        if log and entry:
-            log.write(json.dumps(entry) + "\n")
-        if finished % save_every == 0 or finished == stop:
-            save(last, model, optimizer, checkpoint | {"step": finished, "best": best_score, "skipped": skipped}, cfg)
+            unscored = look(entry)
+        elif entry:
+            write(entry)
+        if not unscored and (finished % save_every == 0 or finished == stop):
+            saved = finished if save(last, model, optimizer, standing(), cfg, cfg.keep, finished == stop) else saved
         if entry:
             last_said, tokens_seen = (time.time(), finished), 0
-    print0(f"{cfg.stage}: done in {time.time() - began:.0f} s, {run_folder}")
+    stopped = finished < stop or unscored
+    if stopped and finished > saved:
+        save(last, model, optimizer, standing(), cfg, cfg.keep, True)
+    processes = world()
     dist.destroy_process_group()
+    if stopped:
+        number = asked[0][0] if asked else signal.SIGTERM  # else another process has got it
+        again = shlex.join([*(["torchrun", f"--nproc_per_node={processes}"] if "RANK" in os.environ else ["python"]), *sys.argv, *["resume=true"] * (not cfg.resume)])
+        print0(f"{os.path.basename(sys.argv[0])}: stopped by {signal.Signals(number).name} after step {finished}, saved in {last}; to go on: {again}", file=sys.stderr)
+        raise SystemExit(128 + number)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)
+    print0(f"{cfg.stage}: done in {time.time() - began:.0f} s, {run_folder}")
 
 
 if __name__ == "__main__":

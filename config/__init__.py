@@ -13,8 +13,10 @@ import difflib
 import math
 import os
 import re
+import signal
 import sys
 import time
+import traceback
 from types import SimpleNamespace
 
 
@@ -41,27 +43,51 @@ def usage_error(program, message):
 
 
 def launch(main):
-    """Call a program's main(); what the user can mend ends with one line and exit code 1 instead of a traceback."""
+    """Call a program's main(). Whatever ends it, the last line on stderr is the program's own; exit code 1 for what the user can mend and for mistakes of ours."""
+    name = os.path.basename(sys.argv[0]) + (f": process {rank()}" if rank() else "")
     try:
-        main()
+        return main()
     except KeyboardInterrupt:
-        print(f"{os.path.basename(sys.argv[0])}: interrupted; what was saved is there", file=sys.stderr, flush=True)
+        print(f"{name}: interrupted; what was saved is there", file=sys.stderr, flush=True)
         os._exit(130)
-    except (BadInput, OSError) as e:
+    except Exception as e:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun ends the others with it
+        said = " ".join(str(e).split())
+        if "RANK" in os.environ and isinstance(e, RuntimeError) and re.search("peer|Broken pipe|Connection|NCCL", said):
+            time.sleep(10)  # another process has died: its own error is the one to read, and torchrun ends this one meanwhile
+            said = f"lost the other processes, their error is the one that counts ({said})"
+        elif not isinstance(e, (BadInput, OSError)):
+            traceback.print_exc()
+            said = f"{type(e).__name__}: {said}"
         time.sleep(2 * (rank() > 0))  # the first process speaks first, and torchrun then ends the others before they repeat it
-        print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
+        print(f"{name}: {said}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)  # not sys.exit: a process group with a dead partner can hang in its destructor
+
+
+def sync(path):
+    """A file's bytes, or a folder's names, onto the disk itself: after this they outlive a power cut."""
+    f = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(f)
+    finally:
+        os.close(f)
 
 
 @contextlib.contextmanager
 def whole(path, mode="w"):
     """Open path for writing, in full or not at all: the file is path.part until its last byte is on the disk, and then takes the place of the old one."""
-    with open(path + ".part", mode, encoding=None if "b" in mode else "utf-8") as f:
-        yield f
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".part", path)
+    try:
+        with open(path + ".part", mode, encoding=None if "b" in mode else "utf-8") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".part", path)
+        sync(os.path.dirname(path) or ".")
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".part")  # a full disk gets its room back
+        raise
 
 
 class Progress:

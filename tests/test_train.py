@@ -140,11 +140,13 @@ def test_resumed_is_uninterrupted(home, monkeypatch, stage):
     assert losses(whole / stage) == losses(halves / stage)
 
 
-def test_resumed_with_another_number_of_processes(home):
-    whole = spawn_train(1, home, "whole1", "max_steps=6")
-    spawn_train(2, home, "halves21", "max_steps=3")
-    halves = spawn_train(1, home, "halves21", "max_steps=6", "resume=true")
-    assert losses(halves / "align") == pytest.approx(losses(whole / "align"), rel=1e-4)
+def test_resumed_with_another_number_of_processes_or_micro_batches(home, monkeypatch):
+    monkeypatch.chdir(home)  # where the others are started: the same relative paths
+    whole = in_process(home, monkeypatch, "whole1", "max_steps=6")
+    spawn_train(2, home, "parts", "max_steps=2")
+    in_process(home, monkeypatch, "parts", "max_steps=4", "resume=true", "grad_accum=2")
+    parts = spawn_train(2, home, "parts", "max_steps=6", "resume=true")
+    assert losses(parts / "align") == pytest.approx(losses(whole / "align"), rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", ["align", "sft"])

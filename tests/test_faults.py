@@ -1,0 +1,325 @@
+"""
+What goes wrong on purpose: kills, signals, disks that fail, damaged and hostile files, numbers that are not finite, too little memory.
+
+    python -m pytest tests/test_faults.py          # a few of each; python -m scripts.faults runs thousands
+"""
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+import train
+from config import BadInput, whole
+from eval import find_checkpoint
+from model import SLLaMA
+from scripts import faults, toy
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["ltn_dim=32", "ltn_heads=2", "batch_size=6", "epochs=2", "eval_clips=2", "eval_every=-1", "log_every=1", "warmup=2"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a toy of 20 clips in data/."""
+    home = tmp_path_factory.mktemp("faults")
+    toy.build(str(home / "data"), n_train=20, n_dev=4, n_test=4, text_steps=3, text_batch=8)
+    return home
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    """A run that ended with an error must not leave its process group or its handlers to the next."""
+    yield
+    signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def run(home, monkeypatch, out, *args):
+    """train.main() in this process -> the run's folder."""
+    monkeypatch.setattr(sys, "argv", ["train.py", f"data_dir={home}/data", f"out_dir={home}/{out}", *SMALL, *args])
+    train.main()
+    return home / out / "toy" / "align"
+
+
+def log(folder):
+    return [json.loads(line) for line in open(folder / "log.jsonl")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kills and signals
+
+def test_a_killed_run_goes_on_exactly(home):
+    """SIGKILL at a random moment; many times, in both stages, with two processes and of extraction too: python -m scripts.faults."""
+    what, differs = faults.killed_run(home, "sft", 1, random.Random(1))
+    print(what)
+    assert not differs, (what, differs)
+
+
+def stop(home, out, number, whom, processes):
+    """Signal a run after its second step -> (exit code, output, seconds it took to end)."""
+    p = faults.start(home, "train.py", f"out_dir={out}", *SMALL, "epochs=400", processes=processes)
+    faults.wait_for(p, home / out / "toy" / "align" / "log.jsonl", 2, random.Random(0))
+    began = time.time()
+    os.kill(p.pid if whom == "parent" else faults.children(p.pid)[-1], number)
+    said = p.communicate(timeout=60)[0]
+    return p.returncode, said, time.time() - began
+
+
+@pytest.mark.parametrize("number, whom", [(signal.SIGINT, "parent"), (signal.SIGTERM, "worker")])
+def test_a_signal_to_torchrun_or_one_of_its_processes_stops_all_after_the_same_step(home, number, whom):
+    """The exit code is torchrun's own."""
+    ended, said, took = stop(home, f"signal{number}{whom}", number, whom, 2)
+    assert ended == 1 and took < 20, said
+    (line,) = [line for line in said.splitlines() if "stopped by" in line]
+    folder = home / f"signal{number}{whom}" / "toy" / "align"
+    step = json.load(open(folder / "last" / "state.json"))["step"]
+    assert line.startswith(f"train.py: stopped by {signal.Signals(number).name} after step {step}, saved in ") and line.endswith("resume=true")
+    assert "to go on: torchrun --nproc_per_node=2 " in line
+    assert [e["step"] for e in log(folder)] == [*range(1, step + 1)] and load_file(folder / "last" / "optimizer.safetensors")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_the_step(home, monkeypatch, capsys, number):
+    def micro_batch(*args, calls=[], real=train.micro_batch):
+        calls.append(os.kill(os.getpid(), number) if len(calls) == 3 else 0)  # while step 4 is made ready: three have been taken
+        return real(*args)
+
+    unhurt = run(home, monkeypatch, f"unhurt{number}")
+    with monkeypatch.context() as m, pytest.raises(SystemExit) as stopped:
+        m.setattr(train, "micro_batch", micro_batch)
+        run(home, monkeypatch, f"stopped{number}")
+    folder = home / f"stopped{number}" / "toy" / "align"
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 128 + number and said.startswith(f"train.py: stopped by {signal.Signals(number).name} after step ") and said.endswith(" resume=true")
+    assert json.load(open(folder / "last" / "state.json"))["step"] == len(log(folder)) == 3
+    assert not faults.same_run(unhurt, run(home, monkeypatch, f"stopped{number}", "resume=true"))
+
+
+def test_a_second_ctrl_c_ends_at_once_but_not_within_a_second(monkeypatch):
+    """A scheduler signals every process, and torchrun passes on what itself has got: within a second that is one wish."""
+    monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    asked = train.note_signals()
+    for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+    assert len(asked) == 3
+    asked[0] = signal.SIGINT, time.time() - 2
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit, match="130"):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_stop_while_the_dev_set_is_decoded(home, monkeypatch):
+    """The step is kept, and the resumed run decodes first: the same log and the same best/ as without the signal."""
+    args = ["eval_every=2", "max_steps=5"]
+    unhurt = run(home, monkeypatch, "unhurt", *args)
+    real, calls = train.translate, []
+    with monkeypatch.context() as m:
+        def translate(*a, **k):
+            calls.append(os.kill(os.getpid(), signal.SIGINT) if len(calls) == 1 else 0)  # in the second evaluation
+            return real(*a, **k)
+        m.setattr(train, "translate", translate)
+        with pytest.raises(SystemExit) as stopped:
+            run(home, monkeypatch, "decoding", *args)
+    assert stopped.value.code == 130 and [e["step"] for e in log(home / "decoding" / "toy" / "align")] == [1, 2, 3]
+    hurt = run(home, monkeypatch, "decoding", *args, "resume=true")
+    assert not faults.same_run(unhurt, hurt)
+
+
+def test_a_dead_process_ends_the_run_with_its_own_error(home):
+    """Process 1 finds something wrong in the middle; process 0 must neither wait for it nor speak first."""
+    (home / "dies.py").write_text(f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import train
+from config import BadInput, launch, rank
+real = train.micro_batch
+def micro_batch(*args, calls=[]):
+    calls.append(1)
+    if rank() == 1 and len(calls) == 3:
+        raise BadInput("clip 00007: is upside down")
+    return real(*args)
+train.micro_batch = micro_batch
+train.configure = lambda program, *args, real=train.configure, **more: real(train.__file__, *args, **more)
+launch(train.main)
+""")
+    began = time.time()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "dies.py", "out_dir=dead", *SMALL]
+    done = subprocess.run(command, cwd=home, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    ours = [line for line in done.stderr.splitlines() if line.startswith("dies.py: ")]
+    assert done.returncode and ours == ["dies.py: process 1: clip 00007: is upside down"], done.stderr
+    assert time.time() - began < 90
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saves
+
+@pytest.mark.parametrize("fault, keep", [("kill", 1), (28, 3)])
+def test_a_fault_at_every_call_of_a_save(home, monkeypatch, fault, keep):
+    monkeypatch.setattr(train, "dist", train.dist)  # faulty_saves puts another in its place
+    ended = faults.faulty_saves(home, fault, keep)
+    print(f"{len(ended)} saves")
+    assert len(ended) > 15 and all(between in (1, 2) and after == 3 for *_, between, after in ended), ended
+    assert {between for *_, between, _ in ended} == {1, 2}
+
+
+def test_a_kill_between_two_renames_does_not_cost_the_older_one(home, monkeypatch):
+    monkeypatch.setattr(train.dist, "all_reduce", lambda t: None)
+    place = home / "renamed"
+    train.save(str(place / "last"), *faults.small_model(1))
+    os.rename(place / "last", place / "last.1")
+    monkeypatch.setattr(os, "rename", lambda *a: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    assert not train.save(str(place / "last"), *faults.small_model(2)) and faults.saved_step(place) == 1
+
+
+def test_keep(home, monkeypatch):
+    folder = run(home, monkeypatch, "keep", "save_every=1", "keep=3", "max_steps=5")
+    steps = {p.name: json.load(open(p / "state.json"))["step"] for p in folder.iterdir() if p.is_dir()}
+    assert steps == {"last": 5, "last.1": 4, "last.2": 3}
+    run(home, monkeypatch, "keep", "save_every=1", "keep=3", "max_steps=6", "resume=true")
+    assert json.load(open(folder / "last.2" / "state.json"))["step"] == 4 and find_checkpoint(str(folder / "last.2")).endswith("last.2")
+
+
+def test_a_full_disk_does_not_stop_the_run_before_its_end(home, monkeypatch, capsys):
+    real = train.save_file
+
+    def full(tensors, path, **more):
+        if steps[0] <= len(log(home / "disk" / "toy" / "align")) <= steps[1]:
+            raise OSError(28, "No space left on device")
+        real(tensors, path, **more)
+
+    monkeypatch.setattr(train, "save_file", full)
+    steps = (2, 3)
+    folder = run(home, monkeypatch, "disk", "save_every=1", "max_steps=4")
+    said = capsys.readouterr().err
+    assert said.count("No space left") == 2 and f"{folder}/last: the checkpoint of step 2 could not be written" in said and faults.load_file(folder / "last" / "vision.safetensors")
+    assert json.load(open(folder / "last" / "state.json"))["step"] == 4 and not (folder / "last.part").exists()
+    steps = (6, 9)
+    with pytest.raises(BadInput, match="disk/toy/align/last"):
+        run(home, monkeypatch, "disk", "save_every=1", "max_steps=6", "resume=true")
+    assert json.load(open(folder / "last" / "state.json"))["step"] == 5  # nothing that was saved is lost
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_before_the_model_is_loaded(home, monkeypatch):
+    (home / "file").write_text("")
+    monkeypatch.setattr(SLLaMA, "load", lambda *a: pytest.fail("the model was loaded"))
+    with pytest.raises(OSError, match="file"):
+        run(home, monkeypatch, "file")
+
+
+def test_whole_leaves_the_old_file_and_no_rubbish(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    with contextlib.suppress(RuntimeError), whole(str(path)) as f:
+        f.write("new")
+        raise RuntimeError
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers and memory
+
+def test_steps_that_are_not_finite(home, monkeypatch, capsys):
+    real = SLLaMA.forward
+    bad, calls = {3}, []
+
+    def forward(self, batch):
+        calls.append(1)
+        loss, n = real(self, batch)
+        return (loss * float("nan") if len(calls) in bad else loss), n
+
+    monkeypatch.setattr(SLLaMA, "forward", forward)
+    folder = run(home, monkeypatch, "nan", "max_steps=5", "max_skips=2")
+    said = capsys.readouterr().out
+    assert said.count("the step is skipped; its clips: 0") == 1 and json.load(open(folder / "last" / "state.json"))["skipped"] == 1
+    bad |= {2, 3, 4}
+    calls.clear()
+    with pytest.raises(BadInput, match=r"max_skips=2 .* clips .* checkpoint of step 2"):
+        run(home, monkeypatch, "nan2", "max_skips=2", "save_every=1")
+    assert json.load(open(home / "nan2" / "toy" / "align" / "last" / "state.json"))["step"] == 2  # the first of them was skipped and counted
+
+
+def test_a_run_whose_first_step_was_skipped_goes_on(home, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(SLLaMA, "forward", lambda self, batch, real=SLLaMA.forward: (real(self, batch)[0] * float("inf"), 1))
+        run(home, monkeypatch, "skipped", "max_steps=1")
+    folder = run(home, monkeypatch, "skipped", "max_steps=2", "resume=true")
+    assert [e["step"] for e in log(folder)] == [1, 2] and load_file(folder / "last" / "optimizer.safetensors")
+
+
+def test_a_batch_without_targets_names_its_clips(home, monkeypatch):
+    monkeypatch.setattr(train, "micro_batch", lambda clips, part, *a, real=train.micro_batch: real(clips, [], *a))
+    with pytest.raises(BadInput, match=r"step 1: there is no token to learn in clips \d{5}, "):
+        run(home, monkeypatch, "empty")
+
+
+def test_out_of_memory_says_what_lowers_it(home, monkeypatch):
+    def forward(self, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(SLLaMA, "forward", forward)
+    with pytest.raises(BadInput, match=r"step 1: out of memory with 6 clips of \d+ frames, \d+ tokens .*grad_accum=.*batch_size=.*activation_checkpointing=true.*max_frames="):
+        run(home, monkeypatch, "memory")
+
+
+def test_the_estimate_is_what_a_run_then_holds(home):
+    """Peak of the anonymous memory above the imported program's, with an allocator that gives back what is free."""
+    llm = home / "random"
+    faults.random_llm(llm, home / "data" / "toy" / "llm" / "tokenizer.model", dim=512, n_layers=10, n_heads=8, n_kv_heads=4, head_dim=64, hidden_dim=1408, vocab_size=32000)
+    said, held = faults.peak(home, f"llm={llm}", "max_steps=1", "batch_size=8", "eval_every=-1")
+    print(f"estimate {said:.3f} GB, held {held:.3f} GB")
+    assert abs(said - held) < 0.15 * held
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+def test_damaged_files(home):
+    count, bad = faults.corruptions(home, 48, seed=0)
+    print(dict(count))
+    assert not bad and count["refused"] > 20 and count.total() == 48
+
+
+def test_hostile_files(home):
+    for what, code, said in faults.hostile(home):
+        assert code == 1 and not faults.verdict(code, said) and len(said.strip().splitlines()) == 1, (what, code, said)
+
+
+@pytest.mark.parametrize("stage, change, word", [("sft", "window=4", "window"), ("sft", "ltn_dim=64", "ltn_dim"), ("sft", "backbone=googlenet", "googlenet"),
+                                                 ("align", "lora_rank=4", "lora_rank"), ("align", "adaptor=linear", "adaptor"), ("align", "llm={home}/other", "llm=")])
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(home, monkeypatch, stage, change, word):
+    if not (home / "fit").exists():
+        run(home, monkeypatch, "fit", "max_steps=1")
+        shutil.copytree(home / "data" / "toy" / "llm", home / "other")
+    with pytest.raises(BadInput, match=word):
+        run(home, monkeypatch, "fit", f"stage={stage}", change.format(home=home), "max_steps=2", *["resume=true"] * (stage == "align"))
+
+
+def test_another_data_set_under_the_same_name_is_refused(home, monkeypatch):
+    llm = f"llm={home}/data/toy/llm"
+    run(home, monkeypatch, "moved", "max_steps=1", llm)
+    shutil.copytree(home / "data" / "toy", home / "fewer" / "toy")
+    lines = open(home / "fewer" / "toy" / "train.jsonl").readlines()
+    (home / "fewer" / "toy" / "train.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(BadInput, match="20 clips .* has 19 clips"):
+        run(home, monkeypatch, "moved", f"data_dir={home}/fewer", llm, "max_steps=2", "resume=true")
+
+
+def test_features_that_are_not_finite_are_named(home, monkeypatch):
+    shutil.copytree(home / "data" / "toy", home / "nanset" / "toy")
+    path = home / "nanset" / "toy" / "toycnn" / "train.safetensors"
+    tensors = load_file(path)
+    next(iter(tensors.values()))[0] = float("nan")
+    save_file(tensors, path)
+    with pytest.raises(BadInput, match="train.safetensors: .*not finite"):
+        run(home, monkeypatch, "nanset", f"data_dir={home}/nanset")
