@@ -312,45 +312,6 @@ def versions():
     return {"python": sys.version.split()[0], "torch": torch.__version__, "commit": commit, "processes": world()}
 
 
-def memory(cfg, model, args, clips, prompt, tokenizer, dtype, device):
-    """
-    What each process will hold at its peak, counted from the code of model.py -> (the longest micro-batch of the first epoch, [(what, bytes)]), for a
-    model on the meta device. Tensors alone: beside them stand the program (0.3 GB), a CUDA context (0.5 GB or so), NCCL's buffers, and what an allocator
-    does not give back (glibc's keeps up to a quarter more; MALLOC_MMAP_THRESHOLD_=131072 in the environment stops that).
-    """
-    held = {learns: sum(getattr(p, "_local_tensor", p).nbytes for p in model.parameters() if p.requires_grad == learns) for learns in (False, True)}
-    block = sum(p.numel() for p in model.llm.layers[0].parameters())
-    root = sum(p.numel() for p in model.parameters()) - block * args.n_layers
-    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # the longest micro-batch: F frames and N tokens in documents that attention pads to one length, M of them targets
-    order, parts = stateless(cfg.seed, "order", 0).permutation(len(clips)), world() * cfg.grad_accum
-    micro = [m for n in range(0, len(order), cfg.batch_size) for m in share(order[n:n + cfg.batch_size].tolist(), clips.lengths, parts)]
-    frames = lambda i: max(1, round(clips.lengths[i] * (1 - cfg.frame_drop)))
-    longest = max(micro, key=lambda m: sum(map(frames, m)))
-    answers = [len(tokenizer.encode(clips.rows[i]["text"])) + 1 for i in longest]
-    lens = [len(prompt[0]) + frames(i) + len(prompt[1]) + n - 1 for i, n in zip(longest, answers)]
-    F, N, M, padded = sum(map(frames, longest)), sum(lens), sum(answers), len(lens) * max(lens)
-    # what autograd keeps of a block. A frozen matrix keeps nothing of its input, one that learns or has LoRA beside it keeps all of it
-    s, dim, hidden, wide = dtype.itemsize, args.dim, args.hidden_dim, args.n_heads * args.head_dim
-    lora = {"wo": ("o", wide), "w2": ("w2", hidden), "w1": ("ffn", dim), "w3": ("ffn", dim)}
-    lora = {} if cfg.freeze_llm else {t if cfg.lora_dropout else of: n for t in cfg.lora_targets.split(",") for of, n in [lora.get(t, ("qkv", dim))]}
-    kept = N * (2 * dim * 4 + 3 * hidden * s)  # both norms' inputs in fp32; w1 x, silu(w1 x), w3 x
-    kept += N * sum(lora.values()) * (s + (cfg.lora_dropout > 0))  # LoRA's inputs, shared where nothing is dropped out; with the mask
-    kept += padded * 2 * (wide + args.n_kv_heads * args.head_dim) * s + padded * args.n_heads * 4  # q, k, v, their output, a log-sum a row
-    blocks = args.n_layers * N * dim * s + kept if cfg.activation_checkpointing else args.n_layers * kept
-    vision = F * dim * s * (3 if cfg.adaptor == "mlp" else 2)
-    if cfg.ltn and cfg.train_ltn:
-        w, reach = model.adaptor.w1.in_features, cfg.window // 2  # a block of 64 queries sees 64 + 2 reach keys
-        vision += cfg.ltn_layers * F * s * (10 * w + 2 * w * (64 + 2 * reach) // 64 + 4 * (8 * w // 3) + 2 * cfg.ltn_heads * (64 + 2 * reach))
-    back = max(3 * 4 * M * args.vocab_size, N * (3 * hidden + 2 * dim) * s)  # log-softmax and two gradients of it, or the gradients inside a block
-    away = ", on the CPU" * (cfg.cpu_offload and device.type == "cuda")
-    after = learning * (s + 4) if device.type == "cuda" else 3 * 4 * learning  # gradients before and after the sum; a save's copies are made on the CPU
-    return (f"{len(lens)} clips of {F} frames, {N} tokens", [
-        ("frozen weights" + away, held[False]), ("weights that learn" + away, held[True]), ("AdamW's two moments" + away, 2 * held[True]),
-        ("gathered: two blocks and what is no block", (root + 2 * block) * s), ("kept for the backward pass", blocks + vision),
-        ("logits or a block's gradients", back), ("gradients, copies for a save, where larger", max(0, after - blocks - vision - back))])
-
-
 def learning_rate(step, total, cfg):
     """Linear warm-up, then a cosine to a tenth of the peak."""
     if step < cfg.warmup:
@@ -441,7 +402,10 @@ def main():
     print0("LLM: " + describe(cfg.llm, args, shapes, torch_dtype))
     model = build(cfg, args, dim_in, device, torch_dtype)
     if cfg.estimate:
-        longest, rows = memory(cfg, model, args, clips, prompt_ids(model.prompt, tokenizer), tokenizer, torch_dtype, device)
+        from scripts.memory import estimate
+        order = stateless(cfg.seed, "order", 0).permutation(len(clips)).tolist()  # the first epoch's micro-batches
+        micro = [m for n in range(0, len(order), cfg.batch_size) for m in share(order[n:n + cfg.batch_size], clips.lengths, world() * cfg.grad_accum)]
+        longest, rows = estimate(cfg, model, clips, micro, prompt_ids(model.prompt, tokenizer), tokenizer, torch_dtype, device)
         print0(f"estimate: a process of {world()}, at the longest micro-batch, {longest}; lower it by {LOWERS}")
         for what, size in [*rows, ("in all", sum(size for what, size in rows if "on the CPU" not in what))]:
             print0(f"  {what:44} {size / 1e9:8.2f} GB")

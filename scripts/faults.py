@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
+
 import torch
 from safetensors.torch import load_file, save_file
 

@@ -169,8 +169,16 @@ def train(row, seed, stage, cfg):
 
 def prepare(rows, cfg):
     """The toy's clips and tiny LLMs that these rows need, and their features."""
-    for name, llm in sorted({(arguments(row, cfg, "align")[0].removesuffix("_backbones"), SETTINGS["toy"]["llm"][row[1]]) for row in rows}):
-        run(["-m", "scripts.toy", f"data_dir={cfg.data_dir}", f"name={name}", f"llm={llm}"], os.path.join(cfg.out_dir, "tables", "logs", f"{name},{llm}.log"), cfg)
+    pairs = {(arguments(row, cfg, "align")[0].removesuffix("_backbones"), SETTINGS["toy"]["llm"][row[1]]) for row in rows}
+    pairs |= {(name, "llm") for name, _ in pairs}
+    build = lambda pair: run(["-m", "scripts.toy", f"data_dir={cfg.data_dir}", f"name={pair[0]}", f"llm={pair[1]}", f"threads={max(1, (os.cpu_count() or 1) // cfg.jobs)}"],
+                             os.path.join(cfg.out_dir, "tables", "logs", f"{pair[0]},{pair[1]}.log"), cfg)
+    show, done = Progress("toys", len(pairs)), 0
+    for first in (True, False):  # the clips come with the first LLM of a toy; the others can then be trained side by side
+        with ThreadPoolExecutor(cfg.jobs) as pool:
+            for _ in pool.map(build, sorted(p for p in pairs if (p[1] == "llm") == first)):
+                done += 1
+                show(done, unit="LLMs")
     few = SETTINGS["toy"]["backbones"]
     root = os.path.join(cfg.data_dir, "toy_backbones", "clips")
     for backbone in sorted({row[3]["backbone"] for row in rows if "backbone" in row[3]}):

@@ -41,6 +41,7 @@ n_dev = 100  # clips to select on
 n_test = 100  # clips to report on; their sentences occur neither in train nor in dev nor in the LLaMA's text
 text_steps = 300  # steps of the LLaMA's training on text
 text_batch = 64  # sentences a step
+threads = 0  # of that training, 0 = all cores that are free
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The languages. Sign order: degrees, place, time, manner, weather (with or without head shake); word order is the language's own
@@ -331,7 +332,7 @@ def train_llama(folder, texts, seed, steps, batch, language="German", layout="me
     os.rename(part, folder)
 
 
-def build(data_dir, name="toy", llm="llm", **asked):
+def build(data_dir, name="toy", llm="llm", threads=0, **asked):
     """
     Make what is missing of the toy in data_dir/name: clips, LLM, features. Under torchrun every process calls it; the first one does most.
     asked: page one's other variables; what is not asked for is as the toy that lies there was begun, else as on page one.
@@ -354,8 +355,8 @@ def build(data_dir, name="toy", llm="llm", **asked):
         with whole(noted) as f:  # the other processes may be reading it
             json.dump(here, f)
         no_clips, no_llm = not os.path.exists(os.path.join(root, "clips.tsv")), not os.path.exists(llm_folder)
-        threads, cores = torch.get_num_threads(), os.cpu_count()
-        half = max(1, cores // 2) if no_clips else cores  # clips are rendered on half of the cores while the LLM learns on the other
+        before, cores = torch.get_num_threads(), os.cpu_count()
+        half = threads or (max(1, cores // 2) if no_clips else cores)  # clips are rendered on half of the cores while the LLM learns on the other
         with ThreadPoolExecutor(1) as beside:
             if no_clips:
                 show = (lambda done: None) if no_llm else Progress("clips", sum(counts.values()))  # one line of progress at a time
@@ -365,7 +366,7 @@ def build(data_dir, name="toy", llm="llm", **asked):
                 every = sentences(begin, None, language)
                 train_llama(llm_folder, [words for *_, words in every[:counts["train"]] + every[sum(counts.values()):]],
                             begin + list(LLMS).index(llm), here["text_steps"], here["text_batch"], language, **LLMS[llm])
-                torch.set_num_threads(threads)
+                torch.set_num_threads(before)
             if no_clips:
                 clips.result()  # an error in there is an error here
     barrier()
@@ -376,10 +377,10 @@ def build(data_dir, name="toy", llm="llm", **asked):
 def main():
     start, cfg = time.time(), configure(__file__, choices={"name": tuple(LANGUAGE), "llm": tuple(LLMS)})
     for key, value in vars(cfg).items():
-        if isinstance(value, int) and value < (key != "seed"):
-            usage_error(__file__, f"{key}={value}: must be at least {int(key != 'seed')}")
+        if isinstance(value, int) and value < (key not in ("seed", "threads")):
+            usage_error(__file__, f"{key}={value}: must be at least {int(key not in ('seed', 'threads'))}")
     # what stands as on page one was not asked for: a toy that was begun otherwise goes on as it was begun
-    build(cfg.data_dir, cfg.name, cfg.llm, **{k: v for k, v in vars(cfg).items() if isinstance(v, int) and v != globals()[k]})
+    build(cfg.data_dir, cfg.name, cfg.llm, cfg.threads, **{k: v for k, v in vars(cfg).items() if isinstance(v, int) and k != "threads" and v != globals()[k]})
     print0(f"toy: built in {time.time() - start:.0f} s")
 
 
