@@ -398,7 +398,7 @@ def wait_for(p, path, lines, rng):
     until = time.time() + 120
     while p.poll() is None and time.time() < until and not (os.path.exists(path) and open(path, "rb").read().count(b"\n") >= lines):
         time.sleep(0.005)
-    time.sleep(rng.random() ** 2 * 0.5)
+    time.sleep(rng.random() * 0.1)
 
 
 def same_run(a, b):
@@ -440,7 +440,7 @@ def killed_run(home, stage, processes, rng):
     lines = lambda: log.read_bytes().count(b"\n") if log.exists() else 0
     for _ in range(rng.choice([1, 1, 2])):
         p = start(home, "train.py", *wanted(home, stage, out), "resume=true", processes=processes)
-        wait_for(p, log, rng.randint(lines(), 7), rng)
+        wait_for(p, log, rng.randint(lines(), 6), rng)
         kill(p, rng)
         where.append(lines())
     program(home, "train.py", *wanted(home, stage, out), "resume=true", processes=processes)

@@ -62,7 +62,7 @@ def log(folder):
 
 def test_a_killed_run_goes_on_exactly(home):
     """SIGKILL at a random moment; many times, in both stages, with two processes and of extraction too: python -m scripts.faults."""
-    what, differs = faults.killed_run(home, "sft", 1, random.Random(1))
+    what, differs = faults.killed_run(home, "sft", 1, random.Random(4))  # after the second step or so
     print(what)
     assert not differs, (what, differs)
 
