@@ -73,7 +73,7 @@ def opened(file):
                 raise BadInput(f"{file}: is {video.width}x{video.height} large, data.MAX_SIDE = {MAX_SIDE} allows no more")
             video.thread_count = 1  # small clips: threads cost more than they bring, processes scale
             yield container
-    except (av.error.FFmpegError, OSError) as e:
+    except (av.error.FFmpegError, UnicodeDecodeError, OSError) as e:  # UnicodeDecodeError: damaged tags
         raise BadInput(f"{file}: cannot be decoded ({getattr(e, 'strerror', None) or e})") from None
 
 
@@ -96,14 +96,15 @@ def timed(path, rate=0.0):
     files = [os.path.join(path, f) for f in sorted(os.listdir(path), key=natural) if f.lower().endswith((".png", ".jpg", ".jpeg"))] if folder else [path]
     for number, file in enumerate(files):
         with opened(file) as container:
+            at = 0.0
             for frame in container.decode(video=0):
-                shape = shape or (frame.width, frame.height)
+                at, shape = frame.time or 0.0, shape or (frame.width, frame.height)
                 if shape != (frame.width, frame.height):
                     raise BadInput(f"{file}: a frame of {frame.width}x{frame.height} in a clip of {shape[0]}x{shape[1]}")
                 yield number / rate if folder and rate else frame.time, frame
             # webm: the decoder takes the end of a file that was cut off for the end of the clip, but the header knows how long it was
-            if len(container.streams) == 1 and not file.lower().endswith(".gif") and (frame.time or 0) + 0.5 < 0.8e-6 * (container.duration or 0):
-                raise BadInput(f"{file}: is cut off, it ends at {frame.time:.1f} s of {container.duration / 1e6:.1f}")
+            if len(container.streams) == 1 and not file.lower().endswith(".gif") and at + 0.5 < 0.8e-6 * (container.duration or 0):
+                raise BadInput(f"{file}: is cut off, it ends at {at:.1f} s of {container.duration / 1e6:.1f}")
     if shape is None:
         raise BadInput(f"{path}: has no frames")
 
