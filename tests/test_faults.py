@@ -70,7 +70,8 @@ def test_a_killed_run_goes_on_exactly(home):
 def stop(home, out, number, whom, processes):
     """Signal a run after its second step -> (exit code, output, seconds it took to end)."""
     p = faults.start(home, "train.py", f"out_dir={out}", *SMALL, "epochs=400", processes=processes)
-    faults.wait_for(p, home / out / "toy" / "align" / "log.jsonl", 2, random.Random(0))
+    log = home / out / "toy" / "align" / "log.jsonl"
+    faults.wait_for(p, lambda: log.read_bytes().count(b"\n") if log.exists() else 0, 2, random.Random(0))
     began = time.time()
     os.kill(p.pid if whom == "parent" else faults.children(p.pid)[-1], number)
     said = p.communicate(timeout=60)[0]
