@@ -186,7 +186,7 @@ def material(home):
              *((videos / f, lambda path, f=f: data.read_video(str(path / f))) for f in ("a.mp4", "a.gif", "a.webm")),
              (videos / "frames" / "0.png", lambda path: data.read_video(str(path))),
              *((files / f, lambda path, f=f: model.GoogLeNet().load(str(path / f))) for f in ("googlenet.pth", "old.pth")),
-             (hyps, lambda path: evaluation.score_file(str(path / "hyps.jsonl"), "de")),
+             (hyps, lambda path: evaluation.score_files(str(path / "hyps.jsonl"), "", "de")),
              (files / "settings.py", lambda path: config.configure(str(ROOT / "train.py"), [str(path / "settings.py")], stages=("align", "sft")))]
     if (fast / "tokenizer.json").exists():
         kinds += [(fast / "tokenizer.json", tokenize), (fast / "tokenizer_config.json", tokenize)]
