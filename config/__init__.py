@@ -46,7 +46,10 @@ def launch(main):
     """Call a program's main(). Whatever ends it, the last line on stderr is the program's own; exit code 1 for what the user can mend and for mistakes of ours."""
     name = os.path.basename(sys.argv[0]) + (f": process {rank()}" if rank() else "")
     try:
-        return main()
+        main()
+        if "RANK" in os.environ:  # all is done and written; torch's threads can still crash a process on its way out, and torchrun would call that a failed run
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(0)
     except KeyboardInterrupt:
         print(f"{name}: interrupted; what was saved is there", file=sys.stderr, flush=True)
         os._exit(130)
