@@ -516,11 +516,11 @@ def random_llm(folder, tokenizer, **sizes):
     shutil.copy(tokenizer, folder)
 
 
-def peak(home, *args):
+def peak(home, *args, **env):
     """A short run on the toy in home/data -> (GB that estimate=true says, GB that the run holds above the imported program)."""
     (Path(home) / "watch.py").write_text(WATCH.format(root=str(ROOT)))
     command = [sys.executable, str(Path(home) / "watch.py"), "out_dir=peak", *args]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}  # glibc gives free memory back at once
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return float(re.search(r"in all +([\d.]+) GB", done.stdout)[1]), int(re.search(r"HELD (\d+)", done.stdout)[1]) / 1e9
