@@ -1,0 +1,35 @@
+"""
+Who looks at whom: the attention weights of a model, which its fused kernels never write down, computed beside them.
+
+    with recorded(sllama) as weights:
+        sllama(batch)  # or any other forward without a cache, of one clip
+    weights["llm.layers.0.attention"]  # (H, T, T): row i says how the heads spread position i's look over all positions
+"""
+import contextlib
+
+import torch
+
+from model import Attention, rotate
+
+
+@contextlib.contextmanager
+def recorded(module):
+    """Name of an Attention in module -> its weights (H, T, T) fp32 of the forward that is run inside; B must be 1, and a packed stream one document."""
+    weights = {}
+
+    @torch.no_grad()
+    def record(name, part, x, rope):
+        q, k = (rotate(w(x).unflatten(-1, (-1, part.head_dim)), rope)[0].float() for w in (part.wq, part.wk))  # (1, T, dim) -> (T, H, D)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # grouped queries share their key
+        score = torch.einsum("ihd,jhd->hij", q, k) / part.head_dim**0.5
+        i = torch.arange(len(q), device=q.device)
+        apart = i[:, None] - i  # (T, T) how far j lies before i
+        seen = apart >= 0 if part.window is None else apart.abs() <= part.window // 2
+        weights[name] = score.masked_fill(~seen, float("-inf")).softmax(-1)
+
+    hooks = [part.register_forward_pre_hook(lambda part, args, name=name: record(name, part, *args[:2])) for name, part in module.named_modules() if isinstance(part, Attention)]
+    try:
+        yield weights
+    finally:
+        for hook in hooks:
+            hook.remove()
