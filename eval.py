@@ -26,11 +26,13 @@ import torch.distributed as dist
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 
-from config import BadInput, Progress, configure, launch, print0, rank, usage_error, whole
-from data import Clips, Extractor, Sample, Tokenizer, pack, pick_device, prompt_ids, rate_of, stateless, thin, world
+from config import BadInput, Progress, configure, launch, pick_device, pick_dtype, print0, rank, usage_error, whole, world
+from data import Clips, Sample, Tokenizer, pack, prompt_ids, stateless, thin
 from lora import apply_lora, read_adapter
-from model import LIMITS, Cache, SLLaMA, describe, load_json, load_tensors, open_llm
+from model import Cache, SLLaMA, open_llm
 from readers import SPLITS
+from video import Extractor, rate_of
+from weights import LIMITS, load_json, load_tensors
 
 ckpt = ""  # run folder (its best/, else its last/) or checkpoint folder; "" = the newest sft run under out_dir
 out_dir = "out"  # folder that holds the runs
@@ -229,15 +231,6 @@ def translate(sllama, features, tokenizer, beam=4, length_penalty=1.0, max_new_t
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
-def pick_dtype(dtype, device):
-    """-> (torch dtype, the reason)"""
-    if dtype != "auto":
-        return getattr(torch, dtype), f"dtype={dtype}"
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16, "auto: a GPU with bfloat16"
-    return torch.float32, "auto: " + ("a GPU without its own bfloat16" if device.type == "cuda" else "no GPU")
-
-
 def find_checkpoint(path):
     """A run folder (its best/, else its last/) or a checkpoint folder -> checkpoint folder."""
     for sub in ("", "best", "best.1", "last", "last.1"):  # .1: a kill between the two renames of a save
@@ -274,20 +267,20 @@ def load_model(ckpt, device="auto", dtype="auto", **overrides):
     state, tensors, lora = read_checkpoint(find_checkpoint(ckpt))
     cfg = SimpleNamespace(**state["config"] | {k: v for k, v in overrides.items() if v not in ("", -1)}, state=state)
     device = pick_device(device)[0]
-    args, shapes, read = open_llm(cfg.llm)
-    tokenizer = Tokenizer(cfg.llm, cfg.bos_id, cfg.eos_id).fit(args.vocab_size)
-    dtype = read("tok_embeddings.weight").dtype if dtype == "stored" else pick_dtype(dtype, device)[0]
+    raw = open_llm(cfg.llm)
+    tokenizer = Tokenizer(cfg.llm, cfg.bos_id, cfg.eos_id).fit(raw.args.vocab_size)
+    dtype = raw.read("tok_embeddings.weight").dtype if dtype == "stored" else pick_dtype(dtype, device)[0]
     try:
         with torch.device("meta"):
-            sllama = SLLaMA(args, state["dim_in"], cfg).to(dtype)
+            sllama = SLLaMA(raw.args, state["dim_in"], cfg).to(dtype)
     except AttributeError as e:
         raise BadInput(f"{find_checkpoint(ckpt)}/state.json: its config has no {e.name}") from None
     if lora:
         apply_lora(sllama.llm, *lora[:4])
     for name, b in sllama.named_buffers():
         setattr(sllama, name, b.float())  # statistics of the features, not weights
-    sllama.requires_grad_(False).load(cfg.llm, device, 0, tensors)
-    cfg.said = describe(cfg.llm, args, shapes, dtype)
+    sllama.requires_grad_(False).load(raw, device, 0, tensors)
+    cfg.said = raw.describe(dtype)
     return sllama.eval(), tokenizer, cfg
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,6 +310,16 @@ def controlled(features, control, seed, sllama):
         mean, std = sllama.mean.cpu(), sllama.std.cpu()
         return [mean + std * torch.from_numpy(stateless(seed, "noise", i).standard_normal(f.shape, "float32")) for i, f in enumerate(features)]
     return features
+
+
+def read_split(trained, split):
+    """A split of the run's data set -> (Clips, their features, their sentences)."""
+    clips = Clips(trained.data_dir, trained.dataset, trained.backbone, split, trained.max_frames)
+    if clips.too_long:
+        print0(f"{clips.too_long} of {len(clips)} {split} clips are longer than max_frames={trained.max_frames} and are thinned out evenly, as in training")
+    if clips.features(0).shape[1] != trained.state["dim_in"]:
+        raise BadInput(f"{clips.store.path}: features of width {clips.features(0).shape[1]}, the run was trained on {trained.state['dim_in']}")
+    return clips, [clips.features(i) for i in range(len(clips))], [row["text"] for row in clips.rows]
 
 
 def baselines(clips, train, sllama):
@@ -385,14 +388,19 @@ def sha256(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def gathered(sentences):
+    """{number of a clip: sentence} of each process -> all of them, on every process."""
+    if world() == 1:
+        return sentences
+    parts = [None] * world()
+    dist.all_gather_object(parts, sentences)
+    return {i: s for part in parts for i, s in part.items()}
+
+
 def decode(sllama, features, tokenizer, what, how):
     """translate(), the clips shared out among the processes. Every process gets all sentences."""
     mine = range(rank(), len(features), world())
-    out = dict(zip(mine, translate(sllama, [features[i] for i in mine], tokenizer, progress=Progress(what, len(mine)), **how)))
-    if dist.is_initialized():
-        gathered = [None] * world()
-        dist.all_gather_object(gathered, out)
-        out = {i: s for part in gathered for i, s in part.items()}
+    out = gathered(dict(zip(mine, translate(sllama, [features[i] for i in mine], tokenizer, progress=Progress(what, len(mine)), **how))))
     return [out[i] for i in range(len(features))]
 
 
@@ -460,26 +468,18 @@ def main():
     if cfg.video or cfg.videos:
         return translate_videos(cfg, folder, sllama, tokenizer, trained, how, say)
     lang = language_code(trained.language, cfg.lang or trained.lang)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if world() > 1:
         dist.init_process_group("gloo", timeout=timedelta(hours=2))
-    def split_of(name):
-        clips = Clips(trained.data_dir, trained.dataset, trained.backbone, name, trained.max_frames)
-        if clips.too_long:
-            say(f"{clips.too_long} of {len(clips)} {name} clips are longer than max_frames={trained.max_frames} and are thinned out evenly, as in training")
-        if clips.features(0).shape[1] != trained.state["dim_in"]:
-            raise BadInput(f"{clips.store.path}: features of width {clips.features(0).shape[1]}, the run was trained on {trained.state['dim_in']}")
-        return clips, [clips.features(i) for i in range(len(clips))], [row["text"] for row in clips.rows]
-
     swept = []
-    if cfg.beams or cfg.length_penalties:
-        _, features, refs = split_of("dev")  # chosen on dev alone: test is only ever read to report
+    if widths or penalties:
+        _, features, refs = read_split(trained, "dev")  # chosen on dev alone: test is only ever read to report
         for width, penalty in itertools.product(widths or [cfg.beam], penalties or [cfg.length_penalty]):
             hyps = decode(sllama, features, tokenizer, f"dev, beam {width}, length penalty {penalty:g}", how | {"beam": width, "length_penalty": penalty})
             swept.append({"beam": width, "length_penalty": penalty, "dev_bleu4": bleu(hyps, refs, lang)[3]})
             say(f"dev: beam {width}, length penalty {penalty:g}: BLEU-4 {swept[-1]['dev_bleu4']:.2f}")
         how |= {k: v for k, v in max(swept, key=lambda s: s["dev_bleu4"]).items() if k in how}
 
-    clips, features, refs = split_of(cfg.split)
+    clips, features, refs = read_split(trained, cfg.split)
     standin = json.loads(clips.store.metadata.get("settings", "{}")).get("standin")
     controls = {"none": ["none"], "all": ["none", *CONTROLS]}.get(cfg.control, [cfg.control])
     found, start = {}, time.time()

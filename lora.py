@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from config import BadInput, configure, launch, usage_error
+from weights import check_names, load_json, load_tensors, to_hf
 
 ckpt = "out/toy/sft"  # run or checkpoint folder of the sft stage
 to = "merged"  # folder to write; it must not exist
@@ -112,7 +113,6 @@ def write_adapter(tensors, config, folder):
 
 def read_adapter(folder):
     """A folder in PEFT's format -> (rank, alpha, targets, dropout, {name in our LLaMA: tensor}). BadInput names an option that we lack."""
-    from model import load_json, load_tensors
     where = os.path.join(folder, "adapter_config.json")
     c = load_json(where)
     for key in ("peft_type", "r", "lora_alpha"):
@@ -144,7 +144,6 @@ def read_adapter(folder):
 @torch.no_grad()
 def load_lora(llama, folder):
     """Apply to a plain LLaMA the LoRA that a folder holds (ours or PEFT's); rank, alpha and targets come from its files. Returns llama."""
-    from model import check_names
     rank, alpha, targets, dropout, state = read_adapter(folder)
     apply_lora(llama, rank, alpha, targets, dropout)
     own = {k: p for k, p in llama.named_parameters() if "lora_" in k}
@@ -156,7 +155,6 @@ def load_lora(llama, folder):
 
 def export_hf(llama, folder, source, shard_bytes=5 * 10**9):
     """Write a LLaMA as a Hugging Face folder: config.json, safetensors shards with their index, and the tokenizer files of `source`."""
-    from model import load_json, to_hf
     if layers(llama):
         raise BadInput("the LLM's LoRA is not merged: a Hugging Face folder has no place for it")
     if not os.path.isdir(source):

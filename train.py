@@ -28,11 +28,12 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from config import BadInput, configure, launch, print0, rank, sync, usage_error, whole
-from data import Clips, Tokenizer, pack, pick_device, prompt_ids, stateless, world
-from eval import bleu, find_checkpoint, language_code, pick_dtype, read_checkpoint, rouge, translate
+from config import BadInput, configure, launch, pick_device, pick_dtype, print0, rank, sync, usage_error, whole, world
+from data import Clips, Tokenizer, pack, prompt_ids, stateless
+from eval import bleu, find_checkpoint, gathered, language_code, read_checkpoint, rouge, translate
 from lora import TARGETS, adapter, apply_lora, write_adapter
-from model import SLLaMA, describe, fill, full, load_tensors, open_llm
+from model import SLLaMA, fill, full, open_llm
+from weights import load_tensors
 
 # what to run
 stage = "align"  # align, then sft
@@ -217,9 +218,7 @@ def evaluate(model, dev, prompt, tokenizer, device, lang, cfg, asked):
     dist.all_reduce(sums)
     scores = {} if sums[2] else {"dev_loss": (sums[0] / sums[1]).item()}
     if chosen and scores:
-        gathered = [None] * world()
-        dist.all_gather_object(gathered, hyps)
-        hyps = {i: s for part in gathered for i, s in part.items()}
+        hyps = gathered(hyps)
         pair = [hyps[i] for i in chosen], [dev.rows[i]["text"] for i in chosen]
         scores |= {"dev_bleu": bleu(*pair, lang), "dev_rouge": rouge(*pair, lang)}
     for m in groups(model):
@@ -396,11 +395,11 @@ def main():
                 raise BadInput(f"{source}: was trained on {state['clips']}, {clips.store.path} has {n_clips}")
 
     # ---- model: its structure on the meta device, sharded, then filled tensor by tensor
-    args, shapes, _ = open_llm(cfg.llm)
-    tokenizer.fit(args.vocab_size)
+    raw = open_llm(cfg.llm)
+    tokenizer.fit(raw.args.vocab_size)
     torch_dtype, why = pick_dtype(cfg.dtype, device)
-    print0("LLM: " + describe(cfg.llm, args, shapes, torch_dtype))
-    model = build(cfg, args, dim_in, device, torch_dtype)
+    print0("LLM: " + raw.describe(torch_dtype))
+    model = build(cfg, raw.args, dim_in, device, torch_dtype)
     if cfg.estimate:
         from scripts.memory import estimate
         order = stateless(cfg.seed, "order", 0).permutation(len(clips)).tolist()  # the first epoch's micro-batches
@@ -410,7 +409,8 @@ def main():
         for what, size in [*rows, ("in all", sum(size for what, size in rows if "on the CPU" not in what))]:
             print0(f"  {what:44} {size / 1e9:8.2f} GB")
         return dist.destroy_process_group()
-    model.load(cfg.llm, "cpu" if cfg.cpu_offload else device, cfg.seed, tensors)
+    model.load(raw, "cpu" if cfg.cpu_offload else device, cfg.seed, tensors)
+    del raw  # its files need not stay mapped
     if not tensors:  # statistics of the training features, from 200 clips spread over the set
         some = torch.cat([clips.features(i).float() for i in range(0, len(clips), -(-len(clips) // 200))])
         std = some.std(0)

@@ -19,6 +19,8 @@ import time
 import traceback
 from types import SimpleNamespace
 
+import torch
+
 
 class BadInput(ValueError):
     """What the user can mend: a file, a clip or a variable, named in one line. Programs print it and end with exit code 1."""
@@ -27,6 +29,11 @@ class BadInput(ValueError):
 def rank():
     """This process's number under torchrun, 0 without it."""
     return int(os.environ.get("RANK", 0))
+
+
+def world():
+    """How many processes torchrun has started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def print0(*args, **kwargs):
@@ -232,3 +239,23 @@ def configure(program, argv=None, choices={}, stages=()):
             print0(f"{name + ' = ' + repr(value):36} {comments[name]}")
         raise SystemExit(0)
     return SimpleNamespace(**cfg)
+
+
+def pick_device(device="auto"):
+    """-> (torch.device of this process, the reason). A GPU is taken where there is one for each process."""
+    processes, local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or (device == "auto" and gpus < processes):
+        return torch.device("cpu"), f"device={device}" if device == "cpu" else f"auto: {processes} process(es), {gpus} GPU(s)"
+    if gpus < processes:
+        raise BadInput(f"device=cuda: {gpus} GPU(s) for {processes} process(es)")
+    return torch.device("cuda", local), f"{device}: {processes} process(es), {gpus} GPU(s)"
+
+
+def pick_dtype(dtype, device):
+    """-> (torch dtype, the reason)"""
+    if dtype != "auto":
+        return getattr(torch, dtype), f"dtype={dtype}"
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "auto: a GPU with bfloat16"
+    return torch.float32, "auto: " + ("a GPU without its own bfloat16" if device.type == "cuda" else "no GPU")

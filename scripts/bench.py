@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from config import BadInput, configure, launch, usage_error, whole
-from data import BATCH, Decoder, Extractor, prepare, stateless
+from data import stateless
 from readers import SPLITS, read_clips
+from video import BATCH, Decoder, Extractor, prepare
 from scripts import bench_llm
 from scripts.toy import write_mp4
 
@@ -94,7 +95,7 @@ def in_turn(repeats, **sides):
 
 
 def extract(cfg):
-    """(A) the CNN alone on frames that lie in memory, (B) the whole of data.prepare, and decoding alone in one process."""
+    """(A) the CNN alone on frames that lie in memory, (B) the whole of video.prepare, and decoding alone in one process."""
     figures = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "workers": cfg.workers, "backbones": {}}
     with tempfile.TemporaryDirectory() as folder:
         splits = read_clips(cfg.root)[0] if cfg.root else make_clips(os.path.join(folder, "clips"), cfg.clips, cfg.length)

@@ -20,8 +20,9 @@ from config import BadInput, configure
 from data import Sample, Tokenizer, pack, prompt_ids, stateless
 from eval import generate
 from lora import adapter, write_adapter
-from model import SIZES, LLaMA, SLLaMA, fill, full, local_attention, open_llm, to_hf
+from model import SIZES, LLaMA, SLLaMA, fill, full, local_attention, open_llm
 from readers import read_gfslt
+from weights import to_hf
 
 SIZES["bench"] = dict(dim=576, n_layers=12, n_heads=9, n_kv_heads=3, hidden_dim=1536, vocab_size=32000)  # a size for two cores
 
@@ -62,8 +63,9 @@ def clips_like_phoenix(cfg, n, frames=0):
 
 def write_llm(folder, size="bench"):
     """Random weights of a size as a Hugging Face folder that both sides read; large enough that logits differ."""
-    args, shapes, read = open_llm(f"random:{size}")
-    state = {to_hf(k): (read(k) * (3.0 if "tok_embeddings" in k or "output" in k else 1.0)).contiguous() for k in shapes}
+    raw = open_llm(f"random:{size}")
+    args = raw.args
+    state = {to_hf(k): (raw.read(k) * (3.0 if "tok_embeddings" in k or "output" in k else 1.0)).contiguous() for k in raw.shapes}
     save_file(state, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
     with open(os.path.join(folder, "config.json"), "w") as f:
         json.dump({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": args.dim, "num_hidden_layers": args.n_layers,
@@ -81,9 +83,10 @@ class Ours:
         self.tokenizer = Tokenizer(cfg.tokenizer) if os.path.isdir(cfg.tokenizer) else Tokenizer("random:bench")
         if not dist.is_initialized():
             train.setup(self.device)
-        self.model = train.build(self.cfg, open_llm(folder)[0], 1024, self.device, torch.float32)
+        raw = open_llm(folder)
+        self.model = train.build(self.cfg, raw.args, 1024, self.device, torch.float32)
         with contextlib.redirect_stderr(open(os.devnull, "w")):
-            self.model.load(folder, self.device, 0)
+            self.model.load(raw, self.device, 0)
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 if "lora_B" in name:  # not zero, as after some training

@@ -25,7 +25,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -36,7 +35,9 @@ import lora
 import model
 import readers
 import train
+import weights
 from scripts import toy
+from video import read_video
 
 trials = 1000  # damaged files
 kills = 25  # of runs, each continued to its end
@@ -115,7 +116,7 @@ def material(home):
     files.mkdir(exist_ok=True)
 
     def load_llm(path):
-        model.LLaMA.from_pretrained(str(path)), model.describe(str(path), *model.open_llm(str(path))[:2], torch.float32)
+        model.LLaMA.from_pretrained(str(path)), model.open_llm(str(path)).describe(torch.float32)
 
     def tokenize(path):
         tokenizer = data.Tokenizer(str(path)).fit(10**6)
@@ -127,7 +128,7 @@ def material(home):
 
     def load_moments(path):
         state, *_ = evaluation.read_checkpoint(str(run))
-        args = model.open_llm(str(llm))[0]
+        args = model.open_llm(str(llm)).args
         sllama = model.SLLaMA(args, 1024, SimpleNamespace(**state["config"])).requires_grad_(False)
         sllama.adaptor.requires_grad_(True)
         train.load_optimizer(str(path / "optimizer.safetensors"), sllama, torch.optim.AdamW(sllama.adaptor.parameters()), 2)
@@ -155,7 +156,7 @@ def material(home):
     if not videos.exists():
         (videos / "frames").mkdir(parents=True)
         import av
-        video = data.read_video(str(home / "data" / "toy" / "clips" / "00000.mp4"))
+        video = read_video(str(home / "data" / "toy" / "clips" / "00000.mp4"))
         shutil.copy(home / "data" / "toy" / "clips" / "00000.mp4", videos / "a.mp4")
         for name, codec, format in (("a.gif", "gif", "rgb8"), ("a.webm", "libvpx", "yuv420p")):
             with av.open(str(videos / name), "w") as container:
@@ -183,8 +184,8 @@ def material(home):
              (run / "optimizer.safetensors", load_moments), (home / "data" / "toy" / "train.jsonl", load_clips),
              (home / "data" / "toy" / "toycnn" / "train.safetensors", load_clips),
              (home / "data" / "toy" / "clips" / "clips.tsv", lambda path: readers.read_clips(str(path))),
-             *((videos / f, lambda path, f=f: data.read_video(str(path / f))) for f in ("a.mp4", "a.gif", "a.webm")),
-             (videos / "frames" / "0.png", lambda path: data.read_video(str(path))),
+             *((videos / f, lambda path, f=f: read_video(str(path / f))) for f in ("a.mp4", "a.gif", "a.webm")),
+             (videos / "frames" / "0.png", lambda path: read_video(str(path))),
              *((files / f, lambda path, f=f: model.GoogLeNet().load(str(path / f))) for f in ("googlenet.pth", "old.pth")),
              (hyps, lambda path: evaluation.score_files(str(path / "hyps.jsonl"), "", "de")),
              (files / "settings.py", lambda path: config.configure(str(ROOT / "train.py"), [str(path / "settings.py")], stages=("align", "sft")))]
@@ -264,12 +265,12 @@ def hostile(home, seconds=20):
     header = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
     jobs = {
         "a pickle that runs a command": lambda: model.open_llm(pickled),
-        "a pickle of old that runs a command": lambda: model.load_tensors(str(place / "plain.pth")),
-        "a safetensors header of 10 GB": lambda: model.load_tensors(text("long.safetensors", (10**10).to_bytes(8, "little") + b"{}")),
-        "a tensor of 4 TB in 100 bytes": lambda: model.load_tensors(text("wide.safetensors", len(header).to_bytes(8, "little") + header)),
-        "JSON of 3 GB": lambda: model.load_json(str(place / "big.json")),
-        "JSON nested 100,000 deep": lambda: model.load_json(text("deep.json", b'{"a":' + b"[" * 10**5)),
-        "a number of 100,000 digits": lambda: model.load_json(text("digits.json", b'{"a": ' + b"9" * 10**5 + b"}")),
+        "a pickle of old that runs a command": lambda: weights.load_tensors(str(place / "plain.pth")),
+        "a safetensors header of 10 GB": lambda: weights.load_tensors(text("long.safetensors", (10**10).to_bytes(8, "little") + b"{}")),
+        "a tensor of 4 TB in 100 bytes": lambda: weights.load_tensors(text("wide.safetensors", len(header).to_bytes(8, "little") + header)),
+        "JSON of 3 GB": lambda: weights.load_json(str(place / "big.json")),
+        "JSON nested 100,000 deep": lambda: weights.load_json(text("deep.json", b'{"a":' + b"[" * 10**5)),
+        "a number of 100,000 digits": lambda: weights.load_json(text("digits.json", b'{"a": ' + b"9" * 10**5 + b"}")),
         "hidden_size=10**9": lambda: model.LLaMA.from_pretrained(hf("wide", hidden_size=10**9)),
         "num_hidden_layers=10**9": lambda: model.LLaMA.from_pretrained(hf("deep", num_hidden_layers=10**9)),
         "num_attention_heads=0": lambda: model.LLaMA.from_pretrained(hf("headless", num_attention_heads=0)),
@@ -309,7 +310,7 @@ def saved_step(place):
     """The step of the checkpoint that a resumed run would find in place, all of whose files must be whole and of that step."""
     found = evaluation.find_checkpoint(str(place))
     state, tensors, _ = evaluation.read_checkpoint(found)
-    moments = model.load_tensors(os.path.join(found, "optimizer.safetensors"))
+    moments = weights.load_tensors(os.path.join(found, "optimizer.safetensors"))
     assert moments and all(bool((t == state["step"]).all()) for k, t in tensors.items() if k.startswith("adaptor") or "lora" in k)
     return state["step"]
 
@@ -509,7 +510,7 @@ def random_llm(folder, tokenizer, **sizes):
     Path(folder).mkdir()
     with torch.device("meta"):
         shapes = {k: p.shape for k, p in model.LLaMA(model.ModelArgs(**sizes)).named_parameters()}
-    save_file({model.to_hf(k): torch.randn(s) * 0.02 for k, s in shapes.items()}, Path(folder) / "model.safetensors")
+    save_file({weights.to_hf(k): torch.randn(s) * 0.02 for k, s in shapes.items()}, Path(folder) / "model.safetensors")
     c = {"model_type": "llama", "hidden_size": sizes["dim"], "num_hidden_layers": sizes["n_layers"], "num_attention_heads": sizes["n_heads"], "head_dim": sizes["head_dim"],
          "num_key_value_heads": sizes["n_kv_heads"], "intermediate_size": sizes["hidden_dim"], "vocab_size": sizes["vocab_size"], "rms_norm_eps": 1e-5}
     (Path(folder) / "config.json").write_text(json.dumps(c))

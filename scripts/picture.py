@@ -9,8 +9,8 @@ import os
 import numpy as np
 
 from config import BadInput, configure, launch
-from data import read_video
 from eval import newest_run
+from video import read_video
 
 out_dir = "out"  # holds the runs
 ckpt = ""  # run folder with a hyps.jsonl; "" = the newest sft run

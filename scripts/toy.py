@@ -27,10 +27,12 @@ import torch
 import torch.nn.functional as F
 
 from config import BadInput, Progress, configure, launch, print0, rank, usage_error, whole
-from data import Extractor, barrier, prepare, stateless
+from data import stateless
 from lora import export_hf
-from model import Docs, LLaMA, ModelArgs, init_weight, load_json
+from model import Docs, LLaMA, ModelArgs, init_weight
 from readers import read_clips
+from video import Extractor, barrier, prepare
+from weights import load_json
 
 data_dir = "data"  # the toy goes to data_dir/NAME
 name = "toy"  # toy (German) or toy_zh (Chinese)
@@ -321,7 +323,7 @@ def train_llama(folder, texts, seed, steps, batch, language="German", layout="me
         export_hf(llama, folder, part)
         return shutil.rmtree(part)
     state = llama.state_dict()
-    for name in state:  # Meta's files keep rotary pairs side by side: the inverse of what model.open_meta does
+    for name in state:  # Meta's files keep rotary pairs side by side: the inverse of what weights.open_meta does
         if name.endswith(("wq.weight", "wk.weight")):
             w = state[name]
             state[name] = w.unflatten(0, (-1, 2, args.head_dim // 2)).transpose(1, 2).reshape(w.shape)

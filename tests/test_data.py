@@ -16,10 +16,12 @@ import safetensors.numpy
 import sentencepiece
 import torch
 
-import data
+import video
 from config import BadInput
-from data import Clips, Extractor, Sample, Store, Tokenizer, pack, prepare, prompt_ids, read_video, stateless
+from data import Clips, Sample, Tokenizer, pack, prompt_ids, stateless
 from model import RandomCNN
+from readers import SPLITS
+from video import Extractor, Store, prepare, read_video
 
 H, W = 24, 40
 
@@ -114,7 +116,7 @@ def test_phone_that_films_upright(tmp_path):
 
 
 def test_squeezed_frames(tmp_path):
-    frames = list(data.frames(str(write_mp4(tmp_path / "a.mp4", shades(10, 100, height=48, width=32))), 16))
+    frames = list(video.frames(str(write_mp4(tmp_path / "a.mp4", shades(10, 100, height=48, width=32))), 16))
     assert [f.shape for f in frames] == [(16, 16, 3)] * 2 and [round(f.mean() / 10) for f in frames] == [1, 10]
 
 
@@ -175,13 +177,13 @@ def test_absent_clip(tmp_path):
 
 @pytest.mark.parametrize("name, T, height, width", [("how2sign_rhythm.mp4", 47, 720, 1280), ("dailymoth_landslides.gif", 181, 224, 224), ("phoenix_like_53frames.mp4", 53, 260, 210)])
 def test_real_clips(real, name, T, height, width):
-    frames = list(data.frames(str(real / "video" / name)))  # not stacked: the large one would take 130 MB more
+    frames = list(video.frames(str(real / "video" / name)))  # not stacked: the large one would take 130 MB more
     assert [f.shape for f in frames] == [(height, width, 3)] * T
     assert all(f.dtype == np.uint8 and f.std() > 10 for f in frames[::20])
     assert any((a != b).any() for a, b in zip(frames, frames[1:]))
 
 
-@pytest.mark.parametrize("split", data.SPLITS)
+@pytest.mark.parametrize("split", SPLITS)
 def test_real_phoenix_frames(real, split):
     (folder,) = (real / "phoenix14t/PHOENIX-2014-T-release-v3/PHOENIX-2014-T/features/fullFrame-210x260px" / split).iterdir()
     video = read_video(str(folder))
@@ -235,7 +237,7 @@ def test_prepare(tmp_path, clips, capsys):
     fake = Fake()
     prepare("own", clips, str(tmp_path / "data"), fake)
     assert sorted(fake.seen) == [f"{i}.bin" for i in range(7)]
-    assert stores(tmp_path, "data").keys() == {f"{s}.jsonl" for s in data.SPLITS} | {f"fake/{s}.safetensors" for s in data.SPLITS}
+    assert stores(tmp_path, "data").keys() == {f"{s}.jsonl" for s in SPLITS} | {f"fake/{s}.safetensors" for s in SPLITS}
     for split, rows in clips.items():
         path = tmp_path / "data" / "own" / "fake" / f"{split}.safetensors"
         store, arrays = Store(str(path)), safetensors.numpy.load_file(path)  # the format's own reader agrees
@@ -582,7 +584,7 @@ def split(tmp_path):
     def make(*lens, max_frames=0):
         os.makedirs(tmp_path / "own" / "cnn", exist_ok=True)
         arrays = {f"clip{i}": np.arange(n, dtype=np.float16)[:, None].repeat(2, 1) for i, n in enumerate(lens)}
-        data.write_store(str(tmp_path / "own/cnn/train.safetensors"), {k: a.shape for k, a in arrays.items()}, arrays.__getitem__, {})
+        video.write_store(str(tmp_path / "own/cnn/train.safetensors"), {k: a.shape for k, a in arrays.items()}, arrays.__getitem__, {})
         (tmp_path / "own/train.jsonl").write_text("".join(json.dumps({"name": n, "text": "30 31", "frames": len(a)}) + "\n" for n, a in arrays.items()))
         return Clips(str(tmp_path), "own", "cnn", "train", max_frames)
     return make

@@ -17,10 +17,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import data
+import video
 from config import BadInput
-from data import Clips, Extractor, Store, prepare
-from readers import read_clips
+from data import Clips
+from readers import SPLITS, read_clips
+from video import Extractor, Store, prepare
 from scripts import bench
 from scripts.bench import TABLE5
 from scripts.toy import write_mp4
@@ -87,7 +88,7 @@ def test_a_clip_alone_has_the_same_features(root, want, tmp_path, monkeypatch):
     monkeypatch.setattr(Extractor, "compute", lambda self, batch: batches.append(batch.shape) or compute(self, batch))
     assert run(root, tmp_path) == want
     assert batches == [(32, 64, 64, 3)] * 7  # across the borders of clips; clip by clip it would be twelve
-    for split in data.SPLITS:
+    for split in SPLITS:
         clips = Clips(str(tmp_path), "own", "toycnn", split)
         for row in clips.rows:
             assert row["frames"] == LENGTHS[row["name"]]
@@ -96,7 +97,7 @@ def test_a_clip_alone_has_the_same_features(root, want, tmp_path, monkeypatch):
 
 def test_googlenet_does_not_see_a_frame_s_place_in_the_batch():
     extractor = Extractor("googlenet", "random", "cpu")
-    batch = noise(data.BATCH, size=(224, 224))
+    batch = noise(video.BATCH, size=(224, 224))
     a = extractor.compute(batch)
     assert a.shape == (32, 1024) and np.isfinite(a).all() and a.astype(float).std() > 0.01 and np.array_equal(extractor.compute(np.roll(batch, 5, 0)), np.roll(a, 5, 0))
 
@@ -128,7 +129,7 @@ def test_killed_program_goes_on(root, want, tmp_path, processes):
 
 @pytest.mark.parametrize("code", [1, -signal.SIGKILL])
 def test_a_dead_worker_is_one_line(root, want, tmp_path, monkeypatch, code):
-    whole = data.frames
+    whole = video.frames
 
     def dies(path, *args, **kwargs):
         if path.endswith("f.mp4") and torch.utils.data.get_worker_info():
@@ -136,7 +137,7 @@ def test_a_dead_worker_is_one_line(root, want, tmp_path, monkeypatch, code):
             os._exit(1) if code == 1 else os.kill(os.getpid(), -code)
         return whole(path, *args, **kwargs)
     with monkeypatch.context() as m:
-        m.setattr(data, "frames", dies)
+        m.setattr(video, "frames", dies)
         with pytest.raises(BadInput, match="^a process that decodes was killed.*workers=1"):
             run(root, tmp_path, workers=2)
     assert any((tmp_path / "own/toycnn/.parts").iterdir())
@@ -146,7 +147,7 @@ def test_a_dead_worker_is_one_line(root, want, tmp_path, monkeypatch, code):
 def test_a_mistake_in_a_worker_is_no_dead_worker(root, tmp_path, monkeypatch):
     def wrong(*args, **kwargs):
         raise RuntimeError("a mistake in the code")
-    monkeypatch.setattr(data, "frames", wrong)
+    monkeypatch.setattr(video, "frames", wrong)
     with pytest.raises(RuntimeError, match="a mistake in the code"):
         run(root, tmp_path, workers=1)
 
@@ -158,8 +159,8 @@ def test_long_clips_come_in_pieces(monkeypatch):
         for i in range(10**6):
             decoded.append(i)
             yield np.zeros((64, 64, 3), np.uint8)
-    monkeypatch.setattr(data, "frames", endless)
-    pieces = iter(data.Decoder(["a.mp4"], 64, 64))
+    monkeypatch.setattr(video, "frames", endless)
+    pieces = iter(video.Decoder(["a.mp4"], 64, 64))
     for n in (1, 2, 3):
         assert next(pieces)[1].shape == (16, 64, 64, 3) and len(decoded) == 16 * n
 
@@ -214,13 +215,13 @@ def test_only_broken_clips(broken, tmp_path):
 
 @pytest.mark.parametrize("limit, value, says", [("MAX_SIDE", 47, "40x48"), ("MAX_FRAMES", 39, "longer")])
 def test_absurd_sizes(root, monkeypatch, limit, value, says):
-    assert len(list(data.frames(str(root / "a.mp4"), 16))) == 40
-    monkeypatch.setattr(data, limit, value + 1)
-    assert len(list(data.frames(str(root / "a.mp4"), 16))) == 40  # as much as is allowed
-    monkeypatch.setattr(data, limit, value)
-    with pytest.raises(BadInput, match=f"a.mp4.*{says}.*|a.mp4.*data.{limit} = {value}") as e:
-        list(data.frames(str(root / "a.mp4"), 16))
-    assert f"data.{limit} = {value}" in str(e.value) and says in str(e.value)
+    assert len(list(video.frames(str(root / "a.mp4"), 16))) == 40
+    monkeypatch.setattr(video, limit, value + 1)
+    assert len(list(video.frames(str(root / "a.mp4"), 16))) == 40  # as much as is allowed
+    monkeypatch.setattr(video, limit, value)
+    with pytest.raises(BadInput, match=f"a.mp4.*{says}.*|a.mp4.*video.{limit} = {value}") as e:
+        list(video.frames(str(root / "a.mp4"), 16))
+    assert f"video.{limit} = {value}" in str(e.value) and says in str(e.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -240,7 +241,7 @@ def shades(path, times, fps=1000):
 
 
 def filmed(path, **how):
-    return [f.mean() / 100 for f in data.frames(path, **how)]
+    return [f.mean() / 100 for f in video.frames(path, **how)]
 
 
 @pytest.mark.parametrize("own, n, fps, times", [
@@ -250,7 +251,7 @@ def filmed(path, **how):
     (24.9, 50, 25, [k / 24.9 for k in range(50)])])  # within 1 %: as they are
 def test_resampling(tmp_path, own, n, fps, times):
     path = shades(tmp_path / "a.mp4", [k / own for k in range(n)])
-    assert data.rate_of(path) == pytest.approx(own, rel=0.005)
+    assert video.rate_of(path) == pytest.approx(own, rel=0.005)
     got = filmed(path, fps=fps)
     assert len(got) == len(times) and max(abs(a - b) for a, b in zip(got, times)) < 0.03
     assert len(filmed(path)) == n
@@ -272,7 +273,7 @@ def test_folders_of_frames_have_the_rate_that_is_said(tmp_path):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), 10 * i, np.uint8))))
             container.mux(stream.encode())
     assert len(filmed(str(tmp_path), fps=25, rate=50)) == 5 and len(filmed(str(tmp_path), fps=25)) == 10 == len(filmed(str(tmp_path), fps=25, rate=25))
-    assert data.rate_of(str(tmp_path)) == 0 and data.rate_of(str(tmp_path), 30.0) == 30
+    assert video.rate_of(str(tmp_path)) == 0 and video.rate_of(str(tmp_path), 30.0) == 30
 
 
 def fps_of(home, split="train"):
@@ -326,7 +327,7 @@ def test_timm(timm, root, tmp_path, name, width, size, crop, mean):
     how = timm.data.resolve_model_data_config(extractor.cnn)
     assert (how["input_size"][1], int(how["input_size"][1] / how["crop_pct"]), how["mean"][0], how["interpolation"]) == (crop, size, mean, "bicubic")
     low = (size - crop) // 2
-    x = torch.from_numpy(np.stack(list(data.frames(path, size, "BICUBIC")))[:, low:low + crop, low:low + crop]).permute(0, 3, 1, 2) / 255
+    x = torch.from_numpy(np.stack(list(video.frames(path, size, "BICUBIC")))[:, low:low + crop, low:low + crop]).permute(0, 3, 1, 2) / 255
     x = (x - torch.tensor(how["mean"]).view(3, 1, 1)) / torch.tensor(how["std"]).view(3, 1, 1)
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(features).float(), extractor.cnn(x), rtol=5e-3, atol=1e-3)

@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from model import LLaMA, ModelArgs, to_hf
+from model import LLaMA, ModelArgs
+from weights import to_hf
 
 ROOT = Path(__file__).parent.parent
 SIZE = dict(dim=2048, n_layers=14, n_heads=16, n_kv_heads=16, hidden_dim=5632, vocab_size=8000, head_dim=128)
@@ -39,8 +40,9 @@ device = torch.device("cpu")
 train.setup(device)
 peak = held()
 threading.Thread(target=watch, daemon=True).start()
-model = train.build(cfg, open_llm(cfg.llm)[0], 64, device, torch.float32)
-model.load(cfg.llm, device, 0)
+raw = open_llm(cfg.llm)
+model = train.build(cfg, raw.args, 64, device, torch.float32)
+model.load(raw, device, 0)
 assert not any(p.is_meta for p in model.parameters())
 time.sleep(0.05)
 print("HELD", peak, sum(p.to_local().double().sum().item() for k, p in model.named_parameters() if k.startswith("llm.") and "lora_" not in k), flush=True)

@@ -20,7 +20,8 @@ from config import BadInput
 from data import Sample, Tokenizer, pack
 from eval import generate, translate
 from model import SIZES as LLM_SIZES
-from model import Cache, Docs, GoogLeNet, LLaMA, LocalTransformer, ModelArgs, RandomCNN, SLLaMA, describe, from_hf, init_weight, local_attention, open_llm, to_hf
+from model import Cache, Docs, GoogLeNet, LLaMA, LocalTransformer, ModelArgs, RandomCNN, SLLaMA, init_weight, local_attention, open_llm
+from weights import from_hf, to_hf
 
 SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=256)
@@ -206,9 +207,9 @@ def test_params_that_the_weights_contradict(tmp_path, key, value):
 @pytest.mark.parametrize("name, billions", [("7B", 6.738), ("13B", 13.016), ("70B", 68.977), ("vicuna-7b-v1.5", 6.738), ("mistral-7b-instruct-v0.3", 7.248),
                                             ("qwen2-7b-instruct", 7.616), ("deepseek-llm-7b-chat", 6.910), ("chinese-llama-2-7b", 6.929), ("smollm2-135m", 0.1345)])
 def test_sizes(name, billions):
-    args, shapes, _ = open_llm(f"random:{name}")  # the published numbers of parameters
-    assert sum(torch.Size(s).numel() for s in shapes.values()) / 1e9 == pytest.approx(billions, abs=0.0006)
-    assert f"{args.n_layers} layers" in describe(f"random:{name}", args, shapes, torch.bfloat16) and name in LLM_SIZES
+    raw = open_llm(f"random:{name}")  # the published numbers of parameters
+    assert sum(torch.Size(s).numel() for s in raw.shapes.values()) / 1e9 == pytest.approx(billions, abs=0.0006)
+    assert f"{raw.args.n_layers} layers" in raw.describe(torch.bfloat16) and name in LLM_SIZES
 
 
 def test_random_weights(monkeypatch):
@@ -593,10 +594,11 @@ def tiny_sllama(folder, tensors={}, seed=0, **changes):
     hf_folder(folder)
     cfg = SimpleNamespace(**{**dict(ltn=True, ltn_dim=16, ltn_layers=1, ltn_heads=2, window=4, adaptor="mlp", prompt="{clip}", language="German",
                                     label_smoothing=0.0), **changes})
+    raw = open_llm(str(folder))
     with torch.device("meta"):
-        model = SLLaMA(open_llm(str(folder))[0], 24, cfg)
+        model = SLLaMA(raw.args, 24, cfg)
     model.llm.requires_grad_(False)
-    model.load(str(folder), "cpu", seed, tensors)
+    model.load(raw, "cpu", seed, tensors)
     return model.eval()
 
 

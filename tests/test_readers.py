@@ -25,10 +25,12 @@ import torch
 import data
 import pickles
 import readers
+import video
 from conftest import ROOT
-from data import Clips, Store
+from data import Clips
 from pickles import read_pickle
 from readers import READERS, SPLITS, check, deal_out, read_clips, read_csl_daily, read_gfslt, read_how2sign, read_openasl, read_phoenix14t, read_slt
+from video import Store
 from test_data import bad, shades, write_image
 
 
@@ -80,7 +82,7 @@ def test_real_own_clips(real):
     splits, dealt = read_clips(str(real / "isl"))
     assert len(splits["train"]) == 10 and not splits["dev"] and not splits["test"] and not dealt
     for row in splits["train"]:
-        sizes = {f.shape for f in data.frames(row["video"], 32)}  # decoded in full, kept small
+        sizes = {f.shape for f in video.frames(row["video"], 32)}  # decoded in full, kept small
         assert sizes == {(32, 32, 3)}, row["video"]
     assert {"name": "sit_down", "text": "sit down", "video": str(real / "isl" / "sit_down.gif")} in splits["train"]
 

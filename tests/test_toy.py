@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from data import Tokenizer, read_video, stateless
+from data import Tokenizer, stateless
 from model import LLaMA
+from video import read_video
 from scripts import toy
 
 
