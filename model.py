@@ -160,19 +160,20 @@ def local_attention(q, k, v, window, doc=None):
     around them, so time and memory grow with T, not T^2; equal to dense attention with the others masked to -inf.
     """
     B, H, T, D = q.shape
-    reach, block = window // 2, 64
-    n = -(-T // block)  # number of blocks
+    reach, block = window // 2, 32
+    n, seen = -(-T // block), block + 2 * reach  # number of blocks, keys that a block's queries meet
     tail = n * block - T  # rows that fill the last block
     doc = torch.zeros(B, T, dtype=torch.long, device=q.device) if doc is None else doc
-    cut = lambda t: t.unfold(2, block + 2 * reach, block).transpose(-1, -2)  # (B, H, T', D) -> (B, H, n, block + 2 reach, D)
-    q = F.pad(q, (0, 0, 0, tail)).reshape(B, H, n, block, D)
+    # blocks become a batch, four dimensions in all: with five, scaled_dot_product_attention has no fused kernel
+    q = F.pad(q, (0, 0, 0, tail)).unflatten(2, (n, block)).transpose(1, 2).flatten(0, 1)  # (B, H, T, D) -> (B n, H, block, D)
+    cut = lambda t: t.unfold(2, seen, block).permute(0, 2, 1, 4, 3).flatten(0, 1)  # (B, H, T', D) -> (B n, H, seen, D)
     k, v = (cut(F.pad(t, (0, 0, reach, reach + tail))) for t in (k, v))
-    doc_q = F.pad(doc, (0, tail), value=-1).view(B, n, block, 1)  # -1: filling; it sees filling alone, so no row is empty
-    doc_k = F.pad(doc, (reach, reach + tail), value=-1).unfold(1, block + 2 * reach, block)[:, :, None]  # (B, n, 1, block + 2 reach)
-    offset = torch.arange(block + 2 * reach, device=q.device) - reach - torch.arange(block, device=q.device)[:, None]  # j - i
-    mask = (offset.abs() <= reach) & (doc_q == doc_k)  # (B, n, block, block + 2 reach)
+    doc_q = F.pad(doc, (0, tail), value=-1).view(B * n, block, 1)  # -1: filling; it sees filling alone, so no row is empty
+    doc_k = F.pad(doc, (reach, reach + tail), value=-1).unfold(1, seen, block).reshape(B * n, 1, seen)
+    offset = torch.arange(seen, device=q.device) - reach - torch.arange(block, device=q.device)[:, None]  # j - i
+    mask = (offset.abs() <= reach) & (doc_q == doc_k)  # (B n, block, seen)
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
-    return o.reshape(B, H, n * block, D)[:, :, :T]
+    return o.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]  # (B n, H, block, D) -> (B, H, T, D)
 
 
 def causal_attention(q, k, v, docs=None):

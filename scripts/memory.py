@@ -31,8 +31,8 @@ def estimate(cfg, model, clips, micro, prompt, tokenizer, dtype, device):
     blocks = args.n_layers * N * dim * s + kept if cfg.activation_checkpointing else args.n_layers * kept
     vision = F * dim * s * (3 if cfg.adaptor == "mlp" else 2)
     if cfg.ltn and cfg.train_ltn:
-        w, reach = model.adaptor.w1.in_features, cfg.window // 2  # a block of 64 queries sees 64 + 2 reach keys
-        vision += cfg.ltn_layers * F * s * (10 * w + 2 * w * (64 + 2 * reach) // 64 + 4 * (8 * w // 3) + 2 * cfg.ltn_heads * (64 + 2 * reach))
+        w, reach = model.adaptor.w1.in_features, cfg.window // 2  # a block of 32 queries sees 32 + 2 reach keys, and its weights are not kept
+        vision += cfg.ltn_layers * F * s * (11 * w + 2 * w * (32 + 2 * reach) // 32 + 4 * (8 * w // 3)) + F * (32 + 2 * reach)
     back = max(3 * 4 * M * args.vocab_size, N * (3 * hidden + 2 * dim) * s)  # log-softmax and two gradients of it, or the gradients inside a block
     away = ", on the CPU" * (cfg.cpu_offload and device.type == "cuda")
     after = learning * (s + 4) if device.type == "cuda" else 3 * 4 * learning  # gradients before and after the sum; a save's copies are made on the CPU
