@@ -20,9 +20,9 @@ import torch
 from config import BadInput, configure, launch, usage_error, whole
 from data import stateless
 from readers import SPLITS, read_clips
-from video import BATCH, Decoder, Extractor, prepare
 from scripts import bench_llm
 from scripts.toy import write_mp4
+from video import BATCH, Decoder, Extractor, prepare
 
 backbone = "toycnn,googlenet"  # extract: CNNs to measure, with random weights (the time is the same)
 root = ""  # extract: folder of own clips; "" = clips are made: 210x260, 25 frames a second, as PHOENIX-2014T's
@@ -36,7 +36,6 @@ tokenizer = ""  # step, decode, scale: folder of a LLaMA's tokenizer.model; "" =
 batches = 4  # step: batches of 4 clips
 device = "auto"  # auto, cpu, cuda
 out = ""  # also write the figures to this file, as JSON
-
 
 # the paper's Table 5: its CNNs beside GoogLeNet, as timm names them, and the width of their features
 TABLE5 = {"ResNet-34": ("timm/resnet34", 512), "ResNet-50": ("timm/resnet50", 2048), "EfficientNet-B3": ("timm/efficientnet_b3", 1536),

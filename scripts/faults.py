@@ -475,33 +475,23 @@ def killed_extraction(home, processes, rng):
 # The estimate of a run's memory, beside what it then holds
 
 WATCH = """
-import sys, threading, time
+import sys
 sys.path.insert(0, {root!r})
 import train
-
-def held():  # anonymous memory in bytes; the pages of mapped files are not the process's own
-    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    return 1024 * sum(int(status[k].split()[0]) for k in ("RssAnon", "RssShmem"))
-
-def watch():
-    global peak
-    while True:
-        peak = max(peak, held())
-        time.sleep(0.002)
+from scripts.memory import held, watch
 
 def setup(device, real=train.setup):
     global base, peak
     real(device)
     import torch._dynamo  # the optimizer would: part of the program, not of the run
-    base = peak = held()
-    threading.Thread(target=watch, daemon=True).start()  # one for each call, no harm
+    base, peak = held(), watch()
 
 train.setup, train.configure = setup, lambda program, real=train.configure, **more: real(train.__file__, **more)
 sys.argv.append("estimate=true")
 train.main()
 sys.argv.pop()
 train.main()
-print("HELD", peak - base)
+print("HELD", peak[0] - base)
 """
 
 

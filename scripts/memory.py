@@ -1,7 +1,28 @@
 """
-The memory that a run of train.py will need, counted before anything is loaded: `python train.py estimate=true ...` prints it.
+The memory that a run of train.py will need, counted before anything is loaded: `python train.py estimate=true ...` prints it. And what a process really holds.
 """
 import os
+import threading
+import time
+
+
+def held():
+    """Anonymous and shared memory of this process in bytes; pages of mapped files, which the system may drop, are neither."""
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return 1024 * sum(int(status[k].split()[0]) for k in ("RssAnon", "RssShmem"))
+
+
+def watch():
+    """A list of one number: the most that this process has held since, looked at every 2 ms."""
+    peak = [held()]
+
+    def look():
+        while True:
+            peak[0] = max(peak[0], held())
+            time.sleep(0.002)
+
+    threading.Thread(target=look, daemon=True).start()
+    return peak
 
 
 def estimate(cfg, model, clips, micro, prompt, tokenizer, dtype, device):

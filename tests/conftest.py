@@ -2,11 +2,13 @@
 import importlib
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -31,6 +33,40 @@ def import_torchvision():
 
 if importlib.util.find_spec("torchvision"):
     import_torchvision()
+
+
+# two layers of everything, a clip of seven frames or so a sign: seconds, not minutes
+SMALL = ["ltn_dim=32", "ltn_heads=2", "batch_size=6", "epochs=2", "eval_clips=2", "log_every=1", "warmup=2"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a toy of 20 clips in data/."""
+    from scripts import toy
+    home = tmp_path_factory.mktemp("home")
+    toy.build(str(home / "data"), n_train=20, n_dev=4, n_test=4, text_steps=3, text_batch=8)
+    return home
+
+
+@pytest.fixture
+def train_here(home, monkeypatch):
+    """A function of (name, *args): train.main() in this process, a small run under out_dir=name -> its folder out_dir/toy."""
+    import train
+
+    def run(out, *args):
+        monkeypatch.setattr(sys, "argv", ["train.py", f"data_dir={home}/data", f"out_dir={home}/{out}", *SMALL, *args])
+        train.main()
+        return home / out / "toy"
+    return run
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    """A run that ended with an error must not leave its process group or its handlers to the next test."""
+    yield
+    signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

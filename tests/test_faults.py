@@ -12,45 +12,23 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 import train
 from config import BadInput, whole
+from conftest import ROOT, SMALL
 from eval import find_checkpoint
 from model import SLLaMA
-from scripts import faults, toy
-
-ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["ltn_dim=32", "ltn_heads=2", "batch_size=6", "epochs=2", "eval_clips=2", "eval_every=-1", "log_every=1", "warmup=2"]
+from scripts import faults
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder with a toy of 20 clips in data/."""
-    home = tmp_path_factory.mktemp("faults")
-    toy.build(str(home / "data"), n_train=20, n_dev=4, n_test=4, text_steps=3, text_batch=8)
-    return home
-
-
-@pytest.fixture(autouse=True)
-def alone():
-    """A run that ended with an error must not leave its process group or its handlers to the next."""
-    yield
-    signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def run(home, monkeypatch, out, *args):
-    """train.main() in this process -> the run's folder."""
-    monkeypatch.setattr(sys, "argv", ["train.py", f"data_dir={home}/data", f"out_dir={home}/{out}", *SMALL, *args])
-    train.main()
-    return home / out / "toy" / "align"
+@pytest.fixture
+def run(train_here):
+    """A function of (name, *args): an align run without a look at dev, in this process -> its folder."""
+    return lambda out, *args: train_here(out, "eval_every=-1", *args) / "align"
 
 
 def log(folder):
@@ -69,7 +47,7 @@ def test_a_killed_run_goes_on_exactly(home):
 
 def stop(home, out, number, whom, processes):
     """Signal a run after its second step -> (exit code, output, seconds it took to end)."""
-    p = faults.start(home, "train.py", f"out_dir={out}", *SMALL, "epochs=400", processes=processes)
+    p = faults.start(home, "train.py", f"out_dir={out}", *SMALL, "eval_every=-1", "epochs=400", processes=processes)
     log = home / out / "toy" / "align" / "log.jsonl"
     faults.wait_for(p, lambda: log.read_bytes().count(b"\n") if log.exists() else 0, 2, random.Random(0))
     began = time.time()
@@ -92,20 +70,20 @@ def test_a_signal_to_torchrun_or_one_of_its_processes_stops_all_after_the_same_s
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_after_the_step(home, monkeypatch, capsys, number):
+def test_a_signal_stops_after_the_step(run, home, monkeypatch, capsys, number):
     def micro_batch(*args, calls=[], real=train.micro_batch):
         calls.append(os.kill(os.getpid(), number) if len(calls) == 3 else 0)  # while step 4 is made ready: three have been taken
         return real(*args)
 
-    unhurt = run(home, monkeypatch, f"unhurt{number}")
+    unhurt = run(f"unhurt{number}")
     with monkeypatch.context() as m, pytest.raises(SystemExit) as stopped:
         m.setattr(train, "micro_batch", micro_batch)
-        run(home, monkeypatch, f"stopped{number}")
+        run(f"stopped{number}")
     folder = home / f"stopped{number}" / "toy" / "align"
     said = capsys.readouterr().err.splitlines()[-1]
     assert stopped.value.code == 128 + number and said.startswith(f"train.py: stopped by {signal.Signals(number).name} after step ") and said.endswith(" resume=true")
     assert json.load(open(folder / "last" / "state.json"))["step"] == len(log(folder)) == 3
-    assert not faults.same_run(unhurt, run(home, monkeypatch, f"stopped{number}", "resume=true"))
+    assert not faults.same_run(unhurt, run(f"stopped{number}", "resume=true"))
 
 
 def test_a_second_ctrl_c_ends_at_once_but_not_within_a_second(monkeypatch):
@@ -121,10 +99,10 @@ def test_a_second_ctrl_c_ends_at_once_but_not_within_a_second(monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_stop_while_the_dev_set_is_decoded(home, monkeypatch):
+def test_a_stop_while_the_dev_set_is_decoded(run, home, monkeypatch):
     """The step is kept, and the resumed run decodes first: the same log and the same best/ as without the signal."""
     args = ["eval_every=2", "max_steps=5"]
-    unhurt = run(home, monkeypatch, "unhurt", *args)
+    unhurt = run("unhurt", *args)
     real, calls = train.translate, []
     with monkeypatch.context() as m:
         def translate(*a, **k):
@@ -132,9 +110,9 @@ def test_a_stop_while_the_dev_set_is_decoded(home, monkeypatch):
             return real(*a, **k)
         m.setattr(train, "translate", translate)
         with pytest.raises(SystemExit) as stopped:
-            run(home, monkeypatch, "decoding", *args)
+            run("decoding", *args)
     assert stopped.value.code == 130 and [e["step"] for e in log(home / "decoding" / "toy" / "align")] == [1, 2, 3]
-    hurt = run(home, monkeypatch, "decoding", *args, "resume=true")
+    hurt = run("decoding", *args, "resume=true")
     assert not faults.same_run(unhurt, hurt)
 
 
@@ -155,7 +133,7 @@ train.configure = lambda program, *args, real=train.configure, **more: real(trai
 launch(train.main)
 """)
     began = time.time()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "dies.py", "out_dir=dead", *SMALL]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "dies.py", "out_dir=dead", *SMALL, "eval_every=-1"]
     done = subprocess.run(command, cwd=home, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
     ours = [line for line in done.stderr.splitlines() if line.startswith("dies.py: ")]
     assert done.returncode and ours == ["dies.py: process 1: clip 00007: is upside down"], done.stderr
@@ -183,15 +161,15 @@ def test_a_kill_between_two_renames_does_not_cost_the_older_one(home, monkeypatc
     assert not train.save(str(place / "last"), *faults.small_model(2)) and faults.saved_step(place) == 1
 
 
-def test_keep(home, monkeypatch):
-    folder = run(home, monkeypatch, "keep", "save_every=1", "keep=3", "max_steps=5")
+def test_keep(run):
+    folder = run("keep", "save_every=1", "keep=3", "max_steps=5")
     steps = {p.name: json.load(open(p / "state.json"))["step"] for p in folder.iterdir() if p.is_dir()}
     assert steps == {"last": 5, "last.1": 4, "last.2": 3}
-    run(home, monkeypatch, "keep", "save_every=1", "keep=3", "max_steps=6", "resume=true")
+    run("keep", "save_every=1", "keep=3", "max_steps=6", "resume=true")
     assert json.load(open(folder / "last.2" / "state.json"))["step"] == 4 and find_checkpoint(str(folder / "last.2")).endswith("last.2")
 
 
-def test_a_full_disk_does_not_stop_the_run_before_its_end(home, monkeypatch, capsys):
+def test_a_full_disk_does_not_stop_the_run_before_its_end(run, home, monkeypatch, capsys):
     real = train.save_file
 
     def full(tensors, path, **more):
@@ -201,21 +179,21 @@ def test_a_full_disk_does_not_stop_the_run_before_its_end(home, monkeypatch, cap
 
     monkeypatch.setattr(train, "save_file", full)
     steps = (2, 3)
-    folder = run(home, monkeypatch, "disk", "save_every=1", "max_steps=4")
+    folder = run("disk", "save_every=1", "max_steps=4")
     said = capsys.readouterr().err
     assert said.count("No space left") == 2 and f"{folder}/last: the checkpoint of step 2 could not be written" in said and faults.load_file(folder / "last" / "vision.safetensors")
     assert json.load(open(folder / "last" / "state.json"))["step"] == 4 and not (folder / "last.part").exists()
     steps = (6, 9)
     with pytest.raises(BadInput, match="disk/toy/align/last"):
-        run(home, monkeypatch, "disk", "save_every=1", "max_steps=6", "resume=true")
+        run("disk", "save_every=1", "max_steps=6", "resume=true")
     assert json.load(open(folder / "last" / "state.json"))["step"] == 5  # nothing that was saved is lost
 
 
-def test_a_folder_that_cannot_be_written_is_noticed_before_the_model_is_loaded(home, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_noticed_before_the_model_is_loaded(run, home, monkeypatch):
     (home / "file").write_text("")
     monkeypatch.setattr(SLLaMA, "load", lambda *a: pytest.fail("the model was loaded"))
     with pytest.raises(OSError, match="file"):
-        run(home, monkeypatch, "file")
+        run("file")
 
 
 def test_whole_leaves_the_old_file_and_no_rubbish(tmp_path):
@@ -230,7 +208,7 @@ def test_whole_leaves_the_old_file_and_no_rubbish(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers and memory
 
-def test_steps_that_are_not_finite(home, monkeypatch, capsys):
+def test_steps_that_are_not_finite(run, home, monkeypatch, capsys):
     real = SLLaMA.forward
     bad, calls = {3}, []
 
@@ -240,37 +218,37 @@ def test_steps_that_are_not_finite(home, monkeypatch, capsys):
         return (loss * float("nan") if len(calls) in bad else loss), n
 
     monkeypatch.setattr(SLLaMA, "forward", forward)
-    folder = run(home, monkeypatch, "nan", "max_steps=5", "max_skips=2")
+    folder = run("nan", "max_steps=5", "max_skips=2")
     said = capsys.readouterr().out
     assert said.count("the step is skipped; its clips: 0") == 1 and json.load(open(folder / "last" / "state.json"))["skipped"] == 1
     bad |= {2, 3, 4}
     calls.clear()
     with pytest.raises(BadInput, match=r"max_skips=2 .* clips .* checkpoint of step 2"):
-        run(home, monkeypatch, "nan2", "max_skips=2", "save_every=1")
+        run("nan2", "max_skips=2", "save_every=1")
     assert json.load(open(home / "nan2" / "toy" / "align" / "last" / "state.json"))["step"] == 2  # the first of them was skipped and counted
 
 
-def test_a_run_whose_first_step_was_skipped_goes_on(home, monkeypatch):
+def test_a_run_whose_first_step_was_skipped_goes_on(run, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(SLLaMA, "forward", lambda self, batch, real=SLLaMA.forward: (real(self, batch)[0] * float("inf"), 1))
-        run(home, monkeypatch, "skipped", "max_steps=1")
-    folder = run(home, monkeypatch, "skipped", "max_steps=2", "resume=true")
+        run("skipped", "max_steps=1")
+    folder = run("skipped", "max_steps=2", "resume=true")
     assert [e["step"] for e in log(folder)] == [1, 2] and load_file(folder / "last" / "optimizer.safetensors")
 
 
-def test_a_batch_without_targets_names_its_clips(home, monkeypatch):
+def test_a_batch_without_targets_names_its_clips(run, monkeypatch):
     monkeypatch.setattr(train, "micro_batch", lambda clips, part, *a, real=train.micro_batch: real(clips, [], *a))
     with pytest.raises(BadInput, match=r"step 1: there is no token to learn in clips \d{5}, "):
-        run(home, monkeypatch, "empty")
+        run("empty")
 
 
-def test_out_of_memory_says_what_lowers_it(home, monkeypatch):
+def test_out_of_memory_says_what_lowers_it(run, monkeypatch):
     def forward(self, batch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
     monkeypatch.setattr(SLLaMA, "forward", forward)
     with pytest.raises(BadInput, match=r"step 1: out of memory with 6 clips of \d+ frames, \d+ tokens .*grad_accum=.*batch_size=.*activation_checkpointing=true.*max_frames="):
-        run(home, monkeypatch, "memory")
+        run("memory")
 
 
 @pytest.mark.parametrize("env", [{}, {"MALLOC_MMAP_THRESHOLD_": "131072"}], ids=["as it is", "glibc gives back what is free"])
@@ -300,29 +278,29 @@ def test_hostile_files(home):
 
 @pytest.mark.parametrize("stage, change, word", [("sft", "window=4", "window"), ("sft", "ltn_dim=64", "ltn_dim"), ("sft", "backbone=googlenet", "googlenet"),
                                                  ("align", "lora_rank=4", "lora_rank"), ("align", "adaptor=linear", "adaptor"), ("align", "llm={home}/other", "llm=")])
-def test_a_checkpoint_that_does_not_fit_is_refused_by_name(home, monkeypatch, stage, change, word):
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(run, home, stage, change, word):
     if not (home / "fit").exists():
-        run(home, monkeypatch, "fit", "max_steps=1")
+        run("fit", "max_steps=1")
         shutil.copytree(home / "data" / "toy" / "llm", home / "other")
     with pytest.raises(BadInput, match=word):
-        run(home, monkeypatch, "fit", f"stage={stage}", change.format(home=home), "max_steps=2", *["resume=true"] * (stage == "align"))
+        run("fit", f"stage={stage}", change.format(home=home), "max_steps=2", *["resume=true"] * (stage == "align"))
 
 
-def test_another_data_set_under_the_same_name_is_refused(home, monkeypatch):
+def test_another_data_set_under_the_same_name_is_refused(run, home):
     llm = f"llm={home}/data/toy/llm"
-    run(home, monkeypatch, "moved", "max_steps=1", llm)
+    run("moved", "max_steps=1", llm)
     shutil.copytree(home / "data" / "toy", home / "fewer" / "toy")
     lines = open(home / "fewer" / "toy" / "train.jsonl").readlines()
     (home / "fewer" / "toy" / "train.jsonl").write_text("".join(lines[:-1]))
     with pytest.raises(BadInput, match="20 clips .* has 19 clips"):
-        run(home, monkeypatch, "moved", f"data_dir={home}/fewer", llm, "max_steps=2", "resume=true")
+        run("moved", f"data_dir={home}/fewer", llm, "max_steps=2", "resume=true")
 
 
-def test_features_that_are_not_finite_are_named(home, monkeypatch):
+def test_features_that_are_not_finite_are_named(run, home):
     shutil.copytree(home / "data" / "toy", home / "nanset" / "toy")
     path = home / "nanset" / "toy" / "toycnn" / "train.safetensors"
     tensors = load_file(path)
     next(iter(tensors.values()))[0] = float("nan")
     save_file(tensors, path)
     with pytest.raises(BadInput, match="train.safetensors: .*not finite"):
-        run(home, monkeypatch, "nanset", f"data_dir={home}/nanset")
+        run("nanset", f"data_dir={home}/nanset")

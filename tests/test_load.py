@@ -20,32 +20,22 @@ from weights import to_hf
 ROOT = Path(__file__).parent.parent
 SIZE = dict(dim=2048, n_layers=14, n_heads=16, n_kv_heads=16, hidden_dim=5632, vocab_size=8000, head_dim=128)
 LOAD = """
-import sys, threading, time, torch
+import sys, time, torch
 import train
 from config import configure
 from model import open_llm
-
-def held():  # anonymous and shared memory in bytes; pages of mapped files, which the system may drop, are neither
-    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    return 1024 * sum(int(status[k].split()[0]) for k in ("RssAnon", "RssShmem"))
-
-def watch():
-    global peak
-    while True:
-        peak = max(peak, held())
-        time.sleep(0.002)
+from scripts.memory import watch
 
 cfg = configure(train.__file__, [f"llm={sys.argv[1]}", "stage=sft"], stages=("align", "sft"))
 device = torch.device("cpu")
 train.setup(device)
-peak = held()
-threading.Thread(target=watch, daemon=True).start()
+peak = watch()
 raw = open_llm(cfg.llm)
 model = train.build(cfg, raw.args, 64, device, torch.float32)
 model.load(raw, device, 0)
 assert not any(p.is_meta for p in model.parameters())
 time.sleep(0.05)
-print("HELD", peak, sum(p.to_local().double().sum().item() for k, p in model.named_parameters() if k.startswith("llm.") and "lora_" not in k), flush=True)
+print("HELD", peak[0], sum(p.to_local().double().sum().item() for k, p in model.named_parameters() if k.startswith("llm.") and "lora_" not in k), flush=True)
 """
 
 

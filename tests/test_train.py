@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,34 +18,9 @@ import data
 import eval as evaluation
 import train
 from config import BadInput
+from conftest import ROOT, SMALL
 from model import LLaMA
 from scripts import toy
-
-ROOT = Path(__file__).resolve().parents[1]
-# two layers of everything, a clip of seven frames or so a sign: seconds, not minutes
-SMALL = ["ltn_dim=32", "ltn_heads=2", "batch_size=6", "epochs=2", "eval_clips=2", "log_every=1", "warmup=2"]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder with a toy of 20 clips in data/."""
-    home = tmp_path_factory.mktemp("home")
-    toy.build(str(home / "data"), n_train=20, n_dev=4, n_test=4, text_steps=3, text_batch=8)
-    return home
-
-
-@pytest.fixture(autouse=True)
-def alone():
-    """A run that ended with an error must not leave its process group to the next."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def in_process(home, monkeypatch, out, *args):
-    monkeypatch.setattr(sys, "argv", ["train.py", f"data_dir={home}/data", f"out_dir={home}/{out}", *SMALL, *args])
-    train.main()
-    return home / out / "toy"
 
 
 def in_processes(n, home, out, *args, program="train.py", check=True):
@@ -125,40 +99,40 @@ def test_one_process_is_two_processes_is_accumulation(home):
 
 
 @pytest.mark.parametrize("stage", ["align", "sft"])
-def test_resumed_is_uninterrupted(home, monkeypatch, stage):
+def test_resumed_is_uninterrupted(train_here, stage):
     if stage == "sft":
         for out in ("whole", "halves"):
-            in_process(home, monkeypatch, out, "stage=align", "max_steps=2")
-    whole = in_process(home, monkeypatch, "whole", f"stage={stage}", "lora_dropout=0.1")
-    halves = in_process(home, monkeypatch, "halves", f"stage={stage}", "lora_dropout=0.1", "max_steps=3")
+            train_here(out, "stage=align", "max_steps=2")
+    whole = train_here("whole", f"stage={stage}", "lora_dropout=0.1")
+    halves = train_here("halves", f"stage={stage}", "lora_dropout=0.1", "max_steps=3")
     # a line that was logged after the checkpoint belongs to a future that did not happen
     with open(halves / stage / "log.jsonl", "a") as f:
         f.write('{"step": 4, "loss": 99.0}\n{"step": 5, "lo')
-    in_process(home, monkeypatch, "halves", f"stage={stage}", "lora_dropout=0.1", "resume=true")
+    train_here("halves", f"stage={stage}", "lora_dropout=0.1", "resume=true")
     same(weights(whole, stage), weights(halves, stage))
     same(weights(whole, stage, "optimizer"), weights(halves, stage, "optimizer"))
     assert losses(whole / stage) == losses(halves / stage)
 
 
-def test_resumed_with_another_number_of_processes_or_micro_batches(home, monkeypatch):
+def test_resumed_with_another_number_of_processes_or_micro_batches(train_here, home, monkeypatch):
     monkeypatch.chdir(home)  # where the others are started: the same relative paths
-    whole = in_process(home, monkeypatch, "whole1", "max_steps=6")
+    whole = train_here("whole1", "max_steps=6")
     spawn_train(2, home, "parts", "max_steps=2")
-    in_process(home, monkeypatch, "parts", "max_steps=4", "resume=true", "grad_accum=2")
+    train_here("parts", "max_steps=4", "resume=true", "grad_accum=2")
     parts = spawn_train(2, home, "parts", "max_steps=6", "resume=true")
     assert losses(parts / "align") == pytest.approx(losses(whole / "align"), rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", ["align", "sft"])
-def test_frozen_weights_stay_bitwise(home, monkeypatch, stage):
+def test_frozen_weights_stay_bitwise(train_here, home, monkeypatch, stage):
     """align leaves the whole LLM as it was, sft its base weights and the local transformer; what is to learn, learns."""
     seen = {}
     keep = lambda folder, model, *_: seen.update({k: v.full_tensor().detach().clone() if hasattr(v, "full_tensor") else v.clone() for k, v in model.named_parameters()})
     if stage == "sft":
-        in_process(home, monkeypatch, "frozen", "stage=align", "max_steps=1")
+        train_here("frozen", "stage=align", "max_steps=1")
         before = weights(home / "frozen" / "toy", "align")
     monkeypatch.setattr(train, "save", keep)
-    in_process(home, monkeypatch, "frozen", f"stage={stage}", "max_steps=2", "train_embeddings=false")
+    train_here("frozen", f"stage={stage}", "max_steps=2", "train_embeddings=false")
     for name, w in LLaMA.from_pretrained(str(home / "data" / "toy" / "llm")).state_dict().items():
         assert torch.equal(seen["llm." + name], w), name
     if stage == "sft":
@@ -167,30 +141,30 @@ def test_frozen_weights_stay_bitwise(home, monkeypatch, stage):
         assert all(seen[k].abs().max() > 0 for k in seen if k.endswith("lora_B"))
 
 
-def test_variants_of_the_model_train_and_load_again(home, monkeypatch):
+def test_variants_of_the_model_train_and_load_again(train_here):
     """Tables 3, 4, 6 and the switches of the machine: each a few steps, then a translation from the checkpoint."""
     for n, args in enumerate((["adaptor=linear", "ltn=false"], ["adaptor=mlp_noact", "window=4", "activation_checkpointing=true"], ["ltn_dim=0", "max_frames=10"])):
-        in_process(home, monkeypatch, f"variant{n}", "stage=align", "max_steps=1", *args)
-        run = in_process(home, monkeypatch, f"variant{n}", "stage=sft", "max_steps=1", "train_embeddings=true", "freeze_llm=" + str(n == 1).lower(), *args)
+        train_here(f"variant{n}", "stage=align", "max_steps=1", *args)
+        run = train_here(f"variant{n}", "stage=sft", "max_steps=1", "train_embeddings=true", "freeze_llm=" + str(n == 1).lower(), *args)
         assert ("llm.tok_embeddings.weight" in weights(run, "sft")) and (run / "sft" / "last" / "adapter_model.safetensors").exists() == (n != 1)
         sllama, tokenizer, _ = evaluation.load_model(str(run / "sft"))
         assert evaluation.translate(sllama, [torch.randn(9, 1024)], tokenizer, max_new_tokens=3)[0] is not None
 
 
-def test_an_earlier_run_is_moved_aside(home, monkeypatch):
-    run = in_process(home, monkeypatch, "again", "max_steps=1")
+def test_an_earlier_run_is_moved_aside(train_here):
+    run = train_here("again", "max_steps=1")
     first = weights(run, "align")
-    in_process(home, monkeypatch, "again", "max_steps=1", "seed=5")
+    train_here("again", "max_steps=1", "seed=5")
     same(first, load_file(run / "align.1" / "last" / "vision.safetensors"))
 
 
-def test_what_does_not_fit_is_named(home, monkeypatch):
-    run = in_process(home, monkeypatch, "fits", "max_steps=1")
+def test_what_does_not_fit_is_named(train_here, home):
+    run = train_here("fits", "max_steps=1")
     for args, word in ((["stage=sft", "window=4"], "window=8"), (["stage=align", "resume=true", "seed=2"], "seed=1337"),
                        (["stage=sft", "init_from=nowhere"], "nowhere"), (["stage=sft", "ltn_dim=64"], "ltn_dim=32"),
                        (["dataset=nothing", f"llm={home}/data/toy/llm"], "nothing"), (["stage=align", "resume=true", "warmup=3"], "warmup=2"), ([f"llm={home}"], "tokenizer")):
         with pytest.raises(BadInput, match=word):
-            in_process(home, monkeypatch, "fits", *args)
+            train_here("fits", *args)
         dist.is_initialized() and dist.destroy_process_group()
     assert weights(run, "align")  # nothing that was saved is lost
 
