@@ -107,7 +107,7 @@ SETTINGS = {
     "toy": {
         "is": "toy, 500 clips, tiny LLMs",
         # Table 5 is a trial of the path alone: few clips at 5 frames a second, and timm's models with random weights
-        "backbones": dict(clips={"train": 20, "dev": 4, "test": 4}, args=["weights=random", "fps=5"]),
+        "backbones": dict(clips={"train": 12, "dev": 4, "test": 4}, args=["weights=random", "fps=5"]),
         "data": {(PHOENIX, size): ["dataset=toy"] for size in ("7B", "13B")} | {(CSL, size): ["dataset=toy_zh", "language=Chinese"] for size in ("7B", "13B")},
         "llm": {"7B": "llm", "13B": "llm_13b", "Vicuna-7B-v1.5": "llm_vicuna", "Mistral-7B-Instruct-v0.3": "llm_mistral", "Qwen2-7B-Instruct": "llm_qwen2",
                 "DeepSeek-LLM-7B-chat": "llm_deepseek", "Chinese-LLaMA-2-7B": "llm_chinese"},
@@ -138,11 +138,11 @@ def key_of(row, stage):
     return ",".join([llm] + [f"{k}={v}".replace("/", "_") for k, v in sorted(overrides.items()) if stage == "sft" or k not in SFT_ALONE])
 
 
-def run(command, log, cfg):
-    """Run a program of this repository, its output to a log file; BadInput with its last word where it fails."""
+def run(command, log, cfg, beside=0):
+    """Run a program of this repository, its output to a log file; BadInput with its last word where it fails. beside: runs that share the cores, 0 = jobs."""
     os.makedirs(os.path.dirname(log), exist_ok=True)
     start = [sys.executable] if cfg.processes == 1 else [os.path.join(os.path.dirname(sys.executable), "torchrun"), f"--nproc_per_node={cfg.processes}", "--master_port=0"]
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (cfg.jobs * cfg.processes)))}
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ((beside or cfg.jobs) * cfg.processes)))}
     with open(log, "a") as out:
         out.write(f"$ {' '.join(command)}\n")
         out.flush()
@@ -181,7 +181,9 @@ def prepare(rows, cfg):
                 show(done, unit="LLMs")
     few = SETTINGS["toy"]["backbones"]
     root = os.path.join(cfg.data_dir, "toy_backbones", "clips")
-    for backbone in sorted({row[3]["backbone"] for row in rows if "backbone" in row[3]}):
+    backbones = sorted({row[3]["backbone"] for row in rows if "backbone" in row[3]})
+    show = Progress("features", len(backbones))
+    for done, backbone in enumerate(backbones, 1):
         if not os.path.exists(os.path.join(root, "clips.tsv")):
             os.makedirs(root, exist_ok=True)
             with open(os.path.join(cfg.data_dir, "toy", "clips", "clips.tsv"), encoding="utf-8") as f:
@@ -192,7 +194,8 @@ def prepare(rows, cfg):
             with whole(os.path.join(root, "clips.tsv")) as f:
                 f.write("\n".join([header, *chosen]) + "\n")
         run(["data.py", "dataset=toy_backbones", "reader=clips", f"root={root}", f"data_dir={cfg.data_dir}", f"backbone={backbone}", *few["args"]],
-            os.path.join(cfg.out_dir, "tables", "logs", f"toy_backbones,{backbone.replace('/', '_')}.log"), cfg)
+            os.path.join(cfg.out_dir, "tables", "logs", f"toy_backbones,{backbone.replace('/', '_')}.log"), cfg, beside=1)
+        show(done, unit="backbones")
 
 
 def mean(values):
@@ -209,7 +212,7 @@ def write(number, scores, cfg):
         lines.append(f"| {name}{f' ({note})' if note else ''} | {rouge or '-'} | {bleu4} | | | |")
         cells.append([name + (f" ({note})" if note else ""), rouge or "", bleu4] + [""] * 7)
     for (label, _, data, overrides, (rouge, bleu4)), found in zip(ROWS[number], scores):
-        where = is_on + (", 20 clips and random weights: shows that it runs, no more" if cfg.setting == "toy" and "backbone" in overrides else "")
+        where = is_on + (", 12 clips and random weights: shows that it runs, no more" if cfg.setting == "toy" and "backbone" in overrides else "")
         if data == CSL and cfg.setting == "toy":
             where = where.replace("toy", "Chinese toy")
         if not found:
