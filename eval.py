@@ -164,15 +164,15 @@ def print_scores(title, rows):
 @torch.no_grad()
 def generate(llm, h, docs, eos_ids, beam=1, length_penalty=1.0, max_new_tokens=200):
     """
-    Beam search (beam=1: greedy) from packed prefixes, h (1, N, dim) as docs lays them out. Returns for each document
+    Beam search (beam=1: greedy) from packed prefixes, h (1, N, dim), of lengths docs. Returns for each
     (token ids without EOS, whether EOS was reached). A hypothesis scores sum(log p) / ((5+len)/6)**length_penalty (Wu et al. 2016,
     eq. 14); a clip is done once `beam` of its hypotheses have ended. Every step is one cached forward of n x beam tokens.
     """
-    n, device = len(docs.lens), h.device
+    n, device = len(docs), h.device
+    lens = torch.tensor(docs, device=device)
     rows, eos = torch.arange(n, device=device)[:, None], torch.tensor(eos_ids, device=device)
-    cache = Cache(docs, beam, max_new_tokens)
-    pos = docs.back % docs.rows.shape[1]  # position within each document
-    logits = llm(h=h, pos=pos[None], docs=docs, cache=cache, at=docs.lens.cumsum(0) - 1)[0]  # (n, V)
+    cache = Cache(docs, beam, max_new_tokens, device)
+    logits = llm(h=h, docs=docs, cache=cache, at=lens.cumsum(0) - 1)[0]  # (n, V)
     logits = logits[:, None].expand(n, beam, -1)
     scores = torch.full((n, beam), float("-inf"), device=device)
     scores[:, 0] = 0.0  # the beams are one and the same at first
@@ -201,7 +201,7 @@ def generate(llm, h, docs, eos_ids, beam=1, length_penalty=1.0, max_new_tokens=2
             break
         cache.reorder(source)
         cache.step = step
-        logits = llm(h=llm.tok_embeddings(token), pos=(docs.lens[:, None] + step).expand(n, beam), cache=cache)  # (n, beam, V)
+        logits = llm(h=llm.tok_embeddings(token), pos=(lens[:, None] + step).expand(n, beam), cache=cache)  # (n, beam, V)
     ended = best_score.isfinite()  # else the clip's best beam as far as it came
     return [(best[i, :best_len[i]].tolist(), True) if ended[i] else (tokens[i, 0].tolist(), False) for i in range(n)]
 

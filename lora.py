@@ -45,8 +45,8 @@ class LoRALinear(nn.Linear):
         self.train(base.training)  # a new module is in training mode, and would drop out inside a model that is not
 
     def forward(self, x):
-        down = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., in) -> (..., rank)
-        return F.linear(x, self.weight, self.bias) + self.alpha / len(self.lora_A) * F.linear(down, self.lora_B.to(x.dtype))
+        down = F.linear(self.dropout(x), self.lora_A.to(x.dtype)) * (self.alpha / len(self.lora_A))  # (..., in) -> (..., rank)
+        return F.linear(x, self.weight, self.bias) + F.linear(down, self.lora_B.to(x.dtype))
 
 
 def layers(llama, kind=LoRALinear):

@@ -118,7 +118,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight  # fp32 inside, whatever the model runs in
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)  # computes in fp32, whatever the model runs in
 
 
 class FeedForward(nn.Module):
@@ -135,14 +135,14 @@ class FeedForward(nn.Module):
 
 
 def rope_table(pos, head_dim, theta=10000.0, scaling=None):
-    """pos (...) -> cos, sin (..., 1, D) fp32. Made anew each forward: a table kept as a buffer would come back as garbage from the meta device."""
+    """pos (...) -> cos, sin (..., 1, D/2) fp32. Made anew each forward: a table kept as a buffer would come back as garbage from the meta device."""
     inv = theta ** (-torch.arange(0, head_dim, 2, device=pos.device, dtype=torch.float32) / head_dim)
     if scaling:  # LLaMA 3.1: long wavelengths are stretched by `factor`, short ones kept, those between blended
         turns = scaling["original_max_position_embeddings"] * inv / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         inv = keep * inv + (1 - keep) * inv / scaling["factor"]
-    angle = pos[..., None, None].float() * torch.cat([inv, inv])  # (..., 1, D)
+    angle = pos[..., None, None].float() * inv  # (..., 1, D/2)
     return angle.cos(), angle.sin()
 
 
@@ -150,7 +150,7 @@ def rotate(x, rope):
     """Rotary positions in the rotate-half layout of Hugging Face files; x (B, T, H, D)."""
     cos, sin = rope
     a, b = x.float().chunk(2, -1)
-    return (x * cos + torch.cat([-b, a], -1) * sin).type_as(x)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).type_as(x)
 
 
 def local_attention(q, k, v, window, doc=None):
@@ -178,33 +178,12 @@ def local_attention(q, k, v, window, doc=None):
 
 def causal_attention(q, k, v, docs=None):
     """
-    q (B, T, H, D), k, v (B, T, Hkv, D) -> (B, T, H*D). docs: None, or the packing of a stream (B == 1) as data.pack makes it.
-    The documents of a stream are laid side by side, right-padded, for this one call: being causal, no real query sees the filling,
-    so that the fused kernel runs without a mask. Everything else in the model works on the stream, where there is no filling.
+    q (B, T, H, D), k, v (B, T, Hkv, D) -> (B, T, H*D). docs: lengths of the documents that are packed in a stream (B == 1), or None. Each attends to
+    itself alone, in a call of its own: the fused kernel then needs no mask, and there is no filling, whose cost would grow with the square of the longest.
     """
-    B, T, H, D = q.shape
-    if docs is not None:
-        q, k, v = (t[0][docs.rows] for t in (q, k, v))  # (1, N, H, D) -> (documents, longest, H, D)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    o = o.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H*D)
-    return o if docs is None else o.flatten(0, 1)[docs.back][None]  # (documents, longest, H*D) -> (1, N, H*D)
-
-
-@dataclass
-class Docs:
-    """Where the documents of a packed stream of N tokens lie."""
-    rows: torch.Tensor  # (documents, longest) stream position of each token of each document, filling points to 0
-    back: torch.Tensor  # (N,) position of each token of the stream in rows, flattened
-    lens: torch.Tensor  # (documents,)
-
-    @staticmethod
-    def of(lens, device="cpu"):
-        lens = torch.as_tensor(lens)
-        at = torch.arange(int(lens.max()))
-        real = at < lens[:, None]  # (documents, longest)
-        starts = lens.cumsum(0) - lens
-        return Docs((starts[:, None] + at).masked_fill(~real, 0).to(device), real.flatten().nonzero()[:, 0].to(device), lens.to(device))
+    cut = lambda t: [part.transpose(1, 2) for part in t.split(docs or t.shape[1], 1)]  # (B, T, H, D) -> for each document (B, H, its length, D)
+    o = [F.scaled_dot_product_attention(*doc, is_causal=True, enable_gqa=q.shape[2] != k.shape[2]) for doc in zip(cut(q), cut(k), cut(v))]
+    return torch.cat(o, 2).transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H*D)
 
 
 class Cache:
@@ -214,19 +193,22 @@ class Cache:
     stream, every later one takes one token a beam, h (n, beams, dim), after step was raised.
     """
 
-    def __init__(self, docs, beams, max_new):
+    def __init__(self, docs, beams, max_new, device="cpu"):
         self.docs, self.beams, self.max_new = docs, beams, max_new
-        self.longest = docs.rows.shape[1] + max_new
-        self.filling = torch.arange(docs.rows.shape[1], device=docs.lens.device) >= docs.lens[:, None]  # (n, L) right of the prefix
+        self.longest = max(docs) + max_new
+        lens, at = torch.tensor(docs)[:, None], torch.arange(max(docs))
+        # the prefixes lie side by side here, (n, L): where in the stream each of their tokens stands, and what fills them up on the right
+        self.filling = (at >= lens).to(device)
+        self.rows = (lens.cumsum(0) - lens + at).masked_fill(at >= lens, 0).to(device)
         self.prefix, self.written = {}, {}  # attention module -> keys and values
         self.step = -1  # index of the token being read, counted from the end of the prefix
 
     def attend(self, layer, q, k, v):
         if layer not in self.prefix:
-            docs, (H, D) = self.docs, k.shape[2:]
-            self.prefix[layer] = [t[0][docs.rows].transpose(1, 2) for t in (k, v)]  # (1, N, H, D) -> (n, H, L, D)
-            self.written[layer] = [t.new_empty(len(docs.lens), self.beams, H, self.max_new, D) for t in (k, v)]
-            return causal_attention(q, k, v, docs)
+            H, D = k.shape[2:]
+            self.prefix[layer] = [t[0][self.rows].transpose(1, 2) for t in (k, v)]  # (1, N, H, D) -> (n, H, L, D)
+            self.written[layer] = [t.new_empty(len(self.docs), self.beams, H, self.max_new, D) for t in (k, v)]
+            return causal_attention(q, k, v, self.docs)
         (kp, vp), (kw, vw) = self.prefix[layer], self.written[layer]
         kw[:, :, :, self.step], vw[:, :, :, self.step] = k, v
         kw, vw = (t[:, :, :, :self.step + 1] for t in (kw, vw))  # (n, beams, H, S, D)
@@ -363,15 +345,16 @@ class LLaMA(nn.Module):
     def forward(self, tokens=None, h=None, pos=None, docs=None, cache=None, at=None):
         """
         tokens (B, T) int64 -> logits (B, T, vocab). Or h (B, T, dim) embeddings instead of tokens.
-        docs: h is a packed stream (1, N, dim), pos (1, N) restarts with each document. at: positions of the stream whose logits
-        are wanted -> (1, len(at), vocab). cache: a Cache; its first forward reads the prefixes, the later ones a token a beam.
+        docs: h is a packed stream (1, N, dim) of documents of these lengths, each with its own positions 0, 1, ... at: positions of the stream whose
+        logits are wanted -> (1, len(at), vocab). cache: a Cache; its first forward reads the prefixes, the later ones a token a beam, at position pos.
         """
         h = self.tok_embeddings(tokens) if h is None else h
         B, T, _ = h.shape
-        longest = cache.longest if cache else T if docs is None else docs.rows.shape[1]
+        docs = docs or [T]
+        longest = cache.longest if cache else max(docs)
         if self.args.sliding_window and longest > self.args.sliding_window:
             raise BadInput(f"sliding_window={self.args.sliding_window}: a sequence of {longest} tokens is longer, and the window is not implemented")
-        pos = torch.arange(T, device=h.device)[None] if pos is None else pos
+        pos = torch.cat([torch.arange(n, device=h.device) for n in docs])[None] if pos is None else pos
         rope = rope_table(pos, self.args.head_dim, self.args.rope_theta, self.args.rope_scaling)
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -427,7 +410,7 @@ class SLLaMA(nn.Module):
 
     def forward(self, batch):
         """batch: data.Batch -> (sum of the token losses, number of target tokens); targets are the answer and EOS."""
-        logits = self.llm(h=self.embed(batch), pos=batch.pos[None], docs=batch.docs, at=batch.target_at)[0]
+        logits = self.llm(h=self.embed(batch), docs=batch.docs, at=batch.target_at)[0]
         smooth = self.label_smoothing if self.training else 0.0
         return F.cross_entropy(logits.float(), batch.targets, reduction="sum", label_smoothing=smooth), batch.targets.numel()
 

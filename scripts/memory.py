@@ -36,19 +36,19 @@ def estimate(cfg, model, clips, micro, prompt, tokenizer, dtype, device):
     block = sum(p.numel() for p in model.llm.layers[0].parameters())
     root = sum(p.numel() for p in model.parameters()) - block * args.n_layers
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # the longest micro-batch: F frames and N tokens in documents that attention pads to one length, M of them targets
+    # the longest micro-batch: F frames, N tokens, M of them targets
     frames = lambda i: max(1, round(clips.lengths[i] * (1 - cfg.frame_drop)))
     longest = max(micro, key=lambda m: sum(map(frames, m)))
     answers = [len(tokenizer.encode(clips.rows[i]["text"])) + 1 for i in longest]
     lens = [len(prompt[0]) + frames(i) + len(prompt[1]) + n - 1 for i, n in zip(longest, answers)]
-    F, N, M, padded = sum(map(frames, longest)), sum(lens), sum(answers), len(lens) * max(lens)
+    F, N, M = sum(map(frames, longest)), sum(lens), sum(answers)
     # what autograd keeps of a block. A frozen matrix keeps nothing of its input, one that learns or has LoRA beside it keeps all of it
     s, dim, hidden, wide = dtype.itemsize, args.dim, args.hidden_dim, args.n_heads * args.head_dim
     lora = {"wo": ("o", wide), "w2": ("w2", hidden), "w1": ("ffn", dim), "w3": ("ffn", dim)}
     lora = {} if cfg.freeze_llm else {t if cfg.lora_dropout else of: n for t in cfg.lora_targets.split(",") for of, n in [lora.get(t, ("qkv", dim))]}
     kept = N * (2 * dim * 4 + 3 * hidden * s)  # both norms' inputs in fp32; w1 x, silu(w1 x), w3 x
     kept += N * sum(lora.values()) * (s + (cfg.lora_dropout > 0))  # LoRA's inputs, shared where nothing is dropped out; with the mask
-    kept += padded * 2 * (wide + args.n_kv_heads * args.head_dim) * s + padded * args.n_heads * 4  # q, k, v, their output, a log-sum a row
+    kept += N * 2 * (wide + args.n_kv_heads * args.head_dim) * s + N * args.n_heads * 4  # q, k, v, their output, a log-sum a row
     blocks = args.n_layers * N * dim * s + kept if cfg.activation_checkpointing else args.n_layers * kept
     vision = F * dim * s * (3 if cfg.adaptor == "mlp" else 2)
     if cfg.ltn and cfg.train_ltn:

@@ -20,7 +20,7 @@ from config import BadInput
 from data import Sample, Tokenizer, pack
 from eval import generate, translate
 from model import SIZES as LLM_SIZES
-from model import Cache, Docs, GoogLeNet, LLaMA, LocalTransformer, ModelArgs, RandomCNN, SLLaMA, init_weight, local_attention, open_llm
+from model import Cache, GoogLeNet, LLaMA, LocalTransformer, ModelArgs, RandomCNN, SLLaMA, init_weight, local_attention, open_llm
 from weights import from_hf, to_hf
 
 SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -86,10 +86,10 @@ def distance(model, llama, tokens=TOKENS):
 def cached(llama, tokens):
     """(B, T) -> (B, T, vocab) by one forward over the first third of every row, then one token at a time."""
     B, T = tokens.shape
-    docs = Docs.of([T // 3] * B)
+    docs = [T // 3] * B
     cache = Cache(docs, 1, T - T // 3)
     h = llama.tok_embeddings(tokens)
-    first = llama(h=h[:, :T // 3].reshape(1, -1, h.shape[-1]), pos=torch.arange(T // 3).repeat(B)[None], docs=docs, cache=cache)
+    first = llama(h=h[:, :T // 3].reshape(1, -1, h.shape[-1]), docs=docs, cache=cache)
     out = [first.view(B, T // 3, -1)]
     for i in range(T // 3, T):
         cache.step += 1
@@ -246,7 +246,7 @@ def test_stories260K_continues_as_llama2_c_does(real):
     folder = real / "stories260K"
     llama, tokenizer = LLaMA.from_pretrained(str(folder)), Tokenizer(str(folder))
     start = llama.tok_embeddings(torch.tensor([[tokenizer.bos_id]]))
-    (ids, ended), = generate(llama, start, Docs.of([1]), [tokenizer.bos_id], max_new_tokens=200)  # these weights end a story with BOS
+    (ids, ended), = generate(llama, start, [1], [tokenizer.bos_id], max_new_tokens=200)  # these weights end a story with BOS
     assert not ended
     assert tokenizer.decode(ids).encode() == (real / "stories260K_golden.txt").read_bytes()
 
@@ -298,9 +298,9 @@ def test_sliding_window_shorter_than_the_sequence(tmp_path):
     llama = LLaMA.from_pretrained(str(tmp_path))
     llama(TOKENS[:, :49])
     h = llama.tok_embeddings(TOKENS[:1])
-    llama(h=h, pos=torch.arange(50)[None] % 25, docs=Docs.of([25, 25]))  # a stream may be longer, its documents are not
+    llama(h=h, docs=[25, 25])  # a stream may be longer, its documents are not
     with pytest.raises(BadInput, match="sliding_window"):  # decoding would outgrow it
-        generate(llama, h[:, :40], Docs.of([40]), [1], max_new_tokens=10)
+        generate(llama, h[:, :40], [40], [1], max_new_tokens=10)
     # Qwen2 says how long its window is, and that it does not use it
     hf_folder(tmp_path, kind="qwen2")
     with edit(tmp_path) as c:
@@ -460,13 +460,12 @@ def test_local_transformer_on_two_clips_in_a_stream():
 def test_packed_equals_one_by_one():
     llama, lens = tiny_llama(), [5, 1, 17, 9]
     tokens = TOKENS.flatten()[:sum(lens)]
-    docs, pos = Docs.of(lens), torch.cat([torch.arange(n) for n in lens])
     with torch.no_grad():
         alone = torch.cat([llama(t[None])[0] for t in tokens.split(lens)])
-        packed = llama(tokens[None], pos=pos[None], docs=docs)[0]
+        packed = llama(tokens[None], docs=lens)[0]
         torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
         at = torch.tensor([4, 5, 31, 0])
-        picked = llama(tokens[None], pos=pos[None], docs=docs, at=at)[0]
+        picked = llama(tokens[None], docs=lens, at=at)[0]
     torch.testing.assert_close(picked, alone[at], rtol=1e-4, atol=1e-5)
 
 
@@ -476,8 +475,7 @@ def test_activation_checkpointing_changes_nothing():
         llama = tiny_llama()
         llama.activation_checkpointing = on
         h = llama.tok_embeddings(TOKENS[:1]).detach().requires_grad_()
-        docs, pos = Docs.of([20, 30]), torch.cat([torch.arange(20), torch.arange(30)])
-        loss = F.cross_entropy(llama(h=h, pos=pos[None], docs=docs)[0], TOKENS[1])
+        loss = F.cross_entropy(llama(h=h, docs=[20, 30])[0], TOKENS[1])
         loss.backward()
         found.append([loss.detach(), h.grad] + [p.grad for p in llama.layers.parameters()])
     for a, b in zip(*found):
@@ -516,7 +514,7 @@ def slow_beam(llama, prefix, eos, beam, length_penalty, max_new):
 
 def test_greedy_is_the_argmax_of_full_forwards():
     llama, h = tiny_llama(), prefixes()
-    found = generate(llama, h[None], Docs.of(LENS), [96], max_new_tokens=20)  # 96 is no token: nothing ends it
+    found = generate(llama, h[None], LENS, [96], max_new_tokens=20)  # 96 is no token: nothing ends it
     for prefix, (ids, ended) in zip(h.split(LENS), found):
         assert not ended and len(ids) == 20
         for i, token in enumerate(ids):
@@ -530,19 +528,19 @@ def test_beam_equals_slow_beam_search_and_batched_equals_single(beam, length_pen
     # few words, so that EOS comes up early, late and never
     llama, h = tiny_llama(vocab_size=16), prefixes()
     how = dict(beam=beam, length_penalty=length_penalty, max_new_tokens=9)
-    batched = generate(llama, h[None], Docs.of(LENS), eos, **how)
+    batched = generate(llama, h[None], LENS, eos, **how)
     for prefix, found in zip(h.split(LENS), batched):
         assert found == slow_beam(llama, prefix, eos, beam, length_penalty, 9)
-        assert [found] == generate(llama, prefix[None], Docs.of([len(prefix)]), eos, **how)
+        assert [found] == generate(llama, prefix[None], [len(prefix)], eos, **how)
         assert not set(found[0]) & set(eos)
 
 
 def test_beam_cases_are_not_all_alike():
     llama, h = tiny_llama(vocab_size=16), prefixes()
     for eos in ([3], [1, 3, 5, 7]):
-        lens = {len(ids) for beam in (1, 2, 5) for ids, _ in generate(llama, h[None], Docs.of(LENS), eos, beam=beam, max_new_tokens=9)}
+        lens = {len(ids) for beam in (1, 2, 5) for ids, _ in generate(llama, h[None], LENS, eos, beam=beam, max_new_tokens=9)}
         assert len(lens) > 2, lens
-    penalised = [generate(llama, h[None], Docs.of(LENS), [3], 5, p, 9) for p in (0.0, 2.0)]
+    penalised = [generate(llama, h[None], LENS, [3], 5, p, 9) for p in (0.0, 2.0)]
     assert penalised[0] != penalised[1]
 
 
@@ -550,7 +548,7 @@ def test_beam_cases_are_not_all_alike():
 def test_wide_beam_finds_the_best_of_all_answers(length_penalty):
     llama, h, eos = tiny_llama(vocab_size=5), prefixes(), 2
     words = [0, 1, 3, 4]
-    found = generate(llama, h[None], Docs.of(LENS), [eos], beam=100, length_penalty=length_penalty, max_new_tokens=3)  # nothing falls off the beam
+    found = generate(llama, h[None], LENS, [eos], beam=100, length_penalty=length_penalty, max_new_tokens=3)  # nothing falls off the beam
     for prefix, (ids, ended) in zip(h.split(LENS), found):
         scores = {}
         for n in range(3):
@@ -562,10 +560,10 @@ def test_wide_beam_finds_the_best_of_all_answers(length_penalty):
 
 def test_max_new_tokens_cuts():
     llama, h = tiny_llama(), prefixes()
-    long = generate(llama, h[None], Docs.of(LENS), [96], max_new_tokens=12)
-    short = generate(llama, h[None], Docs.of(LENS), [96], max_new_tokens=4)
+    long = generate(llama, h[None], LENS, [96], max_new_tokens=12)
+    short = generate(llama, h[None], LENS, [96], max_new_tokens=4)
     assert [(ids[:4], False) for ids, _ in long] == short
-    assert all(len(ids) == 1 and not ended for ids, ended in generate(llama, h[None], Docs.of(LENS), [96], beam=3, max_new_tokens=1))
+    assert all(len(ids) == 1 and not ended for ids, ended in generate(llama, h[None], LENS, [96], beam=3, max_new_tokens=1))
 
 
 class Words:
@@ -651,7 +649,6 @@ def test_targets_by_hand():
     batch = pack(two_clips())
     #                               0  1  2  3  4  5  6  7    8  9 10 11 12  13
     assert batch.tokens.tolist() == [1, 5, 0, 0, 0, 7, 8, 9] + [1, 5, 0, 0, 7, 10]
-    assert batch.pos.tolist() == [0, 1, 2, 3, 4, 5, 6, 7] + [0, 1, 2, 3, 4, 5]
     assert batch.frame_at.tolist() == [2, 3, 4, 10, 11] and batch.clip.tolist() == [0, 0, 0, 1, 1]
     assert batch.target_at.tolist() == [5, 6, 7, 12, 13]  # the last of the prompt, and each token of the answer
     assert batch.targets.tolist() == [8, 9, 2, 10, 2]  # the answers and their EOS, nothing else

@@ -142,16 +142,16 @@ def test_content_words():
 def test_text_batches(trained, every):
     texts = [g for *_, g in every[:12]]
     tokenizer = trained.tokenizer
-    tokens, pos, docs, at, targets, signed = toy.text_batch_of(texts, tokenizer, stateless(0))
+    tokens, docs, at, targets, signed = toy.text_batch_of(texts, tokenizer, stateless(0))
     N = tokens.shape[1]
-    assert tokens.shape == pos.shape == (1, N) and signed.shape == (N,) and docs.lens.sum() == N and len(docs.lens) == 12
+    assert tokens.shape == (1, N) and signed.shape == (N,) and sum(docs) == N and len(docs) == 12
     answers = [tokenizer.encode(t) + [tokenizer.eos_id] for t in texts]
     assert targets.tolist() == sum(answers, [])
     prompt = tokenizer.encode(toy.PROMPT.replace("{language}", "German").split("{clip}")[1].strip())
     start, i, prompted = 0, 0, 0
-    for n, answer, text in zip(docs.lens.tolist(), answers, texts):
+    for n, answer, text in zip(docs, answers, texts):
         document, blurred = tokens[0, start:start + n].tolist(), signed[start:start + n]
-        assert document[0] == tokenizer.bos_id and pos[0, start:start + n].tolist() == list(range(n))
+        assert document[0] == tokenizer.bos_id
         assert at[i:i + len(answer)].tolist() == list(range(start + n - len(answer), start + n))  # each target is the token after its place
         assert document[n - len(answer) + 1:] == answer[:-1]
         words = [t for t, b in zip(document, blurred) if b]
