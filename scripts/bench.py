@@ -3,7 +3,7 @@ Measurements, side by side: what is compared takes turns (A B A B), since a mach
 
     python -m scripts.bench extract                                # frames/s of the extraction beside those of the CNN alone, and its peak memory
     python -m scripts.bench extract root=clips_of_isl workers=4 out=extract.json
-    python -m scripts.bench step                                   # also decode, band, load, scale: the LLM's part beside transformers and PEFT
+    python -m scripts.bench step                                   # also decode, band, load, scale, start: the LLM's part beside transformers and PEFT
 """
 import contextlib
 import json
@@ -11,7 +11,6 @@ import os
 import statistics
 import sys
 import tempfile
-import threading
 import time
 
 import numpy as np
@@ -21,6 +20,7 @@ from config import BadInput, configure, launch, usage_error, whole
 from data import stateless
 from readers import SPLITS, read_clips
 from scripts import bench_llm
+from scripts.memory import peak_memory
 from scripts.toy import write_mp4
 from video import BATCH, Decoder, Extractor, prepare
 
@@ -33,7 +33,11 @@ workers = 2  # extract: processes that decode
 threads = 0  # threads of the CNN or the LLM, 0 = as many as there are cores
 labels = ""  # step, decode, scale: folder of PHOENIX-2014T's labels.train, which give the lengths of clips; else lengths like theirs
 tokenizer = ""  # step, decode, scale: folder of a LLaMA's tokenizer.model; "" = a token a byte
-batches = 4  # step: batches of 4 clips
+llm = "bench"  # step, decode: its size, a name in SIZES of model.py, with random weights; bench: 34M parameters, for two cores
+batches = 4  # step: how many
+batch_size = 4  # step: clips in each
+compile = False  # step: torch.compile on ours
+activation_checkpointing = False  # step: both sides recompute their blocks in the backward pass
 device = "auto"  # auto, cpu, cuda
 out = ""  # also write the figures to this file, as JSON
 
@@ -55,26 +59,6 @@ def make_clips(folder, n, length):
             frame[y:y + 60, x:x + 60] = still[:60, :60] // 2 + 60
         write_mp4(os.path.join(folder, f"{i}.mp4"), video)
     return {"train": [{"name": str(i), "text": "-", "video": os.path.join(folder, f"{i}.mp4")} for i in range(n)], "dev": [], "test": []}
-
-
-@contextlib.contextmanager
-def peak_memory():
-    """A list that takes the largest number of bytes that this process and those it has started hold at once; what they share counts once."""
-    def held(pid):
-        with contextlib.suppress(OSError, IndexError, StopIteration):  # a process may end while it is looked at
-            pss = next(line for line in open(f"/proc/{pid}/smaps_rollup") if line.startswith("Pss:"))
-            return 1024 * int(pss.split()[1]) + sum(held(int(child)) for child in open(f"/proc/{pid}/task/{pid}/children").read().split())
-        return 0
-
-    def watch():
-        while not stop.wait(0.05):
-            peak[0] = max(peak[0], held(os.getpid()))
-    peak, stop = [0], threading.Event()
-    thread = threading.Thread(target=watch)
-    thread.start()
-    yield peak
-    stop.set()
-    thread.join()
 
 
 def in_turn(repeats, **sides):
@@ -124,7 +108,7 @@ def extract(cfg):
             for times in (1, 4):
                 with peak_memory() as peak:
                     run(extractor, times)
-                peaks.append(peak[0] / 2**20)
+                peaks.append(peak.together / 2**20)
             some = np.concatenate([some for _, some, _ in Decoder(paths[:4], **extractor.how) if len(some)])[:4 * BATCH]
             batches = [np.ascontiguousarray(some[i:i + BATCH]) for i in range(0, len(some) - BATCH + 1, BATCH)]
             if not batches:

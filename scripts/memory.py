@@ -1,9 +1,11 @@
 """
 The memory that a run of train.py will need, counted before anything is loaded: `python train.py estimate=true ...` prints it. And what a process really holds.
 """
+import contextlib
 import os
 import threading
 import time
+from types import SimpleNamespace
 
 
 def held():
@@ -23,6 +25,37 @@ def watch():
 
     threading.Thread(target=look, daemon=True).start()
     return peak
+
+
+def family(pid):
+    """pid -> bytes of a process and all those it has started; what they share is shared out among them (Pss)."""
+    found = {}
+    with contextlib.suppress(OSError, IndexError, StopIteration):  # a process may end while it is looked at
+        pss = next(line for line in open(f"/proc/{pid}/smaps_rollup") if line.startswith("Pss:"))
+        found[pid] = 1024 * int(pss.split()[1])
+        for child in open(f"/proc/{pid}/task/{pid}/children").read().split():
+            found |= family(int(child))
+    return found
+
+
+@contextlib.contextmanager
+def peak_memory():
+    """The most bytes that this process and those it has started hold meanwhile: .together at one moment, .each by pid."""
+    peak, stop = SimpleNamespace(together=0, each={}), threading.Event()
+
+    def look():
+        while not stop.wait(0.05):
+            found = family(os.getpid())
+            peak.together = max(peak.together, sum(found.values()))
+            peak.each |= {pid: max(n, peak.each.get(pid, 0)) for pid, n in found.items()}
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
 
 
 def estimate(cfg, model, clips, micro, prompt, tokenizer, dtype, device):
