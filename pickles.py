@@ -75,7 +75,7 @@ class Counted:
         if self.left < 0 and not self.zipped:
             raise EOFError("it is cut off")
         if self.left < 0:
-            raise BadInput(f"{self.path}: unpacks to more than {self.limit / 1e9:.1f} GB (a hundred times its size or MAX_PICKLE in pickles.py); if you trust it, unpack it with gunzip")
+            raise BadInput(f"{self.path}: unpacks to more than {self.limit / 1e9:.1f} GB (a hundred times its size or MAX_PICKLE in pickles.py); trusted, gunzip it")
         return self.file.read(n)
 
     def readline(self):

@@ -175,7 +175,8 @@ def read_how2sign(root):
         path = first(*[os.path.join(folder, f"how2sign_realigned_{s}.csv") for folder in at])
         clips = files_in(*[os.path.join(root, folder) for folder in (f"sentence_level/{s}/rgb_front/raw_videos", f"{s}_rgb_front_clips/raw_videos", f"{s}_raw_videos",
                                                                      f"{s}/raw_videos", s, "raw_videos", "")])
-        splits[split] = [{"name": row["SENTENCE_NAME"], "text": row["SENTENCE"], "video": clips.get(row["SENTENCE_NAME"] + ".mp4", os.path.join(root, row["SENTENCE_NAME"] + ".mp4"))}
+        splits[split] = [{"name": row["SENTENCE_NAME"], "text": row["SENTENCE"], "video": clips.get(row["SENTENCE_NAME"] + ".mp4",
+                          os.path.join(root, row["SENTENCE_NAME"] + ".mp4"))}
                          for row in (read_table(path, "\t", ("SENTENCE_NAME", "SENTENCE"), quotes=True) if os.path.exists(path) else ())]
     if not any(splits.values()):
         raise BadInput(f"{root}: holds no how2sign_realigned_train.csv, neither there nor in train or sentence_level/train/text/en/raw_text/re_aligned")
@@ -217,7 +218,8 @@ def label_entries(pattern):
 
 def read_gfslt(root):
     """
-    GFSLT-VLP's labels.{train,dev,test} (Zhou et al. 2023) and their kin for CSL-Daily (sltbaselines, Uni-Sign): gzip pickles of a dict name -> {name, text, gloss, imgs_path or video_path}.
+    GFSLT-VLP's labels.{train,dev,test} (Zhou et al. 2023) and their kin for CSL-Daily (sltbaselines, Uni-Sign): gzip pickles of a dict
+    name -> {name, text, gloss, imgs_path or video_path}.
     Texts as they are. Clips are looked for in root itself and in the folders that PHOENIX-2014T and CSL-Daily have for them.
     """
     folder = os.path.dirname(root) if "{split}" in root else root
@@ -227,7 +229,8 @@ def read_gfslt(root):
     for split, e in label_entries(label_pattern(root, "labels", "csl_daily.labels")):
         images = e.get("imgs_path")
         clip = e.get("video_path") or (os.path.dirname(str(images[0])) if images and isinstance(images, list) else e["name"])
-        splits[split].append({"name": e["name"], "text": e["text"], "video": first(*[os.path.join(folder, i, c) for i in inside for c in (str(clip), f"{split}/{clip}")])} | optional(e))
+        found = first(*[os.path.join(folder, i, c) for i in inside for c in (str(clip), f"{split}/{clip}")])
+        splits[split].append({"name": e["name"], "text": e["text"], "video": found} | optional(e))
     return splits, True
 
 
@@ -245,7 +248,8 @@ def read_slt(root):
     return splits, True
 
 
-READERS = {"phoenix14t": read_phoenix14t, "csl_daily": read_csl_daily, "how2sign": read_how2sign, "openasl": read_openasl, "clips": read_clips, "gfslt": read_gfslt, "slt": read_slt}
+READERS = {"phoenix14t": read_phoenix14t, "csl_daily": read_csl_daily, "how2sign": read_how2sign, "openasl": read_openasl, "clips": read_clips,
+           "gfslt": read_gfslt, "slt": read_slt}
 
 
 def deal_out(rows, ratio):

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from config import BadInput, configure, launch, pick_device, pick_dtype, print0, rank, sync, usage_error, whole, world
+from config import VERSION, BadInput, configure, launch, pick_device, pick_dtype, print0, rank, sync, usage_error, whole, world
 from data import Clips, Tokenizer, pack, prompt_ids, stateless
 from eval import bleu, find_checkpoint, gathered, language_code, read_checkpoint, rouge, translate
 from lora import TARGETS, adapter, apply_lora, write_adapter
@@ -308,7 +308,7 @@ def versions():
         commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or "unknown"
     except OSError:
         commit = "unknown"
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "commit": commit, "processes": world()}
+    return {"sl_llama": VERSION, "python": sys.version.split()[0], "torch": torch.__version__, "commit": commit, "processes": world()}
 
 
 def learning_rate(step, total, cfg):
@@ -479,7 +479,8 @@ def main():
         scores = evaluate(model, dev, prompt, tokenizer, device, lang, cfg, asked)
         if not scores:
             return entry
-        print0(f"step {finished}/{total} dev loss {scores['dev_loss']:.4f}" + (f" BLEU-4 {scores['dev_bleu'][3]:.2f} ROUGE {scores['dev_rouge']:.2f}" if "dev_bleu" in scores else ""))
+        decoded = f" BLEU-4 {scores['dev_bleu'][3]:.2f} ROUGE {scores['dev_rouge']:.2f}" if "dev_bleu" in scores else ""
+        print0(f"step {finished}/{total} dev loss {scores['dev_loss']:.4f}{decoded}")
         score = scores["dev_bleu"][3] if "dev_bleu" in scores else -scores["dev_loss"]
         if (best_score is None or score > best_score) and save(best, model, None, standing() | {"best": score}, cfg):
             best_score = score

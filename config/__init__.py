@@ -21,6 +21,8 @@ from types import SimpleNamespace
 
 import torch
 
+VERSION = "0.1.0"
+
 
 class BadInput(ValueError):
     """What the user can mend: a file, a clip or a variable, named in one line. Programs print it and end with exit code 1."""
@@ -221,6 +223,9 @@ def configure(program, argv=None, choices={}, stages=()):
                     origin[name] = arg
         elif arg in ("help", "--help", "-h"):
             show_help = True
+        elif arg == "--version":
+            print0(f"SL-LLaMA {VERSION}")
+            raise SystemExit(0)
         else:
             usage_error(program, f"{arg!r} is neither key=value nor a config file")
 

@@ -137,9 +137,9 @@ NAMES = {"extract": extract} | bench_llm.NAMES  # what can be measured
 
 def main():
     name = sys.argv[1] if len(sys.argv) > 1 else "help"
-    if name not in NAMES and name not in ("help", "--help", "-h"):
+    if name not in NAMES and name not in ("help", "--help", "-h", "--version"):
         usage_error(__file__, f"{name}: is none of {', '.join(NAMES)}")
-    cfg = configure(__file__, sys.argv[2:] if name in NAMES else ["help"], choices={"device": ("auto", "cpu", "cuda")})
+    cfg = configure(__file__, sys.argv[2:] if name in NAMES else [name], choices={"device": ("auto", "cpu", "cuda")})
     for key, low in {"clips": 1, "length": 2, "repeats": 1, "workers": 0, "threads": 0}.items():
         if getattr(cfg, key) < low:
             usage_error(__file__, f"{key}={getattr(cfg, key)}: must be at least {low}")

@@ -338,11 +338,12 @@ def start(cfg):
     found = turns(cfg.repeats, ours=lambda: quiet("train.py", "help"), peer=lambda: quiet("-c", "import torch"))
     figures = [say("train.py help, beside import torch", found)]
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "train.py", f"out_dir={folder}", "max_steps=1", "eval_every=-1"], cwd=here, check=True, stdout=subprocess.DEVNULL)  # makes the toy
+        once = ["train.py", f"out_dir={folder}", "max_steps=1", "eval_every=-1"]
+        quiet(*once)  # makes the toy
         waits = []
         for _ in range(cfg.repeats):
             began = time.perf_counter()
-            run = subprocess.Popen([sys.executable, "train.py", f"out_dir={folder}", "max_steps=1", "eval_every=-1"], cwd=here, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            run = subprocess.Popen([sys.executable, *once], cwd=here, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             waits += [time.perf_counter() - began for line in run.stdout if line.startswith("step 1/")]
     print(f"first step of a toy run after {statistics.median(waits):.1f} s ({min(waits):.1f} to {max(waits):.1f})")
     return figures + [{"what": "first step", "seconds": waits}]

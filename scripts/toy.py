@@ -299,7 +299,8 @@ def train_llama(folder, texts, seed, steps, batch, language="German", layout="me
         for name, p in llama.named_parameters():
             p.copy_(init_weight(name, p.shape, seed))
     params = list(llama.parameters())
-    print(f"tiny LLaMA ({args.model_type}): {sum(p.numel() for p in params) / 1e6:.2f}M parameters, {tokenizer.vocab_size} pieces, learns to restore sentences from their content words")
+    print(f"tiny LLaMA ({args.model_type}): {sum(p.numel() for p in params) / 1e6:.2f}M parameters, {tokenizer.vocab_size} pieces, "
+          "learns to restore sentences from their content words")
     peak = 3e-3
     optimizer = torch.optim.AdamW(params, lr=peak, betas=(0.9, 0.95), weight_decay=0.01)
     show, rng = Progress("tiny LLaMA", steps), stateless(seed, "text")

@@ -107,6 +107,12 @@ def test_other_words_are_refused(call, capsys, arg):
     refused(capsys, call, arg)
 
 
+def test_version(call, capsys):
+    with pytest.raises(SystemExit) as end:
+        call("count=3", "--version")
+    assert end.value.code == 0 and re.fullmatch(r"SL-LLaMA \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
 def test_words_of_another_process_are_said_once(call, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")  # under torchrun the first process speaks for all
     with pytest.raises(SystemExit):

@@ -21,10 +21,10 @@ import video
 from config import BadInput
 from data import Clips
 from readers import SPLITS, read_clips
-from video import Extractor, Store, prepare
 from scripts import bench
 from scripts.bench import TABLE5
 from scripts.toy import write_mp4
+from video import Extractor, Store, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = {"a": 40, "b": 1, "c": 33, "d": 70, "e": 5, "f": 64, "g": 9}  # frames; 222 in all: seven batches of 32, the last one filled up

@@ -15,11 +15,11 @@ import time
 
 import pytest
 import torch
+from conftest import ROOT, SMALL
 from safetensors.torch import load_file, save_file
 
 import train
 from config import BadInput, whole
-from conftest import ROOT, SMALL
 from eval import find_checkpoint
 from model import SLLaMA
 from scripts import faults

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceTrainer
+from test_model import LLAMA3, TOKENS, distance, edit, hf_folder, meta_folder, tiny_hf, tiny_llama, tiny_sllama
 
 from config import BadInput
 from lora import TARGETS, LoRALinear, apply_lora, export_hf, load_lora, main, merge_lora, save_lora
 from model import LLaMA
-from test_model import LLAMA3, TOKENS, distance, edit, hf_folder, meta_folder, tiny_hf, tiny_llama, tiny_sllama
 
 ALL = list(TARGETS)
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # among transformers and peft

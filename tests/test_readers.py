@@ -21,17 +21,17 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
+from conftest import ROOT
+from test_data import bad, shades, write_image
 
 import data
 import pickles
 import readers
 import video
-from conftest import ROOT
 from data import Clips
 from pickles import read_pickle
 from readers import READERS, SPLITS, check, deal_out, read_clips, read_csl_daily, read_gfslt, read_how2sign, read_openasl, read_phoenix14t, read_slt
 from video import Store
-from test_data import bad, shades, write_image
 
 
 @pytest.fixture(autouse=True)

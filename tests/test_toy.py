@@ -13,8 +13,8 @@ import torch
 
 from data import Tokenizer, stateless
 from model import LLaMA
-from video import read_video
 from scripts import toy
+from video import read_video
 
 
 @pytest.fixture(scope="module")

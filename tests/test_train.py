@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ROOT, SMALL
 from safetensors.torch import load_file
 
 import data
 import eval as evaluation
 import train
 from config import BadInput
-from conftest import ROOT, SMALL
 from model import LLaMA
 from scripts import toy
 
