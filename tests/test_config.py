@@ -3,6 +3,7 @@ The key=value rule on a small program, on every file in config/ and on every pro
 
     python -m pytest tests/test_config.py
 """
+import re
 import subprocess
 import sys
 from pathlib import Path
