@@ -199,7 +199,8 @@ def generate(llm, h, docs, eos_ids, beam=1, length_penalty=1.0, max_new_tokens=2
         tokens[:, :, step] = token
         if step + 1 == max_new_tokens or bool((closed >= beam).all()):
             break
-        cache.reorder(source)
+        if beam > 1:
+            cache.reorder(source)
         cache.step = step
         logits = llm(h=llm.tok_embeddings(token), pos=(lens[:, None] + step).expand(n, beam), cache=cache)  # (n, beam, V)
     ended = best_score.isfinite()  # else the clip's best beam as far as it came

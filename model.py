@@ -206,7 +206,7 @@ class Cache:
     def attend(self, layer, q, k, v):
         if layer not in self.prefix:
             H, D = k.shape[2:]
-            self.prefix[layer] = [t[0][self.rows].transpose(1, 2) for t in (k, v)]  # (1, N, H, D) -> (n, H, L, D)
+            self.prefix[layer] = [t[0][self.rows].transpose(1, 2).contiguous() for t in (k, v)]  # (1, N, H, D) -> (n, H, L, D), as every step reads it
             self.written[layer] = [t.new_empty(len(self.docs), self.beams, H, self.max_new, D) for t in (k, v)]
             return causal_attention(q, k, v, self.docs)
         (kp, vp), (kw, vw) = self.prefix[layer], self.written[layer]

@@ -122,7 +122,7 @@ class Peer(nn.Module):
             import peft
             import transformers
         except ImportError as e:
-            raise BadInput(f"{e.name}: is not installed, and the peer is made of it (pip install transformers peft)") from None
+            raise BadInput(f"the peer is made of transformers and peft, pip install transformers peft ({e})") from None
         self.device = ours.device
         self.llm = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=ours.dtype).requires_grad_(False)
         if not ours.cfg.freeze_llm:
@@ -215,11 +215,11 @@ def step(cfg):
             flops, moved = work_of_step(ours, batches)
             tokens = sum(len(s.before) + len(s.features) + len(s.after) + len(s.answer) - 1 for s in samples)
             a = ours.model.llm.args
-            x, w, big = (torch.randn(shape, device=ours.device).to(dtype) for shape in ((tokens // len(batches), a.dim), (a.hidden_dim, a.dim), (2**25,)))
+            x, w, big, copy = (torch.randn(shape, device=ours.device).to(dtype) for shape in ((tokens // len(batches), a.dim), (a.hidden_dim, a.dim), (2**25,), (2**25,)))
             sides = {"ours": (ours, list(ours.model.parameters())), "peer": (peer, list(peer.parameters()))}
             # the machine's own rates take turns with the two: they change with its load too
             found = turns(cfg.repeats, **{name: (lambda side=side, ps=ps: train_step(side, ps, batches)) for name, (side, ps) in sides.items()},
-                          matrices=lambda: [F.linear(x, w) for _ in range(20)], memory=lambda: [big.clone() for _ in range(4)])
+                          matrices=lambda: [F.linear(x, w) for _ in range(20)], memory=lambda: [copy.copy_(big) for _ in range(4)])
             rate, bandwidth = 20 * 2 * x.numel() * a.hidden_dim / found["matrices"]["median"], 4 * 2 * big.nbytes / found["memory"]["median"]
             per = {name: t | {k: t[k] / len(batches) for k in ("median", "low", "high")} for name, t in found.items()}
             figures.append(say(f"{stage} step, {cfg.batch_size} clips", per, (flops / rate + moved / bandwidth) / len(batches)) | {"loss_difference": apart})
@@ -230,7 +230,7 @@ def step(cfg):
 
 
 def decode(cfg):
-    """Beam-4 and greedy decoding of 32 clips; the peer in batches of 8."""
+    """Beam-4 and greedy decoding of 32 clips, ours all at once (no filling, a prefix once a clip), the peer's in batches of 8 of like length."""
     figures, new = [], 32
     with tempfile.TemporaryDirectory() as folder:
         write_llm(folder, cfg.llm, pick_dtype("auto", pick_device(cfg.device)[0])[0])
@@ -241,11 +241,8 @@ def decode(cfg):
 
         @torch.no_grad()
         def mine(beam):
-            out = []
-            for i in range(0, 32, 16):
-                batch = pack([Sample(s.name, s.features, s.before, s.after, None) for s in samples[i:i + 16]], ours.device)
-                out += [ids for ids, _ in generate(model.llm, model.embed(batch), batch.docs, [2], beam, 0.0, new)]
-            return out
+            batch = pack([Sample(s.name, s.features, s.before, s.after, None) for s in samples], ours.device)
+            return [ids for ids, _ in generate(model.llm, model.embed(batch), batch.docs, [2], beam, 0.0, new)]
 
         theirs = lambda beam: [ids for i in range(0, 32, 8) for ids in peer.generate(samples[i:i + 8], beam, new)]
         for beam in (4, 1):
