@@ -283,14 +283,15 @@ print(f"\nmodel:     {sentence}\nreference: {row['text']}")
 
 # %%
 tell()
-written = pack([Sample("", features, before, after, ids + [tokenizer.eos_id])])
+ids = ids + [tokenizer.eos_id]
+written = pack([Sample("", features, before, after, ids)])
 with recorded(llm) as weights:
     llm(h=sllama.embed(written))
-look = sum(w[:, written.target_at[:-1]][:, :, written.frame_at].sum(0) for w in weights.values())  # (words, T)
+look = sum(w[:, written.target_at][:, :, written.frame_at].sum(0) for w in weights.values())  # (words, T)
 words = [f"{n} {piece(i)}" for n, i in enumerate(ids, 1)]
-show("9_look", {"frames": look / look.amax(1, keepdim=True)}, words, size=(0, T))
-sharp = (look.amax(1) / look.sum(1)).topk(min(5, len(ids))).indices.sort().values.tolist()  # those that look at one place most of all
-print("\nand the frames that five of them looked at most:")
+show("9_look", {"a column a frame, first to last": look / look.amax(1, keepdim=True)}, words, size=(0, T))
+sharp = (look.amax(1) / look.sum(1)).topk(min(5, len(ids))).indices.sort().values.tolist()  # those with one place far above the others
+print("\nand the frames that the most decided of them looked at:")
 show("9_frames", {f"{words[n]}: frame {t}": video[t] for n in sharp for t in [look[n].argmax().item()]})
 
 # %% [markdown]

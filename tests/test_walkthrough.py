@@ -4,36 +4,31 @@ walkthrough.py on a tiny run, as a program and as a notebook's cells: every asse
     python -m pytest tests/test_walkthrough.py
 """
 import importlib.util
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
+from conftest import ROOT, SMALL
 
 import train
 from data import Clips
 from eval import load_model, translate
-from scripts import toy
 
-ROOT = Path(__file__).resolve().parents[1]
 WALK = str(ROOT / "walkthrough.py")
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder with a toy of a few clips in data/ and both stages of a run on it in out/."""
-    home = tmp_path_factory.mktemp("home")
-    toy.build(str(home / "data"), n_train=8, n_dev=2, n_test=3, text_steps=3, text_batch=8)
-    small = ["ltn_dim=32", "ltn_heads=2", "batch_size=4", "epochs=2", "eval_every=-1", "warmup=1"]
+def walked(home):
+    """The folder of the small toy, with both stages of a run on it in out/toy."""
     with pytest.MonkeyPatch.context() as patch:
         for stage in ("align", "sft"):
-            patch.setattr(sys, "argv", ["train.py", f"stage={stage}", f"data_dir={home}/data", f"out_dir={home}/out", *small])
+            patch.setattr(sys, "argv", ["train.py", f"stage={stage}", f"data_dir={home}/data", f"out_dir={home}/out", *SMALL, "eval_every=-1"])
             train.main()
-            if dist.is_initialized():
-                dist.destroy_process_group()
     return home
 
 
@@ -47,49 +42,47 @@ def walk(folder, *command, hide=()):
     return subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, encoding="utf-8", timeout=120)
 
 
-def expected(home, clip, **how):
-    sllama, tokenizer, cfg = load_model(str(home / "out/toy/sft"), device="cpu")
+def expected(ckpt, clip, **how):
+    """What eval.py writes, the ids of its tokens, and the reference."""
+    sllama, tokenizer, cfg = load_model(str(ckpt), device="cpu")
     clips = Clips(cfg.data_dir, cfg.dataset, cfg.backbone, "test")
-    return translate(sllama, [clips.features(clip)], tokenizer, warn=False, **how)[0], clips.rows[clip]["text"]
+    sentence = translate(sllama, [clips.features(clip)], tokenizer, warn=False, **how)[0]
+    return sentence, tokenizer.encode(sentence), clips.rows[clip]["text"]
 
 
-def test_program_without_matplotlib(home):
-    done = walk(home, WALK, "clip=1", "beam=3", "length_penalty=0.5", "max_new_tokens=12", hide=["matplotlib"])
+def test_program(walked):
+    how = dict(beam=3, length_penalty=0.5, max_new_tokens=12)
+    _, ids, _ = expected(walked / "out/toy/sft", 1, **how)
+    ckpt = walked / "ends"  # this model has not learnt to end a sentence: a word of its own becomes EOS
+    shutil.copytree(walked / "out/toy/sft/last", ckpt)
+    state = json.loads((ckpt / "state.json").read_text())
+    state["config"]["eos_id"] = ids[len(ids) // 2]
+    (ckpt / "state.json").write_text(json.dumps(state))
+    sentence, _, reference = expected(ckpt, 1, **how)
+    done = walk(walked, WALK, f"ckpt={ckpt}", "clip=1", *(f"{k}={v}" for k, v in how.items()))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-    sentence, reference = expected(home, 1, beam=3, length_penalty=0.5, max_new_tokens=12)
-    assert f"model:     {sentence}\nreference: {reference}\n" in done.stdout
+    assert f"model:     {sentence}\nreference: {reference}\n" in done.stdout and "   done: " in done.stdout
     assert f"this clip     {sentence}\n" in done.stdout
-    assert [line[:6] for line in done.stdout.splitlines() if line.startswith("## ")] == [f"## {n}. "[:6] for n in range(11)]  # the prose is printed
-    assert "█" in done.stdout and not (home / "out/walkthrough").exists()
+    assert [line.split(".")[0] for line in done.stdout.splitlines() if line.startswith("## ")] == [f"## {n}" for n in range(11)]  # the prose is printed
     assert "\n. # # # # # # # # # . " in done.stdout  # the band
+    pictures = re.findall(r"^\[(.*\.png)\]$", done.stdout, re.M)
+    assert len(pictures) == (5 if importlib.util.find_spec("matplotlib") else 0) and all((walked / f).exists() for f in pictures)
 
 
-def test_cells(home):
+def test_cells_without_matplotlib(walked):
     """A notebook has no command line and no __file__, its cells share their names, and page one is edited in place."""
     source = Path(WALK).read_text(encoding="utf-8").replace("max_new_tokens = 200", "max_new_tokens = 12")
     cells = re.split(r"^# %%(?: \[markdown\])?$", source, flags=re.M)
-    (home / "cells.py").write_text(f"cells = {cells!r}\nnames = dict(get_ipython=None)\nfor cell in cells:\n    exec(cell, names)\n")
-    done = walk(home, "cells.py", "-f", "kernel.json")
+    (walked / "cells.py").write_text(f"cells = {cells!r}\nnames = dict(get_ipython=None)\nfor cell in cells:\n    exec(cell, names)\n")
+    done = walk(walked, "cells.py", "-f", "kernel.json", hide=["matplotlib"])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-    sentence, reference = expected(home, 23 % 3, max_new_tokens=12)
+    sentence, _, reference = expected(walked / "out/toy/sft", 23 % 4, max_new_tokens=12)
     assert f"model:     {sentence}\nreference: {reference}\n" in done.stdout and "## " not in done.stdout
+    assert "█" in done.stdout and ".png" not in done.stdout
 
 
-def test_pictures(home):
-    if not importlib.util.find_spec("matplotlib"):
-        pytest.skip("matplotlib is not installed")
-    done = walk(home, WALK, "max_new_tokens=3", "to=pictures")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-    names = {f.name for f in (home / "pictures").iterdir()}
-    assert names == {f"{n}.png" for n in ("1_clip", "2_features", "3_band", "9_look", "9_frames")} and all(f"/{n}]" in done.stdout for n in names)
-
-
-@pytest.mark.parametrize("stage", ["sft", "align"])
-def test_nothing_to_walk_through(home, tmp_path, stage):
-    """No checkpoint, or one without a LoRA: one line that names the two commands."""
-    ckpt = [] if stage == "sft" else [f"ckpt={home}/out/toy/align"]
-    done = walk(tmp_path, WALK, *ckpt)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("walkthrough.py: ") and "python train.py stage=align && python train.py stage=sft" in last
-    assert ("holds no checkpoint" if stage == "sft" else "stage=sft;") in last
+def test_nothing_to_walk_through(tmp_path):
+    """No checkpoint: one line that names the two commands."""
+    done = walk(tmp_path, WALK)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert re.fullmatch(r"walkthrough.py: out/toy/sft: holds no checkpoint.*; python train.py stage=align && python train.py stage=sft makes .*", done.stderr.strip())
