@@ -2,8 +2,8 @@
 """
 # SL-LLaMA, piece by piece: one clip becomes one sentence
 
-Cells for Jupyter and VS Code, or a program that prints. Every part is called as the project's own programs call it; where it teaches
-something the same is computed by hand beside it, and an `assert` says that the two agree.
+Cells for VS Code and Jupyter (with jupytext), or a program that prints. Every part is called as the project's own programs call it; where that
+teaches something the same is computed by hand beside it, and an `assert` says that the two agree.
 
     python walkthrough.py            # seconds, after both stages of train.py on the toy; pictures go to out/walkthrough
     python walkthrough.py clip=3     # another clip of the test split
@@ -27,7 +27,7 @@ from scripts.attention import recorded
 ckpt = "out/toy/sft"  # run folder of the sft stage, on the toy
 clip = 23  # line of its test split, from 0; this one needed the LoRA, and the beam has a choice
 other = 3  # another line: the control's
-beam = 4
+beam = 4  # decoding as eval.py's
 length_penalty = 1.0
 max_new_tokens = 200
 to = "out/walkthrough"  # folder for the pictures; a notebook shows them in its cells
@@ -41,7 +41,6 @@ if not NOTEBOOK:
     globals().update(vars(configure(__file__)))
     if plt:
         plt.switch_backend("Agg")
-        os.makedirs(to, exist_ok=True)
 
 
 def tell():
@@ -63,6 +62,7 @@ def show(name, panels, labels=(), size=(11, 22)):
             ax.set_xticks([] if image.ndim == 3 else ax.get_xticks()[1:-1])
         if NOTEBOOK:
             return plt.show()
+        os.makedirs(to, exist_ok=True)
         figure.savefig(os.path.join(to, name + ".png"), dpi=110)
         plt.close(figure)
         print(f"[{os.path.join(to, name)}.png]")
@@ -85,7 +85,6 @@ torch.manual_seed(0)
 # into the space of LLaMA's words, and LLaMA, frozen but for its LoRA, writes. Training has two stages:
 
 # %%
-tell()
 try:
     sllama, tokenizer, cfg = load_model(ckpt, device="cpu")
     clips = Clips(cfg.data_dir, cfg.dataset, cfg.backbone, "test", cfg.max_frames)
@@ -93,6 +92,7 @@ try:
         raise BadInput(f"ckpt={ckpt}: the walk is through the toy's model as train.py's page one has it, stage=sft")
 except BadInput as e:
     raise SystemExit(f"walkthrough.py: {e}; python train.py stage=align && python train.py stage=sft makes out/toy/sft") from None
+tell()
 clip, other = clip % len(clips), other % len(clips)
 extractor, llm, embedding = Extractor("toycnn", device="cpu"), sllama.llm, sllama.llm.tok_embeddings.weight
 count = lambda *parts, lora=False: sum(p.numel() for m in parts for name, p in m.named_parameters() if ("lora_" in name) == lora)
@@ -198,9 +198,10 @@ for t in range(2, T, 4):
 # %%
 tell()
 before, after = prompt_ids(sllama.prompt, tokenizer)
-h = sllama.embed(pack([Sample(row["name"], features, before, after, None)]))  # (1, N, dim): a stream of one clip; training packs several
+h = sllama.embed(pack([Sample("", features, before, after, None)]))  # (1, N, dim): a stream of one clip; training packs several
 assert torch.allclose(h[0], torch.cat([embedding[before], frames, embedding[after]]), atol=1e-4)
-print(f"{' '.join(map(piece, before))}  [{T} frames]  {' '.join(map(piece, after))}\n\n{len(before)} + {T} + {len(after)} positions: {tuple(h.shape)}")
+print(f"{' '.join(map(piece, before))}  [{T} frames]  {' '.join(map(piece, after))}\n\n"
+      f"{len(before)} + {T} + {len(after)} positions: {tuple(h.shape)}")
 
 # %% [markdown]
 # ## 6. LLaMA: the next word
