@@ -78,6 +78,7 @@ def show(name, panels, labels=(), size=(11, 22)):
 
 torch.set_grad_enabled(False)
 torch.manual_seed(0)
+torch.set_num_threads(1)  # small shapes: threads cost more than they bring
 
 # %% [markdown]
 # ## 0. The parts
