@@ -1,0 +1,88 @@
+"""
+walkthrough.py on a tiny run, as a program and as a notebook's cells: every assert in it holds, and it ends with the sentence that eval.py writes.
+
+    python -m pytest tests/test_walkthrough.py
+"""
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SMALL
+
+import train
+from data import Clips
+from eval import load_model, translate
+
+WALK = str(ROOT / "walkthrough.py")
+
+
+@pytest.fixture(scope="module")
+def walked(home):
+    """The folder of the small toy, with both stages of a run on it in out/toy."""
+    with pytest.MonkeyPatch.context() as patch:
+        for stage in ("align", "sft"):
+            patch.setattr(sys, "argv", ["train.py", f"stage={stage}", f"data_dir={home}/data", f"out_dir={home}/out", *SMALL, "eval_every=-1"])
+            train.main()
+    return home
+
+
+def walk(folder, *command, hide=()):
+    """Run python with these arguments in a folder; the packages in `hide` cannot be imported."""
+    path = folder / "hidden"
+    path.mkdir(exist_ok=True)
+    for name in hide:
+        (path / f"{name}.py").write_text("raise ImportError")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path)] * bool(hide) + [str(ROOT)]), "MPLBACKEND": "Agg", "PYTHONIOENCODING": "utf-8"}
+    return subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, encoding="utf-8", timeout=120)
+
+
+def expected(ckpt, clip, **how):
+    """What eval.py writes, the ids of its tokens, and the reference."""
+    sllama, tokenizer, cfg = load_model(str(ckpt), device="cpu")
+    clips = Clips(cfg.data_dir, cfg.dataset, cfg.backbone, "test")
+    sentence = translate(sllama, [clips.features(clip)], tokenizer, warn=False, **how)[0]
+    return sentence, tokenizer.encode(sentence), clips.rows[clip]["text"]
+
+
+def test_program(walked):
+    how = dict(beam=3, length_penalty=0.5, max_new_tokens=12)
+    _, ids, _ = expected(walked / "out/toy/sft", 1, **how)
+    ckpt = walked / "ends"  # this model has not learnt to end a sentence: a word of its own becomes EOS
+    shutil.copytree(walked / "out/toy/sft/last", ckpt)
+    state = json.loads((ckpt / "state.json").read_text())
+    state["config"]["eos_id"] = ids[len(ids) // 2]
+    (ckpt / "state.json").write_text(json.dumps(state))
+    sentence, _, reference = expected(ckpt, 1, **how)
+    done = walk(walked, WALK, f"ckpt={ckpt}", "clip=1", *(f"{k}={v}" for k, v in how.items()))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    assert f"model:     {sentence}\nreference: {reference}\n" in done.stdout and "   done: " in done.stdout
+    assert f"this clip     {sentence}\n" in done.stdout
+    assert [line.split(".")[0] for line in done.stdout.splitlines() if line.startswith("## ")] == [f"## {n}" for n in range(11)]  # the prose is printed
+    assert "\n. # # # # # # # # # . " in done.stdout  # the band
+    pictures = re.findall(r"^\[(.*\.png)\]$", done.stdout, re.M)
+    assert len(pictures) == (5 if importlib.util.find_spec("matplotlib") else 0) and all((walked / f).exists() for f in pictures)
+
+
+def test_cells_without_matplotlib(walked):
+    """A notebook has no command line and no __file__, its cells share their names, and page one is edited in place."""
+    source = Path(WALK).read_text(encoding="utf-8").replace("max_new_tokens = 200", "max_new_tokens = 12")
+    cells = re.split(r"^# %%(?: \[markdown\])?$", source, flags=re.M)
+    (walked / "cells.py").write_text(f"cells = {cells!r}\nnames = dict(get_ipython=None)\nfor cell in cells:\n    exec(cell, names)\n")
+    done = walk(walked, "cells.py", "-f", "kernel.json", hide=["matplotlib"])
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    sentence, _, reference = expected(walked / "out/toy/sft", 23 % 4, max_new_tokens=12)
+    assert f"model:     {sentence}\nreference: {reference}\n" in done.stdout and "## " not in done.stdout
+    assert "█" in done.stdout and ".png" not in done.stdout
+
+
+def test_nothing_to_walk_through(tmp_path):
+    """No checkpoint: one line that names the two commands."""
+    done = walk(tmp_path, WALK)
+    assert done.returncode == 1 and not done.stdout
+    assert re.fullmatch(r"walkthrough.py: out/toy/sft: holds no checkpoint.*; python train.py stage=align && python train.py stage=sft makes .*", done.stderr.strip())
