@@ -135,14 +135,15 @@ def table(columns, rows, label, kind="", caption=""):
     side = lambda text: ' class="n"' if re.fullmatch(r"-?[\d,.]+|", text) else ""
     tops = "".join(f'<th scope="col"{side(rows[0][i]) if rows else ""}>{esc(name)}' for i, name in enumerate(columns))
     body = "".join(f'<tr><th scope="row">{esc(first)}' + "".join(f"<td{side(t)}>{esc(t)}" for t in rest) for first, *rest in rows)
-    return (f'<div class="box" tabindex="0" role="region" aria-label="{esc(label)}"><table class="{kind}"><caption>{esc(caption)}</caption>'
+    hidden = "" if caption else "hidden"  # a caption there must be: a screen reader reads it
+    return (f'<div class="box" tabindex="0" role="region" aria-label="{esc(label)}"><table class="{kind}"><caption class="{hidden}">{esc(caption or label)}</caption>'
             f"<thead><tr>{tops}<tbody>{body}</table></div>")
 
 
-def ticks(top, n=4):
+def ticks(top, n=5):
     """Round numbers from 0 to top."""
     step = 10.0 ** math.floor(math.log10(top / n))
-    step *= next(m for m in (1, 2, 5, 10) if m * step * n >= top)
+    step *= next(m for m in (1, 2, 2.5, 5, 10) if m * step * n >= top)
     return [i * step for i in range(int(top / step + 1e-9) + 1)]
 
 
@@ -156,7 +157,9 @@ def chart(y_label, series, stages, log=False):
         high = max(math.ceil(math.log10(high)), low + 1)
         rows = [10.0 ** e for e in range(low, high + 1, -(-(high - low) // 5))]
     else:
-        low, rows, high = 0, ticks(max(high, 1)), max(high, 1) * 1.03
+        low, rows = 0, ticks(max(high, 1))
+        rows += [rows[-1] + rows[1]] * (rows[-1] < high)
+        high = rows[-1]
     x = lambda step: left + (W - left - right) * step / last
     y = lambda v: top + (H - top - bottom) * (1 - ((math.log10(v) if log else v) - low) / (high - low))
     out = [f'<svg viewBox="0 0 {W} {H}" role="img" aria-label="{esc(y_label)} over steps; the values on dev stand in the table below">']
@@ -345,7 +348,7 @@ def main():
         ranks = {round((i / max(1, cfg.clips - 1)) ** 2 * (len(worst) - 1)) for i in range(cfg.clips)}  # both ends, and more of the worse half
         looked, rules, more = closely([worst[r] for r in sorted(ranks)], hyps, folder, lang, real.get("split", "test"), cfg)
         notes += more
-    name = " / ".join(run.split(os.sep)[-3:])
+    name = " / ".join(str(c[key]) for key in ("dataset", "run", "stage") if c.get(key))
     parts = {"title": esc(name), "head": head(run, folder, c, real), "curves": curves(before + [(c.get("stage", "run"), run)]), "scores": scores, "strips": rules,
              "notes": "".join(f'<p class="todo">{esc(n)}</p>' for n in notes), "rows": sentences(hyps, each, looked, lang), "none": "" if hyps else "hidden", "lang": lang,
              "layers": f"layers {esc(cfg.layers)}" if cfg.layers else "all layers", "data": json.dumps(looked, ensure_ascii=False).replace("<", "\\u003c")}  # no sentence can close the script
