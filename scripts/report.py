@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import shlex
 from fractions import Fraction
 
 import av
@@ -231,11 +232,10 @@ def score_table(run, again):
     rows = [[name, *(f"{v:.2f}" for v in (*s["bleu"], s["rouge"], s["chrf"]))] for name, s in named.items()]
     interval = ", BLEU-4 {:.2f} to {:.2f} (95 %, bootstrap)".format(*real["bleu4_95"]) if real.get("bleu4_95") else ""
     how = ", ".join(f"{k}={v:g}" for k, v in real.get("decoding", {}).items() if k != "batch_size")
-    out = f'<p class="standin"><b>STAND-IN</b> These are no scores of the data set: {esc(real["standin"])}.</p>' if real.get("standin") else ""
-    out += f'<p class="lead">{gap(real, found["shuffle"])}</p>' if "shuffle" in found else \
+    out = f'<p class="lead">{gap(real, found["shuffle"])}</p>' if "shuffle" in found else \
         f'<p class="todo">A score alone says little: <code>{again}</code> also scores the model on other clips\' videos.</p>'
     out += table(("", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE", "chrF"), rows, "scores", "scores",
-                 f"{real['clips']} {real['split']} clips{interval}; {real['exact']:.0f} % of the sentences are exact. Decoded with {how}.")
+                 f"{'STAND-IN features: ' if real.get('standin') else ''}{real['clips']} {real['split']} clips{interval}; {real['exact']:.0f} % of the sentences are exact. Decoded with {how}.")
     if stale:
         out += f'<p class="todo">* made with another checkpoint, split or decoding than the model\'s row; <code>{again}</code> makes all anew.</p>'
     return out + f'<p class="fine">{"<br>".join(esc(s) for s in real["signature"].values())}</p>', real
@@ -248,9 +248,10 @@ def head(run, folder, c, real):
              "training": f"{get('epochs')} epochs, {get('batch_size')} clips a step, peak learning rate {get('lr')}", "folder": run,
              "made with": f"Python {v.get('python')}, torch {v.get('torch')}, {v.get('processes')} process(es), commit {str(v.get('commit'))[:12]}"}
     learns = {"ltn": c.get("train_ltn"), "proj": c.get("train_ltn"), "adaptor": True, "LoRA": True, "word embeddings": c.get("train_embeddings"), "LLM": False}
-    sizes, out = dict.fromkeys(learns, 0), ""
+    sizes, out, standin = dict.fromkeys(learns, 0), "", real.get("standin")
     if folder:
-        facts["checkpoint"] = f"{folder}, step {load_json(os.path.join(folder, 'state.json')).get('step')}"
+        state = load_json(os.path.join(folder, "state.json"))
+        standin, facts["checkpoint"] = standin or state.get("extractor", {}).get("standin"), f"{folder}, step {state.get('step')}"
         files = [os.path.join(folder, f) for f in ("vision.safetensors", "adapter_model.safetensors")]
         for name, t in (pair for f in files if os.path.exists(f) for pair in load_tensors(f).items()):
             part = "LoRA" if "lora_" in name else "word embeddings" if name.startswith("llm.") else name.split(".")[0]
@@ -262,7 +263,8 @@ def head(run, folder, c, real):
     page = read_literals(os.path.join(HERE, "..", "train.py"))
     says = {k: comment for k, (_, comment) in page.items()} | page.get(get("stage"), ({}, {}))[1]
     settings = table(("", "value", "what it is"), [[k, str(x), str(says.get(k, ""))] for k, x in c.items() if k != "versions"], "all settings", "settings")
-    return f'<dl>{"".join(f"<div><dt>{k}<dd>{esc(x)}</div>" for k, x in facts.items())}</dl>{out}<details><summary>All settings</summary>{settings}</details>'
+    mark = f'<p class="standin"><b>STAND-IN</b> Nothing here is a score of the data set: {esc(standin)}.</p>' if standin else ""
+    return f'{mark}<dl>{"".join(f"<div><dt>{k}<dd>{esc(x)}</div>" for k, x in facts.items())}</dl>{out}<details><summary>All settings</summary>{settings}</details>'
 
 
 def closely(chosen, hyps, folder, lang, split, cfg):
@@ -270,9 +272,9 @@ def closely(chosen, hyps, folder, lang, split, cfg):
     try:
         sllama, tokenizer, run = load_model(folder, cfg.device, llm=cfg.llm, data_dir=cfg.data_dir)
         data = Clips(run.data_dir, run.dataset, run.backbone, split, run.max_frames)
-        part = layer_range(cfg.layers, len(sllama.llm.layers))
     except BadInput as e:
         return [], "", [f"No clip can be looked at closely: {e}"]
+    part = layer_range(cfg.layers, len(sllama.llm.layers))
     at, found, rules, notes, progress = {row["name"]: i for i, row in enumerate(data.rows)}, [], "", [], Progress("clips looked at", len(chosen))
     rounded = lambda rows: [[round(v, 4) for v in row] for row in rows.tolist()]
     for done, name in enumerate(chosen, 1):
@@ -325,33 +327,34 @@ def main():
     if not os.path.exists(os.path.join(run, "config.json")):
         raise BadInput(f"{run}: holds no config.json, it is no run's folder")
     c = load_json(os.path.join(run, "config.json"))
-    try:
-        folder, missing = find_checkpoint(folder), []
-    except BadInput as e:
-        folder, missing = "", [str(e)]
-    try:
+    notes, hyps, looked, rules, lang = [], {}, [], "", ""  # without a language words lie between spaces
+    with contextlib.suppress(BadInput):
         lang = language_code(c.get("language", ""), c.get("lang", ""))
-    except BadInput:
-        lang = ""  # then words lie between spaces
-    again = esc(f"python eval.py ckpt={run} control=all")
-    before = [("align", home(c.get("init_from") or os.path.join(os.path.dirname(run), "align")))] if c.get("stage") == "sft" else []
-    scores, real = score_table(run, again)
-    path, hyps, looked, rules, notes = os.path.join(run, "hyps.jsonl"), {}, [], "", missing
-    if os.path.exists(path):
+    try:
+        folder = find_checkpoint(folder)
+    except BadInput as e:
+        folder, notes = "", [str(e)]
+    again = f"python eval.py ckpt={shlex.quote(run)} control=all"
+    scores, real = score_table(run, esc(again))
+    if os.path.exists(path := os.path.join(run, "hyps.jsonl")):
         hyps = read_hyps(path)
     else:
-        notes = notes + [f"No sentences yet: python eval.py ckpt={run} control=all writes them."]
+        notes.append(f"No sentences yet: {again} writes them.")
     chrf = CHRF()
     each = {name: chrf.sentence_score(hyp, [ref]).score for name, (hyp, ref) in hyps.items()}
-    if hyps and folder and cfg.clips:
+    if hyps and not cfg.clips:
+        notes.append("clips=0: none was looked at closely.")
+    elif hyps and folder:
         worst = sorted(hyps, key=lambda n: each[n])
         ranks = {round((i / max(1, cfg.clips - 1)) ** 2 * (len(worst) - 1)) for i in range(cfg.clips)}  # both ends, and more of the worse half
         looked, rules, more = closely([worst[r] for r in sorted(ranks)], hyps, folder, lang, real.get("split", "test"), cfg)
         notes += more
-    name = " / ".join(str(c[key]) for key in ("dataset", "run", "stage") if c.get(key))
-    parts = {"title": esc(name), "head": head(run, folder, c, real), "curves": curves(before + [(c.get("stage", "run"), run)]), "scores": scores, "strips": rules,
-             "notes": "".join(f'<p class="todo">{esc(n)}</p>' for n in notes), "rows": sentences(hyps, each, looked, lang), "none": "" if hyps else "hidden", "lang": lang,
-             "layers": f"layers {esc(cfg.layers)}" if cfg.layers else "all layers", "data": json.dumps(looked, ensure_ascii=False).replace("<", "\\u003c")}  # no sentence can close the script
+    before = [("align", home(c.get("init_from") or os.path.join(os.path.dirname(run), "align")))] if c.get("stage") == "sft" else []
+    parts = {"title": esc(" / ".join(str(c[key]) for key in ("dataset", "run", "stage") if c.get(key))), "head": head(run, folder, c, real), "scores": scores,
+             "curves": curves([*before, (c.get("stage", "run"), run)]), "strips": rules, "notes": "".join(f'<p class="todo">{esc(n)}</p>' for n in notes),
+             "layers": f"layers {esc(cfg.layers)}" if cfg.layers else "all layers", "unit": "characters" if lang in UNSPACED else "words",
+             "rows": sentences(hyps, each, looked, lang), "none": "" if hyps else "hidden",
+             "data": json.dumps(looked, ensure_ascii=False).replace("<", "\\u003c")}  # no sentence can close the script
     page = open(os.path.join(HERE, "report.html"), encoding="utf-8").read()
     script = re.search(r"<script>(.*?)</script>", page, re.S)[1]
     parts["hash"] = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()  # the page allows itself this script and no other

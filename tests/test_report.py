@@ -208,6 +208,7 @@ def test_odd_runs(tmp_path, monkeypatch):
     page = page_of(run, monkeypatch)
     assert "今天下<mark>雪了</mark>" in page and "STAND-IN" in page and "made from &lt;states&gt;" in page and "control: noise *" in page
     assert [len(c["words"]) for c in data_of(page)] == [0, 5, 11] and not any(c["strip"] for c in data_of(page))
+    assert ">characters</button>" in page
     (run / "scores.shuffle.json").unlink()
     assert "control=all" in page_of(run, monkeypatch, "clips=0")
     (run / "scores.json").unlink()
