@@ -1,0 +1,309 @@
+"""
+scripts/report.py on a tiny run that is made here: what stands on the page, that it is true, and that a browser can use it.
+
+    python -m pytest tests/test_report.py        # the last test needs selenium, chromium and chromedriver, and else is skipped
+"""
+import base64
+import io
+import json
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from config import BadInput
+from data import Tokenizer
+from model import ModelArgs, SLLaMA, init_weight, to_hf
+from scripts import report, toy
+
+SHOW = "<script>alert(1)</script> & {{rows}} <!-- </script>"
+HYPS = {"a": ("am abend weht der wind", "am abend weht der wind"), "b": ("am montag <b>regnet</b> es", "am dienstag <b>regnet</b> es lange"),
+        "c": ("", "heute scheint die sonne"), "d<i>": (SHOW, f"in der nacht {SHOW}"), "e": ("am abend der wind weht", "schnee")}
+
+
+def tiny_run(root, language="German", hyps=HYPS, video=True):
+    """A data set of a few clips with random features and an sft run of a random model on it, as data.py, train.py and eval.py leave them."""
+    data, llm, run = root / "data" / "tiny", root / "llm", root / "out" / "tiny" / "sft"
+    for folder in (data / "cnn", llm, run / "best", run.parent / "align"):
+        folder.mkdir(parents=True)
+    toy.train_tokenizer(str(llm), [ref for _, ref in HYPS.values()] * 9, 330)
+    args = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=Tokenizer(str(llm)).vocab_size, head_dim=8)
+    page = report.read_literals(str(Path(report.__file__).parents[1] / "train.py"))
+    cfg = {k: v for k, (v, _) in page.items() if not isinstance(v, dict)} | page["sft"][0] | dict(
+        stage="sft", dataset="tiny", data_dir=str(root / "data"), backbone="cnn", llm=str(llm), out_dir=str(root / "out"), ltn_dim=12, ltn_heads=2, language=language, freeze_llm=True)
+    model = SLLaMA(args, 16, SimpleNamespace(**cfg))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(init_weight(name, p.shape, 0))
+    save_file({to_hf(k): v.contiguous() for k, v in model.llm.state_dict().items()}, llm / "model.safetensors")
+    (llm / "config.json").write_text(json.dumps(dict(model_type="llama", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+                                                     vocab_size=args.vocab_size, head_dim=8, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2)))
+    save_file({k: v.contiguous() for k, v in model.vision_state().items()}, run / "best" / "vision.safetensors")
+    state = {"config": cfg, "dim_in": 16, "extractor": {}, "step": 8, "best": 1.0}
+    (run / "best" / "state.json").write_text(json.dumps(state))
+    (run / "config.json").write_text(json.dumps(cfg | {"versions": {"python": "3", "torch": "2", "commit": "abc", "processes": 1}}))
+    rng = np.random.default_rng(0)
+    rows = [{"name": name, "text": ref, "video": str(root / f"{i}.mp4")} for i, (name, (_, ref)) in enumerate(hyps.items())]
+    for row in rows if video else ():
+        toy.write_mp4(row["video"], rng.integers(0, 255, (20, 32, 48, 3), dtype=np.uint8))
+    (data / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_file({row["name"]: torch.randn(20 + 80 * (i == 1), 16).half() for i, row in enumerate(rows)}, data / "cnn" / "test.safetensors")
+    with open(run / "hyps.jsonl", "w") as f:
+        f.writelines(json.dumps({"name": name, "hyp": hyp, "ref": ref}) + "\n" for name, (hyp, ref) in hyps.items())
+    for folder, steps in ((run.parent / "align", 12), (run, 8)):
+        lines = [{"step": s, "epoch": s / 4, "loss": 3 / s} | ({"dev_loss": 4 / s, "dev_bleu": [40, 30, 20, 10 + s], "dev_rouge": 50.0} if s % 4 == 0 else {}) for s in range(1, steps + 1)]
+        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 99, "loss": NaN}\n{"step": 1')
+    for control, bleu4 in (("", 20.0), (".shuffle", 3.0), (".noise", 2.0)):
+        (run / f"scores{control}.json").write_text(json.dumps({
+            "bleu": [50, 40, 30, bleu4], "rouge": 30.0, "chrf": 40.0, "bleu4_95": [bleu4 - 2, bleu4 + 2], "exact": 20.0, "clips": 5, "split": "test", "standin": None, "step": 8,
+            "decoding": {"beam": 4}, "signature": {"bleu": "nrefs:1"}, "baselines": {"nearest training clip": {"bleu": [9, 8, 7, 6], "rouge": 5, "chrf": 4}}}))
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return tiny_run(tmp_path_factory.mktemp("report"))
+
+
+def page_of(run, monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["report.py", f"ckpt={run}", f"to={run}/page.html", "device=cpu", *args])
+    report.main()
+    return (run / "page.html").read_text(encoding="utf-8")
+
+
+def data_of(page):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+
+
+class Reader(HTMLParser):
+    """Elements that are opened, their attributes, and the text of the page."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, text):
+        self.text += text
+
+
+def test_the_whole_page(run, monkeypatch):
+    page = page_of(run, monkeypatch, "clips=9")
+    read = Reader(page)
+    ids = [a["id"] for _, a in read.tags if "id" in a]
+    assert len(ids) == len(set(ids)) and {"scores", "curves", "clip", "clips"} <= set(ids)
+    assert all(a[k].removeprefix("#") in ids for _, a in read.tags for k in ("for", "aria-labelledby", "href") if a.get(k, "data").split(":")[0] != "data")
+    assert [t for t, _ in read.tags if t in ("header", "main", "nav", "footer")] == ["header", "nav", "main", "footer"]
+    # nothing is fetched: no address but what lies in the page itself
+    assert not re.search(r"(src|href|action)\s*=\s*[\"']?\s*(https?:)?//", page) and "@import" not in page and "http" not in re.sub(r"http-equiv", "", page)
+    assert all(u.startswith("data:image/jpeg;base64,") for u in re.findall(r"url\((.*?)\)", page))
+    assert len(page) < 1e6
+    # the sentences are texts, wherever they stand; the page has its own two scripts
+    assert [t for t, _ in read.tags].count("script") == 2 and page.count("alert(1)") == page.count("&lt;script&gt;alert(1)") + page.count("\\u003cscript>alert(1)")
+    assert "d<i>" in read.text and "<b>regnet</b>" in read.text
+    assert "With its own video a sentence scores BLEU-4 20.00, with another clip's 3.00: the gap of 17.00" in read.text and "STAND-IN" not in page
+    assert "local transformer" in page and "learns" in page and "frozen" in page
+    assert page.count("<svg") == 2 and "align, step 4: dev BLEU-4 14.00" in page and "sft, step 8: dev loss 0.5000" in page and "step 99" not in page
+
+
+def test_what_the_page_says_of_a_clip(run, monkeypatch):
+    clips = data_of(page_of(run, monkeypatch, "clips=9"))
+    assert {c["name"] for c in clips} == HYPS.keys() and clips[0]["name"] == "c" and clips[-1]["name"] == "a"
+    for c in clips:
+        hyp, ref = HYPS[c["name"]]
+        assert [w[0] for w in c["words"]] == hyp.split() and c["strip"] and c["frames"] == (100 if c["name"] == "b" else 20) and c["tiles"] == min(c["frames"], 64)
+        for _, _, share, row in c["words"]:
+            assert len(row) == c["frames"] and abs(sum(row) - 1) < 1e-2 and 0 < share < 1
+        for t, row in enumerate(c["band"]):  # nine frames at most, none before the first or after the last
+            assert len(row) == 9 and abs(sum(row) - 1) < 1e-3
+            assert all((v > 0) == (0 <= t + k - 4 < c["frames"]) for k, v in enumerate(row))
+    (b,) = [c for c in clips if c["name"] == "b"]
+    assert [w[0] for w in b["words"] if w[1]] == ["montag"]
+
+
+def test_the_look_is_that_of_the_model(run):
+    """Against the definition, for one word of one token: the mean of the recorded weights at the position before it, on the frames alone."""
+    sllama, tokenizer, _ = report.load_model(str(run), "cpu")
+    x = torch.randn(11, 16)
+    seen, share, band = report.look(sllama, tokenizer, x, "am abend", "de")
+    assert seen.shape == (2, 11) and torch.allclose(seen.sum(1), torch.ones(2)) and band.shape == (11, 9)
+    before, after = report.prompt_ids(sllama.prompt, tokenizer)
+    answer = tokenizer.encode("am abend")
+    batch = report.pack([report.Sample("", x, before, after, answer + [tokenizer.eos_id])])
+    with report.recorded(sllama.llm) as weights:
+        sllama(batch)
+    first = len(report.writers(answer, "am abend", tokenizer, "de")[0])  # tokens of the first word
+    start = len(before) + len(x) + len(after) - 1
+    mean = torch.stack(list(weights.values())).mean((0, 1))[start:start + first, len(before):len(before) + len(x)]
+    assert torch.allclose(seen[0], (mean / mean.sum(1, keepdim=True)).mean(0), atol=1e-6) and torch.allclose(share[0], mean.sum(1).mean(), atol=1e-6)
+    one, *_ = report.look(sllama, tokenizer, x, "am abend", "de", report.layer_range("1", 2))
+    assert not torch.allclose(one, seen)
+    assert report.look(sllama, tokenizer, x, "", "de")[0].shape == (0, 11)
+    for text in ("2", "1-0", "0-2", "x", "-1"):
+        with pytest.raises(BadInput, match="layers="):
+            report.layer_range(text, 2)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "tokenizers"])
+def test_writers(tmp_path, kind):
+    """Each word has the tokens that write it: pieces of words, spaces apart, characters of several bytes, tokens of several characters."""
+    pytest.importorskip(kind)
+    texts = ["am abend weht der wind", "今天 天气"] * 20
+    toy.train_tokenizer(str(tmp_path), texts, 300) if kind == "sentencepiece" else toy.train_tokenizer_json(str(tmp_path), texts, 300, bos=True)
+    tokenizer = Tokenizer(str(tmp_path))
+    for text, lang in (("am abend weht wind xyz", "de"), ("今天下雨了，好", "zh"), ("今天 下雨", "zh"), ("a", "de"), ("", "de")):
+        ids = tokenizer.encode(text)
+        found = report.writers(ids, text, tokenizer, lang)
+        assert len(found) == len(report.words(text, lang)) and all(found)
+        assert sorted({k for t in found for k in t}) == list(range(len(ids)))  # no token is lost
+        assert all(a[-1] <= b[0] + (lang == "zh") for a, b in zip(found, found[1:]))  # nor out of order
+        for word, tokens in zip(report.words(text, lang), found):
+            assert word[0] in tokenizer.decode(ids[tokens[0]:tokens[-1] + 1])
+    letters = SimpleNamespace(decode=lambda ids: "".join("ab c"[i] for i in ids))
+    assert report.writers([0, 1, 2, 3], "ab c", letters, "de") == [[0, 1], [2, 3]]
+
+
+def test_marked():
+    assert report.marked("der wind weht", "der sturm weht", "de") == ("der <mark>wind</mark> weht", "der <mark>sturm</mark> weht", {1})
+    assert report.marked("a < b", "a < b", "en")[:2] == ("a &lt; b", "a &lt; b")
+    assert report.marked("今天下雨", "今天下雪了", "zh") == ("今天下<mark>雨</mark>", "今天下<mark>雪了</mark>", {3, 4})
+    assert report.marked("eins zwei", "", "de") == ("<mark>eins zwei</mark>", "<i>(empty)</i>", set())
+
+
+def test_pictures():
+    rgb = np.zeros((16, 40, 3), np.uint8)
+    rgb[:, 20:, 0] = 255
+    uri = report.jpeg(rgb)
+    with report.av.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))) as f:
+        back = next(f.decode(video=0)).to_ndarray(format="rgb24").astype(int)
+    assert back.shape == rgb.shape and abs(back[8, 5] - rgb[8, 5]).max() < 12 and abs(back[8, 35] - rgb[8, 35]).max() < 12
+
+
+@pytest.mark.parametrize("top", [1, 3, 7.3, 12, 97, 1071, 2e5])
+def test_ticks(top):
+    found = report.ticks(top)
+    assert found[0] == 0 and 2 <= len(found) <= 6 and found[-1] <= top
+
+
+def test_gap():
+    score = lambda b, low, high: {"bleu": [0, 0, 0, b], "bleu4_95": [low, high]}
+    assert "the gap of <b>7.00</b>" in report.gap(score(10, 9, 11), score(3, 2, 4))
+    assert "no difference beyond chance" in report.gap(score(5, 2, 8), score(3, 1, 5))
+    assert "no difference beyond chance" in report.gap({"bleu": [0, 0, 0, 1]}, {"bleu": [0, 0, 0, 2]})
+
+
+def test_odd_runs(tmp_path, monkeypatch):
+    """Chinese, no videos, a stand-in; then without controls, scores, sentences, checkpoint, log: the page says what is missing and which command makes it."""
+    chinese = {"一": ("今天下雪了", "今天下雨"), "二": ("", "好"), "三": ("你好</script>", "你好")}
+    run = tiny_run(tmp_path, "Chinese", chinese, video=False)
+    scores = json.loads((run / "scores.json").read_text())
+    (run / "scores.json").write_text(json.dumps(scores | {"standin": "made from <states>", "step": 9}))
+    page = page_of(run, monkeypatch)
+    assert "今天下<mark>雪了</mark>" in page and "STAND-IN" in page and "made from &lt;states&gt;" in page and "control: noise *" in page
+    assert [len(c["words"]) for c in data_of(page)] == [0, 5, 11] and not any(c["strip"] for c in data_of(page))
+    assert ">characters</button>" in page
+    (run / "scores.shuffle.json").unlink()
+    assert "control=all" in page_of(run, monkeypatch, "clips=0")
+    (run / "scores.json").unlink()
+    (tmp_path / "llm").rename(tmp_path / "away")
+    page = page_of(run, monkeypatch)
+    assert "No scores yet" in page and "No clip can be looked at closely" in page and data_of(page) == []
+    (run / "hyps.jsonl").unlink(), (run / "log.jsonl").unlink(), shutil.rmtree(run / "best")
+    page = page_of(run, monkeypatch)
+    assert f"python eval.py ckpt={run} control=all" in page and "holds no checkpoint" in page and page.count("<svg") == 2  # align's curves
+    (run.parent / "align" / "log.jsonl").unlink()
+    assert "logged nothing" in page_of(run, monkeypatch)
+    (run / "config.json").unlink()
+    with pytest.raises(BadInput, match="config.json"):
+        page_of(run, monkeypatch)
+
+
+def test_align_run(tmp_path, monkeypatch):
+    run = tiny_run(tmp_path)
+    config = json.loads((run / "config.json").read_text()) | {"stage": "align", "train_ltn": True}
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "hyps.jsonl").unlink()
+    page = page_of(run, monkeypatch)
+    assert "No sentences yet" in page and page.count("<svg") == 2 and "sft, step" not in page and page.count("<td>learns") == 3
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium without a window. Takes some seconds to start."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (pip install selenium)")
+    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("chromium or chromedriver is not installed (Debian: apt-get install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--force-prefers-reduced-motion"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
+
+
+def test_in_a_browser(browser, run, monkeypatch):
+    page_of(run, monkeypatch, "clips=9")
+    js, size = browser.execute_script, lambda width: browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", dict(width=width, height=800, deviceScaleFactor=1, mobile=False))
+    every = lambda css: browser.find_elements("css selector", css)
+    first = lambda css: every(css)[0]
+    size(1200)
+    browser.get(f"file://{run}/page.html")
+    order = lambda: js("return [...document.querySelectorAll('#all tbody tr:not([hidden]) th')].map(e => e.textContent)")
+    worst = order()
+    assert worst[0] == "c" and worst[-1] == "a"
+    # sorted by the keyboard: the clips' names, there and back; then by the buttons
+    name = first("#all thead button")
+    js("arguments[0].focus()", name)
+    name.send_keys("\n")
+    assert order() == sorted(HYPS) and js("return document.querySelector('#all th').getAttribute('aria-sort')") == "ascending"
+    name.send_keys(" ")
+    assert order() == sorted(HYPS)[::-1] and len(every("#all [aria-sort]")) == 1
+    first("[data-sort=descending]").click()
+    assert order()[0] == "a" and order()[-1] == "c" and first("[data-sort=descending]").get_attribute("aria-pressed") == "true"
+    first("#filter").send_keys("MONTAG")
+    assert order() == ["b"] and first("#count").text == "1 of 5"
+    # a clip, then another word of it: its frames light up, and the sentence says which
+    first("#all tr:not([hidden]) .open").click()
+    assert "montag" in first("#pair").text and len(every("#sheet button")) == 64
+    pressed = lambda: [e.text for e in every("#words [aria-pressed=true]")]
+    light = lambda: js("return [...document.querySelectorAll('#sheet button')].map(e => +e.style.getPropertyValue('--v'))")
+    assert pressed() == ["montag"] and max(light()) == 1
+    was = light()
+    every("#words button")[0].click()
+    assert pressed() == ["am"] and light() != was and "“am” looks most at frames" in first("#said").text
+    at = first("#at")
+    js("arguments[0].focus()", at)
+    at.send_keys("\ue014")  # arrow right
+    assert at.get_attribute("aria-valuetext") == "frame 2 of 100" and "Frame 2 is mixed from frames 1 to 6" in first("#said").text and pressed() == []
+    assert sum(v > 0 for v in light()) <= 5
+    first("#back").click()
+    assert "montag" not in first("#pair").text
+    # the empty one
+    js("pick.value = 0; pick.onchange()")
+    assert first("#said").text == "The model wrote nothing." and not every("#words button")
+    # every control has a name, and nothing in the sentences became an element
+    assert js("return [...document.querySelectorAll('button, input, select')].every(e => e.textContent.trim() || e.ariaLabel || e.labels?.length)")
+    assert js("return document.querySelectorAll('#all b, #pair b, #words b, #all th > i').length") == 0
+    for width in (360, 1200):
+        size(width)
+        for details in every("details"):
+            js("arguments[0].open = true", details)
+        for k in range(5):
+            js("pick.value = arguments[0]; pick.onchange()", k)
+            assert js("return document.documentElement.scrollWidth") <= width
+        sticks_out = """return [...document.querySelectorAll('body *')].filter(e => !e.closest('.box, .hidden') && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 99))"""
+        assert js(sticks_out) == []
+    assert browser.get_log("browser") == []
