@@ -25,10 +25,12 @@ import torch.nn.functional as F
 from sacrebleu.metrics import CHRF
 
 from config import BadInput, Progress, configure, launch, read_literals, usage_error, whole
-from data import Clips, Sample, pack, prompt_ids, read_video
+from data import Clips, Sample, pack, prompt_ids
 from eval import CONTROLS, UNSPACED, find_checkpoint, language_code, load_model, newest_run, read_hyps
-from model import load_json, load_tensors, open_llm
+from model import open_llm
 from scripts.attention import recorded
+from video import frames
+from weights import load_json, load_tensors
 
 ckpt = ""  # run folder or checkpoint folder; "" = the newest sft run under out_dir
 out_dir = "out"  # holds the runs
@@ -110,11 +112,11 @@ def jpeg(rgb):
 
 def strip(path, n, side):
     """n frames of a clip, evenly spaced -> (data URI of them side by side, width of one / its height)."""
-    video = read_video(path)
-    width = max(2, round(side * video.shape[2] / video.shape[1] / 2) * 2)
+    width = lambda frame: max(2, round(side * frame.shape[1] / frame.shape[0] / 2) * 2)
+    small = lambda frame: av.VideoFrame.from_ndarray(np.ascontiguousarray(frame)).reformat(width(frame), side, "rgb24", interpolation="AREA").to_ndarray()
+    video = [small(frame) for frame in frames(path)]  # a large clip is never held as a whole
     at = ((np.arange(n) + 0.5) * len(video) / n).astype(int)
-    small = lambda frame: av.VideoFrame.from_ndarray(np.ascontiguousarray(frame)).reformat(width, side, "rgb24", interpolation="AREA").to_ndarray()
-    return jpeg(np.concatenate([small(video[t]) for t in at], 1)), width / side
+    return jpeg(np.concatenate([video[t] for t in at], 1)), video[0].shape[1] / side
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pieces of the page
@@ -123,9 +125,9 @@ def marked(ref, hyp, lang):
     """-> the two sentences as HTML in which they differ in what is marked, and the indexes of the hypothesis' words that are."""
     a, b = ([w[0] for w in words(s, lang)] for s in (ref, hyp))
     gap, out, wrong = "" if lang in UNSPACED else " ", ([], []), set()
-    for kind, i, j, k, l in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
-        wrong |= set(range(k, l)) if kind != "equal" else set()
-        for half, part in zip(out, (a[i:j], b[k:l])):
+    for kind, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        wrong |= set(range(k, m)) if kind != "equal" else set()
+        for half, part in zip(out, (a[i:j], b[k:m])):
             if part:
                 half.append(esc(gap.join(part)) if kind == "equal" else f"<mark>{esc(gap.join(part))}</mark>")
     return gap.join(out[0]), gap.join(out[1]) or '<i>(empty)</i>', wrong
@@ -166,7 +168,8 @@ def chart(y_label, series, stages, log=False):
     out = [f'<svg viewBox="0 0 {W} {H}" role="img" aria-label="{esc(y_label)} over steps; the values on dev stand in the table below">']
     out += [f'<path class="grid" d="M{left} {y(v):.1f}H{W - right}"/><text x="{left - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{v:g}</text>' for v in rows]
     out += [f'<text x="{x(step):.1f}" y="{H - bottom + 17}" text-anchor="middle">{step:g}</text>' for step in ticks(last)]
-    out += [f'<path class="stage" d="M{x(first):.1f} {top - 14}V{H - bottom}"/><text class="stage" x="{x(first) + 5:.1f}" y="{top - 6}">{esc(name)}</text>' for first, name in stages]
+    out += [f'<path class="stage" d="M{x(first):.1f} {top - 14}V{H - bottom}"/><text class="stage" x="{x(first) + 5:.1f}" y="{top - 6}">{esc(name)}</text>'
+            for first, name in stages]
     out.append(f'<text x="{(left + W - right) / 2}" y="{H - 4}" text-anchor="middle">steps</text>'
                f'<text transform="translate(11 {(top + H - bottom) / 2}) rotate(-90)" text-anchor="middle">{esc(y_label)}</text>')
     for kind, some in series.items():
@@ -204,7 +207,8 @@ def curves(runs):
         first += log[-1]["step"] if log else 0
     if not train:
         return '<p class="todo">The run has logged nothing yet.</p>'
-    out = f'<figure>{chart("loss a token (log scale)", {"train": train, "dev": dev}, stages, True)}<figcaption><i class="key"></i>train <i class="key dev"></i>dev</figcaption></figure>'
+    loss = chart("loss a token (log scale)", {"train": train, "dev": dev}, stages, True)
+    out = f'<figure>{loss}<figcaption><i class="key"></i>train <i class="key dev"></i>dev</figcaption></figure>'
     if scores:
         out += f'<figure>{chart("dev BLEU-4", {"dev": scores}, stages)}<figcaption><i class="key dev"></i>dev clips, decoded</figcaption></figure>'
     values = table(("stage", "epoch", "train loss", "dev loss", "BLEU-4", "ROUGE"), rows, "values on dev")
@@ -235,7 +239,8 @@ def score_table(run, again):
     out = f'<p class="lead">{gap(real, found["shuffle"])}</p>' if "shuffle" in found else \
         f'<p class="todo">A score alone says little: <code>{again}</code> also scores the model on other clips\' videos.</p>'
     out += table(("", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE", "chrF"), rows, "scores", "scores",
-                 f"{'STAND-IN features: ' if real.get('standin') else ''}{real['clips']} {real['split']} clips{interval}; {real['exact']:.0f} % of the sentences are exact. Decoded with {how}.")
+                 f"{'STAND-IN features: ' if real.get('standin') else ''}{real['clips']} {real['split']} clips{interval}; "
+                 f"{real['exact']:.0f} % of the sentences are exact. Decoded with {how}.")
     if stale:
         out += f'<p class="todo">* made with another checkpoint, split or decoding than the model\'s row; <code>{again}</code> makes all anew.</p>'
     return out + f'<p class="fine">{"<br>".join(esc(s) for s in real["signature"].values())}</p>', real
@@ -244,7 +249,8 @@ def score_table(run, again):
 def head(run, folder, c, real):
     """What was run, what of it learns, and all settings -> HTML."""
     v, get = c.get("versions", {}), lambda key: str(c.get(key, "?"))
-    facts = {"data set": get("dataset"), "features": get("backbone"), "stage": get("stage"), "LLM": real.get("llm") or get("llm"), "language": get("language"), "prompt": get("prompt"),
+    facts = {"data set": get("dataset"), "features": get("backbone"), "stage": get("stage"), "LLM": real.get("llm") or get("llm"),
+             "language": get("language"), "prompt": get("prompt"),
              "training": f"{get('epochs')} epochs, {get('batch_size')} clips a step, peak learning rate {get('lr')}", "folder": run,
              "made with": f"Python {v.get('python')}, torch {v.get('torch')}, {v.get('processes')} process(es), commit {str(v.get('commit'))[:12]}"}
     learns = {"ltn": c.get("train_ltn"), "proj": c.get("train_ltn"), "adaptor": True, "LoRA": True, "word embeddings": c.get("train_embeddings"), "LLM": False}
@@ -258,7 +264,7 @@ def head(run, folder, c, real):
             if part in sizes:  # the others are statistics of the features
                 sizes[part] += t.numel()
         with contextlib.suppress(BadInput):  # its folder need not be on this machine
-            sizes["LLM"] = sum(math.prod(s) for s in open_llm(get("llm"))[1].values()) - sizes["word embeddings"]
+            sizes["LLM"] = sum(math.prod(s) for s in open_llm(get("llm")).shapes.values()) - sizes["word embeddings"]
         out = table(("part", "parameters", "in this stage"), [[PARTS.get(p, p), f"{n:,}", "learns" if learns[p] else "frozen"] for p, n in sizes.items() if n], "what learns")
     page = read_literals(os.path.join(HERE, "..", "train.py"))
     says = {k: comment for k, (_, comment) in page.items()} | page.get(get("stage"), ({}, {}))[1]

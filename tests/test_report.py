@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 
 from config import BadInput
 from data import Tokenizer
-from model import ModelArgs, SLLaMA, init_weight, to_hf
+from model import ModelArgs, SLLaMA, init_weight
 from scripts import report, toy
+from weights import to_hf
 
 SHOW = "<script>alert(1)</script> & {{rows}} <!-- </script>"
 HYPS = {"a": ("am abend weht der wind", "am abend weht der wind"), "b": ("am montag <b>regnet</b> es", "am dienstag <b>regnet</b> es lange"),
