@@ -165,7 +165,8 @@ def local_attention(q, k, v, window, doc=None):
     tail = n * block - T  # rows that fill the last block
     doc = torch.zeros(B, T, dtype=torch.long, device=q.device) if doc is None else doc
     # blocks become a batch, four dimensions in all: with five, scaled_dot_product_attention has no fused kernel
-    q = F.pad(q, (0, 0, 0, tail)).unflatten(2, (n, block)).transpose(1, 2).flatten(0, 1)  # (B, H, T, D) -> (B n, H, block, D)
+    q = F.pad(q, (0, 0, 0, tail)) if tail else q
+    q = q.unflatten(2, (n, block)).transpose(1, 2).flatten(0, 1)  # (B, H, T, D) -> (B n, H, block, D)
     cut = lambda t: t.unfold(2, seen, block).permute(0, 2, 1, 4, 3).flatten(0, 1)  # (B, H, T', D) -> (B n, H, seen, D)
     k, v = (cut(F.pad(t, (0, 0, reach, reach + tail))) for t in (k, v))
     doc_q = F.pad(doc, (0, tail), value=-1).view(B * n, block, 1)  # -1: filling; it sees filling alone, so no row is empty
@@ -406,11 +407,11 @@ class SLLaMA(nn.Module):
         x = x if self.proj is None else self.proj(x)
         x = x if self.ltn is None else self.ltn(x, batch.clip[None])
         h = self.llm.tok_embeddings(batch.tokens)  # (N, dim)
-        return h.index_copy(0, batch.frame_at, (self.adaptor(x)[0] * self.scale).type_as(h))[None]
+        return h.index_copy(0, batch.frame_at, (self.adaptor(x).squeeze(0) * self.scale).type_as(h))[None]
 
     def forward(self, batch):
         """batch: data.Batch -> (sum of the token losses, number of target tokens); targets are the answer and EOS."""
-        logits = self.llm(h=self.embed(batch), docs=batch.docs, at=batch.target_at)[0]
+        logits = self.llm(h=self.embed(batch), docs=batch.docs, at=batch.target_at).squeeze(0)  # (M, vocab)
         smooth = self.label_smoothing if self.training else 0.0
         return F.cross_entropy(logits.float(), batch.targets, reduction="sum", label_smoothing=smooth), batch.targets.numel()
 

@@ -139,7 +139,7 @@ def note_signals():
 
 
 def groups(model):
-    """The modules that FSDP2 gathers and scatters as one: the LLM's blocks and the root."""
+    """The modules that FSDP2 gathers and scatters as one: the LLM's blocks and the root. None where shard() had nothing to do."""
     return [m for m in model.modules() if isinstance(m, FSDPModule)]
 
 
@@ -164,13 +164,16 @@ def build(cfg, args, dim_in, device, dtype):
 
 def shard(model, device, dtype, cfg):
     """FSDP2: each of the LLM's blocks is a group of its own, the rest (embeddings, output, local transformer, adaptor) is the root's."""
+    if cfg.compile:
+        for block in model.llm.layers:
+            block.compile(dynamic=True)  # before fully_shard, and in place: names of weights stay what they are
+    if world() == 1 and dtype == torch.float32 and not cfg.cpu_offload:
+        return  # nothing to share out, to cast or to keep elsewhere: FSDP2 would only copy every weight, twice a step
     mesh = init_device_mesh(device.type, (world(),))  # without a mesh FSDP picks an accelerator on its own
     # frozen weights lie in dtype, what learns in fp32; both compute in dtype, and gradients are summed in fp32
     policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     how = dict(mesh=mesh, mp_policy=policy) | ({"offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda")} if cfg.cpu_offload else {})
     for block in model.llm.layers:
-        if cfg.compile:
-            block.compile(dynamic=True)  # before fully_shard, and in place: names of weights stay what they are
         fully_shard(block, **how)
     fully_shard(model, **how)
     for m in groups(model):  # the plain sum over processes; both calls, only together they mean it on every backend and version
@@ -194,8 +197,8 @@ def micro_batch(clips, indices, prompt, tokenizer, device, drop=0.0, key=()):
 def evaluate(model, dev, prompt, tokenizer, device, lang, cfg, asked):
     """Dev loss a token, and BLEU and ROUGE of real decoding, the clips shared out. -> dict, the same on every process; {} after a signal."""
     model.eval()
-    model.set_reshard_after_forward(False)  # gather the weights once; from here on a forward needs no other process
-    for m in groups(model):
+    for m in groups(model):  # gather the weights once; from here on a forward needs no other process
+        m.set_reshard_after_forward(False, recurse=False)
         m.unshard()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for start in range(0, len(dev), 16 * world()):  # as many forwards on every process
@@ -223,8 +226,7 @@ def evaluate(model, dev, prompt, tokenizer, device, lang, cfg, asked):
         scores |= {"dev_bleu": bleu(*pair, lang), "dev_rouge": rouge(*pair, lang)}
     for m in groups(model):
         m.reshard()
-    model.set_reshard_after_forward(True)
-    model.set_reshard_after_forward(False, recurse=False)  # the root's weights are needed again at once
+        m.set_reshard_after_forward(m is not model, recurse=False)  # the root's weights are needed again at once
     model.train()
     return scores
 
@@ -505,7 +507,8 @@ def main():
         loss = torch.zeros((), dtype=torch.float64, device=device)
         scale = 2.0 ** max(0, 10 - skipped) if torch_dtype == torch.float16 else 1.0  # keeps small gradients out of float16's underflow
         for i, batch in enumerate(batches):
-            model.set_requires_gradient_sync(i == len(batches) - 1)  # gradients travel once a step
+            for m in groups(model):
+                m.set_requires_gradient_sync(i == len(batches) - 1, recurse=False)  # gradients travel once a step
             # the mean over the target tokens of the whole step: the same gradient however many processes and micro-batches share it
             try:
                 part_loss, _ = model(batch)

@@ -236,7 +236,8 @@ def decode(cfg):
         write_llm(folder, cfg.llm, pick_dtype("auto", pick_device(cfg.device)[0])[0])
         ours = Ours(cfg, folder, "align")
         peer, model = Peer(ours, folder), ours.model
-        model.unshard(), [block.unshard() for block in model.llm.layers]
+        for m in train.groups(model):
+            m.unshard()
         samples = sorted(ours.samples(clips_like_phoenix(cfg, 32)), key=lambda s: len(s.features))
 
         @torch.no_grad()

@@ -64,7 +64,7 @@ def estimate(cfg, model, clips, micro, prompt, tokenizer, dtype, device):
     model on the meta device. Beside it stand the program (0.3 GB), a CUDA context (0.5 GB or so) and NCCL's buffers. On a CPU glibc's allocator keeps a part of what
     is free; MALLOC_MMAP_THRESHOLD_=131072 in the environment stops that.
     """
-    args = model.llm.args
+    args, sharded = model.llm.args, hasattr(next(model.parameters()), "_local_tensor")
     held = {learns: sum(getattr(p, "_local_tensor", p).nbytes for p in model.parameters() if p.requires_grad == learns) for learns in (False, True)}
     block = sum(p.numel() for p in model.llm.layers[0].parameters())
     root = sum(p.numel() for p in model.parameters()) - block * args.n_layers
@@ -92,7 +92,7 @@ def estimate(cfg, model, clips, micro, prompt, tokenizer, dtype, device):
     after = learning * (s + 4) if device.type == "cuda" else 3 * 4 * learning  # gradients before and after the sum; a save's copies are made on the CPU
     rows = [
         ("frozen weights" + away, held[False]), ("weights that learn" + away, held[True]), ("AdamW's two moments" + away, 2 * held[True]),
-        ("gathered: two blocks and what is no block", (root + 2 * block) * s), ("kept for the backward pass", blocks + vision),
+        ("gathered: two blocks and what is no block", (root + 2 * block) * s if sharded else 0), ("kept for the backward pass", blocks + vision),
         ("logits or a block's gradients", back), ("gradients, copies for a save, where larger", max(0, after - blocks - vision - back))]
     if device.type == "cpu" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # measured: a sixth to a quarter, on LLMs of 34 to 238 million parameters
         rows.append(("free, but kept by glibc's allocator", 0.2 * sum(size for _, size in rows)))
