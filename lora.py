@@ -46,7 +46,7 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x):
         down = F.linear(self.dropout(x), self.lora_A.to(x.dtype)) * (self.alpha / len(self.lora_A))  # (..., in) -> (..., rank)
-        return F.linear(x, self.weight, self.bias) + F.linear(down, self.lora_B.to(x.dtype))
+        return F.linear(x, self.weight, self.bias).add_(F.linear(down, self.lora_B.to(x.dtype)))  # in place: nobody else needs the frozen part
 
 
 def layers(llama, kind=LoRALinear):
