@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from config import BadInput, Progress
@@ -207,17 +206,18 @@ class Cache:
     def attend(self, layer, q, k, v):
         if layer not in self.prefix:
             H, D = k.shape[2:]
-            self.prefix[layer] = [t[0][self.rows].transpose(1, 2).contiguous() for t in (k, v)]  # (1, N, H, D) -> (n, H, L, D), as every step reads it
+            kp, vp = k[0][self.rows], v[0][self.rows]  # (1, N, H, D) -> (n, L, H, D)
+            self.prefix[layer] = kp.permute(0, 2, 3, 1).contiguous(), vp.transpose(1, 2).contiguous()  # (n, H, D, L), (n, H, L, D): as every step multiplies them
             self.written[layer] = [t.new_empty(len(self.docs), self.beams, H, self.max_new, D) for t in (k, v)]
             return causal_attention(q, k, v, self.docs)
         (kp, vp), (kw, vw) = self.prefix[layer], self.written[layer]
         kw[:, :, :, self.step], vw[:, :, :, self.step] = k, v
         kw, vw = (t[:, :, :, :self.step + 1] for t in (kw, vw))  # (n, beams, H, S, D)
         q = q.unflatten(2, (k.shape[2], -1)) / q.shape[-1] ** 0.5  # (n, beams, heads, D) -> (n, beams, H, heads per key, D)
-        old = torch.einsum("nbhgd,nhld->nbhgl", q, kp).masked_fill(self.filling[:, None, None, None], float("-inf"))
+        old = torch.einsum("nbhgd,nhdl->nbhgl", q, kp).masked_fill(self.filling[:, None, None, None], float("-inf"))
         new = torch.einsum("nbhgd,nbhsd->nbhgs", q, kw)
         p = torch.cat([old, new], -1).float().softmax(-1).type_as(q)  # one softmax over both parts
-        L = kp.shape[2]
+        L = kp.shape[3]
         o = torch.einsum("nbhgl,nhld->nbhgd", p[..., :L], vp) + torch.einsum("nbhgs,nbhsd->nbhgd", p[..., L:], vw)
         return o.flatten(2)  # (n, beams, heads * D)
 
@@ -467,7 +467,7 @@ def init_weight(name, shape, seed):
 def fill(param, full):
     """Copy a whole tensor into a parameter; one that FSDP2 has sharded takes its own rows (dimension 0, blocks of ceil(rows/world))."""
     local = param.detach()
-    if isinstance(param, DTensor):
+    if hasattr(param, "to_local"):  # a DTensor; its class would take half a second to import
         local = local.to_local()
         low = -(-full.shape[0] // param.device_mesh.size()) * param.device_mesh.get_local_rank()
         full = full[low:low + local.shape[0]]
@@ -476,7 +476,7 @@ def fill(param, full):
 
 def full(param):
     """The whole tensor of a parameter, on the CPU. Collective where it is sharded: every process must call it."""
-    return (param.full_tensor() if isinstance(param, DTensor) else param).detach().cpu()
+    return (param.full_tensor() if hasattr(param, "full_tensor") else param).detach().cpu()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The LLM's raw weights

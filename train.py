@@ -25,8 +25,6 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from config import VERSION, BadInput, configure, launch, pick_device, pick_dtype, print0, rank, sync, usage_error, whole, world
 from data import Clips, Tokenizer, pack, prompt_ids, stateless
@@ -140,7 +138,7 @@ def note_signals():
 
 def groups(model):
     """The modules that FSDP2 gathers and scatters as one: the LLM's blocks and the root. None where shard() had nothing to do."""
-    return [m for m in model.modules() if isinstance(m, FSDPModule)]
+    return [m for m in model.modules() if hasattr(m, "unshard")]
 
 
 def build(cfg, args, dim_in, device, dtype):
@@ -169,6 +167,8 @@ def shard(model, device, dtype, cfg):
             block.compile(dynamic=True)  # before fully_shard, and in place: names of weights stay what they are
     if world() == 1 and dtype == torch.float32 and not cfg.cpu_offload:
         return  # nothing to share out, to cast or to keep elsewhere: FSDP2 would only copy every weight, twice a step
+    from torch.distributed.device_mesh import init_device_mesh  # half a second of imports, for those who need them
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
     mesh = init_device_mesh(device.type, (world(),))  # without a mesh FSDP picks an accelerator on its own
     # frozen weights lie in dtype, what learns in fp32; both compute in dtype, and gradients are summed in fp32
     policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -302,6 +302,7 @@ def write_common(folder, backbone, splits, shapes, read, metadata):
     A data set's common form: {split: [row]} -> folder/{split}.jsonl and folder/BACKBONE/{split}.safetensors.
     shapes: name of a clip -> (T, D); read: name -> (T, D) float16; metadata: names of a split -> {text: text} that its store carries.
     """
+    os.makedirs(os.path.join(folder, backbone), exist_ok=True)
     for split in SPLITS:
         path = os.path.join(folder, split + ".jsonl")
         if not splits[split]:
@@ -413,5 +414,4 @@ def import_features(name, splits, data_dir, label, patterns, shapes, sigma=None)
     settings = {"backbone": label, "weights": "", "imported": True, "features": ",".join(patterns)}
     if sigma is not None:
         settings["standin"] = f"stand-in features made from HMM alignments with noise of sigma={sigma:g}, not from videos"
-    os.makedirs(os.path.join(data_dir, name, label), exist_ok=True)
     write_common(os.path.join(data_dir, name), label, splits, shapes, read, lambda names: {"settings": json.dumps(settings)})

@@ -275,6 +275,9 @@ def band(cfg):
 def processes(cfg):
     """train.py on the same clips with one process and with two: seconds a step and memory a process."""
     figures = []
+    if not os.path.isdir(cfg.tokenizer):
+        print("one process and two are not compared: train.py takes its LLM's tokenizer, tokenizer=FOLDER")
+        return figures
     with tempfile.TemporaryDirectory() as folder:
         write_llm(folder)
         ours = Ours(cfg, folder, "sft")
@@ -283,8 +286,7 @@ def processes(cfg):
         rows = [{"name": str(i), "text": text, "frames": T} for i, (T, text) in enumerate(drawn)]
         video.write_common(os.path.join(folder, "data", "bench"), "random", {"train": rows, "dev": [], "test": []}, {k: f.shape for k, f in samples.items()},
                            lambda name: samples[name].numpy(), lambda names: {})
-        if os.path.isdir(cfg.tokenizer):
-            shutil.copy(os.path.join(cfg.tokenizer, "tokenizer.model"), folder)
+        shutil.copy(os.path.join(cfg.tokenizer, "tokenizer.model"), folder)
         for stage in ("align", "sft"):
             for n in (1, 2) * cfg.repeats:
                 start = [sys.executable] if n == 1 else [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}"]
