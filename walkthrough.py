@@ -25,7 +25,7 @@ from model import LLaMA, local_attention, rope_table
 from scripts.attention import recorded
 
 ckpt = "out/toy/sft"  # run folder of the sft stage, on the toy
-clip = 23  # line of its test split, from 0; this one needed the LoRA, and the beam has a choice
+clip = 23  # line of its test split, from 0
 other = 3  # another line: the control's
 beam = 4  # decoding as eval.py's
 length_penalty = 1.0
