@@ -38,6 +38,7 @@ def log(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # Kills and signals
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_exactly(home):
     """SIGKILL at a random moment; many times, in both stages, with two processes and of extraction too: python -m scripts.faults."""
     what, differs = faults.killed_run(home, "sft", 1, random.Random(4))  # after the second step or so

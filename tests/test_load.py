@@ -59,6 +59,7 @@ def write(folder, layout):
 
 
 @pytest.mark.parametrize("layout", ["hf", "meta"])
+@pytest.mark.long
 def test_two_processes_hold_little_more_than_the_model(tmp_path, layout):
     if shutil.disk_usage(tmp_path).free < 8e9:
         pytest.skip("needs 8 GB of disk")

@@ -69,6 +69,7 @@ def test_write(tmp_path):
     assert "published: ROUGE 48.90, BLEU-4 22.52" in tables.write(1, [[score(1)], [score(2)]], cfg)
 
 
+@pytest.mark.long
 def test_end_to_end(tmp_path, monkeypatch, capsys):
     """Two rows that share an align run and one that cannot run: the others are not lost, and a second call runs only that one again."""
     toy.build(str(tmp_path / "data"), n_train=6, n_dev=2, n_test=2, text_steps=2, text_batch=4)

@@ -52,6 +52,7 @@ def same(a, b, tolerance=0.0):
         assert (a[k] - b[k]).abs().max() <= tolerance * max(1e-6, a[k].abs().max()), k
 
 
+@pytest.mark.long
 def test_both_stages_and_eval_under_torchrun(home):
     run = spawn_train(2, home, "smoke", "stage=align")
     spawn_train(2, home, "smoke", "stage=sft")
@@ -91,6 +92,7 @@ def test_fewer_dev_clips_than_processes(home):
     spawn_train(2, home, "few", "eval_clips=1", "eval_every=2", "max_steps=5")
 
 
+@pytest.mark.long
 def test_one_process_is_two_processes_is_accumulation(home):
     runs = [spawn_train(1, home, "one", "max_steps=4"), spawn_train(2, home, "two", "max_steps=4"), spawn_train(1, home, "three", "max_steps=4", "grad_accum=3")]
     for other in runs[1:]:
@@ -114,6 +116,7 @@ def test_resumed_is_uninterrupted(train_here, stage):
     assert losses(whole / stage) == losses(halves / stage)
 
 
+@pytest.mark.long
 def test_resumed_with_another_number_of_processes_or_micro_batches(train_here, home, monkeypatch):
     monkeypatch.chdir(home)  # where the others are started: the same relative paths
     whole = train_here("whole1", "max_steps=6")
@@ -185,6 +188,7 @@ def test_bad_input_is_one_line_and_exit_code_1(home):
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "nothing" in done.stderr
 
 
+@pytest.mark.long
 def test_ten_real_clips_on_a_real_llama(real, tmp_path, monkeypatch):
     """Learnt by heart on purpose: every part from gif to sentence is connected, and without the right clip nothing comes back."""
     def call(main, *args):
