@@ -141,7 +141,9 @@ def key_of(row, stage):
 def run(command, log, cfg, beside=0):
     """Run a program of this repository, its output to a log file; BadInput with its last word where it fails. beside: runs that share the cores, 0 = jobs."""
     os.makedirs(os.path.dirname(log), exist_ok=True)
-    start = [sys.executable] if cfg.processes == 1 or command[0] == "-m" else [os.path.join(os.path.dirname(sys.executable), "torchrun"), f"--nproc_per_node={cfg.processes}", "--master_port=0"]  # a toy is made by one process
+    start = [sys.executable]
+    if cfg.processes > 1 and command[0] != "-m":  # a toy is made by one process
+        start = [os.path.join(os.path.dirname(sys.executable), "torchrun"), f"--nproc_per_node={cfg.processes}", "--master_port=0"]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ((beside or cfg.jobs) * cfg.processes)))}
     with open(log, "a") as out:
         out.write(f"$ {' '.join(command)}\n")
