@@ -33,7 +33,7 @@ workers = 2  # extract: processes that decode
 threads = 0  # threads of the CNN or the LLM, 0 = as many as there are cores
 labels = ""  # step, decode, scale: folder of PHOENIX-2014T's labels.train, which give the lengths of clips; else lengths like theirs
 tokenizer = ""  # step, decode, scale: folder of a LLaMA's tokenizer.model; "" = a token a byte
-llm = "bench"  # step, decode: its size, a name in SIZES of model.py, with random weights; bench: 34M parameters, for two cores
+llm = "bench"  # step, decode: its size, a name in SIZES of model.py, with random weights; bench: 79M parameters, for two cores
 batches = 4  # step: how many
 batch_size = 4  # step: clips in each
 compile = False  # step: torch.compile on ours
