@@ -62,7 +62,7 @@ class Inception(nn.Module):
 
 
 class GoogLeNet(nn.Module):
-    """Inception-v1, the paper's 1024-d CNN. Always in eval mode, no transform inside: data.py normalises with mean 0.5, deviation 0.5."""
+    """Inception-v1, the paper's 1024-d CNN. Always in eval mode, no transform inside: video.Extractor normalises with mean 0.5, deviation 0.5."""
 
     def __init__(self):
         super().__init__()

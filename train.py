@@ -489,7 +489,7 @@ def main():
         write(entry | scores)
 
     finished = done["step"]
-    unscored = unscored and look(unscored)
+    unscored = look(unscored) if dev and unscored else None  # eval_every=-1 may have come since: then there is nothing to score by
     for step in range(done["step"], stop):
         epoch, at = divmod(step, per_epoch)
         if at == 0 or step == done["step"]:

@@ -9,6 +9,7 @@ import contextlib
 
 import torch
 
+from config import BadInput
 from model import Attention, rotate
 
 
@@ -18,7 +19,9 @@ def recorded(module):
     weights = {}
 
     @torch.no_grad()
-    def record(name, part, x, rope):
+    def record(name, part, x, rope, docs=None, cache=None):
+        if cache is not None or len(x) > 1 or docs is not None and (len(docs) if isinstance(docs, list) else len(docs.unique())) > 1:
+            raise BadInput("recorded: the attention of one clip at a time, and without a cache")
         q, k = (rotate(w(x).unflatten(-1, (-1, part.head_dim)), rope)[0].float() for w in (part.wq, part.wk))  # (1, T, dim) -> (T, H, D)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # grouped queries share their key
         score = torch.einsum("ihd,jhd->hij", q, k) / part.head_dim**0.5
@@ -27,7 +30,7 @@ def recorded(module):
         seen = apart >= 0 if part.window is None else apart.abs() <= part.window // 2
         weights[name] = score.masked_fill(~seen, float("-inf")).softmax(-1)
 
-    hooks = [part.register_forward_pre_hook(lambda part, args, name=name: record(name, part, *args[:2])) for name, part in module.named_modules() if isinstance(part, Attention)]
+    hooks = [part.register_forward_pre_hook(lambda part, args, name=name: record(name, part, *args)) for name, part in module.named_modules() if isinstance(part, Attention)]
     try:
         yield weights
     finally:

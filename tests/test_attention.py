@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from config import BadInput
 from model import Attention, rope_table
 from scripts.attention import recorded
 
@@ -19,3 +20,10 @@ def test_recorded(window, kv):
     assert torch.allclose(got[0], want, atol=1e-5)
     part(x, rope_table(torch.arange(50)[None], 8))
     assert len(weights) == 1 and not part._forward_pre_hooks  # nothing is left behind
+
+
+@pytest.mark.parametrize("window, docs", [(None, [20, 30]), (8, torch.arange(50)[None] // 25)])
+def test_several_clips_are_refused(window, docs):
+    part = Attention(32, 4, 4, 8, window=window)
+    with pytest.raises(BadInput, match="one clip"), recorded(torch.nn.ModuleDict({"a": part})):
+        part(torch.randn(1, 50, 32), rope_table(torch.arange(50)[None], 8), docs)
