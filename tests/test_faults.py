@@ -258,7 +258,7 @@ def test_the_estimate_is_what_a_run_then_holds(home, env):
     shutil.rmtree(home / "random", ignore_errors=True)
     llm = home / "random"
     faults.random_llm(llm, home / "data" / "toy" / "llm" / "tokenizer.model", dim=512, n_layers=10, n_heads=8, n_kv_heads=4, head_dim=64, hidden_dim=1408, vocab_size=32000)
-    said, held = faults.peak(home, f"llm={llm}", "max_steps=1", "batch_size=8", "eval_every=-1", **env)
+    said, held = faults.peak(home, f"llm={llm}", "max_steps=1", "batch_size=16", "eval_every=-1", **env)
     print(f"estimate {said:.3f} GB, held {held:.3f} GB")
     assert abs(said - held) < 0.15 * held
 
