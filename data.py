@@ -130,7 +130,7 @@ class Batch:
     clip: torch.Tensor  # (F,) number of the clip each frame belongs to
     frame_at: torch.Tensor  # (F,) where in the stream the frames go
     tokens: torch.Tensor  # (N,) token ids, 0 where a frame goes
-    docs: list  # length of each clip's sequence
+    lens: list  # length of each clip's sequence
     target_at: torch.Tensor  # (M,) positions whose next token is learnt
     targets: torch.Tensor  # (M,) those tokens: answers and their EOS
 
@@ -145,18 +145,18 @@ def prompt_ids(prompt, tokenizer):
 
 def pack(samples, device="cpu", with_targets=True):
     """[Sample] -> Batch on the device. with_targets=False: nothing is to be learnt here (the share of a process that has run out of clips)."""
-    tokens, docs, clip, frame_at, target_at, targets = [], [], [], [], [], []
+    tokens, lens, clip, frame_at, target_at, targets = [], [], [], [], [], []
     for i, s in enumerate(samples):
         start, T, answer = len(tokens), len(s.features), s.answer or []
         tokens += s.before + [0] * T + s.after + answer[:-1]  # the last token is only ever predicted
-        docs.append(len(tokens) - start)
+        lens.append(len(tokens) - start)
         clip += [i] * T
         frame_at += range(start + len(s.before), start + len(s.before) + T)
         if with_targets and answer:
             target_at += range(len(tokens) - len(answer), len(tokens))
             targets += answer
     on = lambda x: torch.tensor(x, dtype=torch.long).to(device, non_blocking=True)
-    return Batch(torch.cat([s.features for s in samples]).to(device, non_blocking=True), on(clip), on(frame_at), on(tokens), docs, on(target_at), on(targets))
+    return Batch(torch.cat([s.features for s in samples]).to(device, non_blocking=True), on(clip), on(frame_at), on(tokens), lens, on(target_at), on(targets))
 
 
 def stateless(*key):

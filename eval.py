@@ -65,6 +65,7 @@ VIDEO_ENDINGS = (".mp4", ".webm", ".gif", ".mov", ".avi", ".mkv")
 UNSPACED = ("zh", "yue", "ja", "th")  # written without spaces between words
 LANGUAGES = {"German": "de", "English": "en", "Chinese": "zh"}
 SAMPLES = 1000  # of the bootstrap
+PART = 8  # clips whose prefixes are read together
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
@@ -162,17 +163,20 @@ def print_scores(title, rows):
 # Decoding
 
 @torch.no_grad()
-def generate(llm, h, docs, eos_ids, beam=1, length_penalty=1.0, max_new_tokens=200):
+def generate(llm, prefixes, eos_ids, beam=1, length_penalty=1.0, max_new_tokens=200):
     """
-    Beam search (beam=1: greedy) from packed prefixes, h (1, N, dim), of lengths docs. Returns for each
-    (token ids without EOS, whether EOS was reached). A hypothesis scores sum(log p) / ((5+len)/6)**length_penalty (Wu et al. 2016,
-    eq. 14); a clip is done once `beam` of its hypotheses have ended. Every step is one cached forward of n x beam tokens.
+    Beam search (beam=1: greedy). prefixes: packed streams of a few sequences each, (h (1, N, dim), their lengths); all n of them then go on
+    together. Returns for each (token ids without EOS, whether EOS was reached). A hypothesis scores sum(log p) / ((5+len)/6)**length_penalty
+    (Wu et al. 2016, eq. 14); a sequence is done once `beam` of its hypotheses have ended. Every step is one cached forward of n x beam tokens.
     """
-    n, device = len(docs), h.device
-    lens = torch.tensor(docs, device=device)
+    cache, logits, lens = Cache(beam, max_new_tokens), [], []
+    for h, some in prefixes:
+        lens += some
+        logits.append(llm(h=h, lens=some, cache=cache, at=torch.tensor(some, device=h.device).cumsum(0) - 1)[0])
+    logits = torch.cat(logits)  # (n, V)
+    n, device = len(lens), logits.device
+    lens = torch.tensor(lens, device=device)
     rows, eos = torch.arange(n, device=device)[:, None], torch.tensor(eos_ids, device=device)
-    cache = Cache(docs, beam, max_new_tokens, device)
-    logits = llm(h=h, docs=docs, cache=cache, at=lens.cumsum(0) - 1)[0]  # (n, V)
     logits = logits[:, None].expand(n, beam, -1)
     scores = torch.full((n, beam), float("-inf"), device=device)
     scores[:, 0] = 0.0  # the beams are one and the same at first
@@ -180,11 +184,13 @@ def generate(llm, h, docs, eos_ids, beam=1, length_penalty=1.0, max_new_tokens=2
     best_score, best_len = torch.full((n,), float("-inf"), device=device), torch.zeros(n, dtype=torch.long, device=device)
     best, closed = torch.zeros(n, max_new_tokens, dtype=torch.long, device=device), torch.zeros(n, dtype=torch.long, device=device)
     for step in range(max_new_tokens):
-        total = scores[..., None] + logits.float().log_softmax(-1)  # (n, beam, V)
-        V = total.shape[-1]
         # enough candidates that `beam` of them go on, were every EOS of every beam among them
-        top, index = total.flatten(1).topk(min(beam * (1 + len(eos_ids)), beam * V))
-        source, token = index // V, index % V
+        enough = beam * (1 + len(eos_ids))
+        top, token = logits.topk(min(enough, logits.shape[-1]))  # (n, beam, k): no sum over the whole vocabulary is written down
+        top = scores[..., None] + top.float() - logits.float().logsumexp(-1, keepdim=True)
+        source = torch.arange(beam, device=device)[:, None].expand_as(top)
+        top, j = top.flatten(1).topk(min(enough, top[0].numel()))
+        source, token = source.flatten(1).gather(1, j), token.flatten(1).gather(1, j)
         ends = torch.isin(token, eos)
         closes = ends & (torch.arange(top.shape[1], device=device) < beam) & top.isfinite() & (closed < beam)[:, None]
         value, j = (top / ((6 + step) / 6) ** length_penalty).masked_fill(~closes, float("-inf")).max(1)
@@ -218,8 +224,8 @@ def translate(sllama, features, tokenizer, beam=4, length_penalty=1.0, max_new_t
     order = sorted(range(len(features)), key=lambda i: len(features[i]))
     for start in range(0, len(order), batch_size):
         chosen = order[start:start + batch_size]
-        batch = pack([Sample(str(i), features[i], before, after, None) for i in chosen], device)
-        answers = generate(sllama.llm, sllama.embed(batch), batch.docs, tokenizer.eos_ids, beam, length_penalty, max_new_tokens)
+        parts = (pack([Sample(str(i), features[i], before, after, None) for i in chosen[n:n + PART]], device) for n in range(0, len(chosen), PART))
+        answers = generate(sllama.llm, ((sllama.embed(p), p.lens) for p in parts), tokenizer.eos_ids, beam, length_penalty, max_new_tokens)
         for i, (ids, ended) in zip(chosen, answers):
             out[i] = tokenizer.decode(ids).strip()
             cut += not ended

@@ -9,12 +9,14 @@ Names of shapes: B sequences, T their length, N tokens of a packed stream, H hea
 """
 import math
 import zlib
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from config import BadInput, Progress
@@ -167,7 +169,8 @@ def local_attention(q, k, v, window, doc=None):
     q = F.pad(q, (0, 0, 0, tail)) if tail else q
     q = q.unflatten(2, (n, block)).transpose(1, 2).flatten(0, 1)  # (B, H, T, D) -> (B n, H, block, D)
     cut = lambda t: t.unfold(2, seen, block).permute(0, 2, 1, 4, 3).flatten(0, 1)  # (B, H, T', D) -> (B n, H, seen, D)
-    k, v = (cut(F.pad(t, (0, 0, reach, reach + tail))) for t in (k, v))
+    zeros = q.new_zeros(B, H, reach + tail, D)
+    k, v = (cut(torch.cat([zeros[:, :, :reach], t, zeros], 2)) for t in (k, v))
     doc_q = F.pad(doc, (0, tail), value=-1).view(B * n, block, 1)  # -1: filling; it sees filling alone, so no row is empty
     doc_k = F.pad(doc, (reach, reach + tail), value=-1).unfold(1, seen, block).reshape(B * n, 1, seen)
     offset = torch.arange(seen, device=q.device) - reach - torch.arange(block, device=q.device)[:, None]  # j - i
@@ -176,50 +179,49 @@ def local_attention(q, k, v, window, doc=None):
     return o.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]  # (B n, H, block, D) -> (B, H, T, D)
 
 
-def causal_attention(q, k, v, docs=None):
+def causal_attention(q, k, v, lens=None):
     """
-    q (B, T, H, D), k, v (B, T, Hkv, D) -> (B, T, H*D). docs: lengths of the documents that are packed in a stream (B == 1), or None. Each attends to
+    q (B, T, H, D), k, v (B, T, Hkv, D) -> (B, T, H*D). lens: lengths of the sequences that are packed in a stream (B == 1), or None. Each attends to
     itself alone, in a call of its own: the fused kernel then needs no mask, and there is no filling, whose cost would grow with the square of the longest.
     """
-    cut = lambda t: [part.transpose(1, 2) for part in t.split(docs or t.shape[1], 1)]  # (B, T, H, D) -> for each document (B, H, its length, D)
-    o = [F.scaled_dot_product_attention(*doc, is_causal=True, enable_gqa=q.shape[2] != k.shape[2]) for doc in zip(cut(q), cut(k), cut(v))]
+    cut = lambda t: [part.transpose(1, 2) for part in t.split(lens or t.shape[1], 1)]  # (B, T, H, D) -> for each sequence (B, H, its length, D)
+    o = [F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=q.shape[2] != k.shape[2]) for one in zip(cut(q), cut(k), cut(v))]
     return torch.cat(o, 2).transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H*D)
 
 
 class Cache:
     """
     The KV cache of n clips that are being decoded with several beams each. A prefix (prompt and frames) is computed once per clip
-    and shared by its beams; beside it stands what each beam has written since. The first forward fills the prefix from a packed
-    stream, every later one takes one token a beam, h (n, beams, dim), after step was raised.
+    and shared by its beams; beside it stands what each beam has written since. Prefixes come in parts, packed streams of a few clips
+    (lens says how long each is); once all are there, every forward takes one token a beam, h (n, beams, dim), after step was raised.
     """
 
-    def __init__(self, docs, beams, max_new, device="cpu"):
-        self.docs, self.beams, self.max_new = docs, beams, max_new
-        self.longest = max(docs) + max_new
-        lens, at = torch.tensor(docs)[:, None], torch.arange(max(docs))
-        # the prefixes lie side by side here, (n, L): where in the stream each of their tokens stands, and what fills them up on the right
-        self.filling = (at >= lens).to(device)
-        self.rows = (lens.cumsum(0) - lens + at).masked_fill(at >= lens, 0).to(device)
-        self.prefix, self.written = {}, {}  # attention module -> keys and values
+    def __init__(self, beams, max_new):
+        self.beams, self.max_new = beams, max_new
+        self.prefix, self.written = defaultdict(list), {}  # attention module -> keys and values, those of the prefixes part by part
         self.step = -1  # index of the token being read, counted from the end of the prefix
 
-    def attend(self, layer, q, k, v):
-        if layer not in self.prefix:
-            H, D = k.shape[2:]
-            kp, vp = k[0][self.rows], v[0][self.rows]  # (1, N, H, D) -> (n, L, H, D)
-            self.prefix[layer] = kp.permute(0, 2, 3, 1).contiguous(), vp.transpose(1, 2).contiguous()  # (n, H, D, L), (n, H, L, D): as every step multiplies them
-            self.written[layer] = [t.new_empty(len(self.docs), self.beams, H, self.max_new, D) for t in (k, v)]
-            return causal_attention(q, k, v, self.docs)
-        (kp, vp), (kw, vw) = self.prefix[layer], self.written[layer]
-        kw[:, :, :, self.step], vw[:, :, :, self.step] = k, v
-        kw, vw = (t[:, :, :, :self.step + 1] for t in (kw, vw))  # (n, beams, H, S, D)
+    def attend(self, layer, q, k, v, lens=None):
+        if lens:
+            filling = torch.arange(max(lens)) >= torch.tensor(lens)[:, None]  # the part's prefixes lie side by side here, filled up on the right
+            kp, vp = (pad_sequence(t[0].split(lens), batch_first=True) for t in (k, v))  # (1, N, H, D) -> (part, L, H, D)
+            # (part, H, D, L) and (part, H, L, D): as every step multiplies them
+            self.prefix[layer].append((kp.permute(0, 2, 3, 1).contiguous(), vp.transpose(1, 2).contiguous(), filling[:, None, None, None].to(k.device)))
+            return causal_attention(q, k, v, lens)
+        if layer not in self.written:
+            self.written[layer] = [t.new_empty(len(t), self.beams, t.shape[2], self.max_new, t.shape[3]) for t in (k, v)]  # (n, beams, H, max_new, D)
+        for new, written in zip((k, v), self.written[layer]):
+            written[:, :, :, self.step] = new
+        kw, vw = (t[:, :, :, :self.step + 1] for t in self.written[layer])  # (n, beams, H, S, D)
         q = q.unflatten(2, (k.shape[2], -1)) / q.shape[-1] ** 0.5  # (n, beams, heads, D) -> (n, beams, H, heads per key, D)
-        old = torch.einsum("nbhgd,nhdl->nbhgl", q, kp).masked_fill(self.filling[:, None, None, None], float("-inf"))
-        new = torch.einsum("nbhgd,nbhsd->nbhgs", q, kw)
-        p = torch.cat([old, new], -1).float().softmax(-1).type_as(q)  # one softmax over both parts
-        L = kp.shape[3]
-        o = torch.einsum("nbhgl,nhld->nbhgd", p[..., :L], vp) + torch.einsum("nbhgs,nbhsd->nbhgd", p[..., L:], vw)
-        return o.flatten(2)  # (n, beams, heads * D)
+        sizes, o = [len(kp) for kp, _, _ in self.prefix[layer]], []
+        for q, kw, vw, (kp, vp, filling) in zip(*(t.split(sizes) for t in (q, kw, vw)), self.prefix[layer]):
+            old = torch.einsum("nbhgd,nhdl->nbhgl", q, kp).masked_fill(filling, float("-inf"))
+            new = torch.einsum("nbhgd,nbhsd->nbhgs", q, kw)
+            p = torch.cat([old, new], -1).float().softmax(-1).type_as(q)  # one softmax over both
+            old, new = p.split([old.shape[-1], new.shape[-1]], -1)
+            o.append(torch.einsum("nbhgl,nhld->nbhgd", old, vp) + torch.einsum("nbhgs,nbhsd->nbhgd", new, vw))
+        return torch.cat(o).flatten(2)  # (n, beams, heads * D)
 
     def reorder(self, source):
         """Beam b of clip i goes on from what its beam source[i, b] has written; the prefix stays where it is."""
@@ -240,15 +242,15 @@ class Attention(nn.Module):
         self.wv = nn.Linear(dim, n_kv_heads * head_dim, bias=bias)
         self.wo = nn.Linear(n_heads * head_dim, dim, bias=False)
 
-    def forward(self, x, rope, docs=None, cache=None):
+    def forward(self, x, rope, doc=None, lens=None, cache=None):
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # (B, T, dim) -> (B, T, H, D)
         q, k = rotate(q, rope), rotate(k, rope)
-        if self.window is not None:  # docs: (B, T) clip numbers
-            o = local_attention(*(t.transpose(1, 2) for t in (q, k, v)), self.window, docs).transpose(1, 2).flatten(2)
+        if self.window is not None:
+            o = local_attention(*(t.transpose(1, 2) for t in (q, k, v)), self.window, doc).transpose(1, 2).flatten(2)
         elif cache is not None:
-            o = cache.attend(self, q, k, v)
+            o = cache.attend(self, q, k, v, lens)
         else:
-            o = causal_attention(q, k, v, docs)
+            o = causal_attention(q, k, v, lens)
         return self.wo(o)
 
 
@@ -260,8 +262,8 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(dim, eps)
         self.ffn_norm = RMSNorm(dim, eps)
 
-    def forward(self, x, rope, docs=None, cache=None):
-        x = x + self.attention(self.attention_norm(x), rope, docs, cache)
+    def forward(self, x, rope, doc=None, lens=None, cache=None):
+        x = x + self.attention(self.attention_norm(x), rope, doc, lens, cache)
         return x + self.feed_forward(self.ffn_norm(x))
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -343,25 +345,24 @@ class LLaMA(nn.Module):
         self.output = None if args.tied else nn.Linear(args.dim, args.vocab_size, bias=False)
         self.activation_checkpointing = False  # recompute a block's inside in the backward pass instead of keeping it
 
-    def forward(self, tokens=None, h=None, pos=None, docs=None, cache=None, at=None):
+    def forward(self, tokens=None, h=None, lens=None, pos=None, cache=None, at=None):
         """
-        tokens (B, T) int64 -> logits (B, T, vocab). Or h (B, T, dim) embeddings instead of tokens.
-        docs: h is a packed stream (1, N, dim) of documents of these lengths, each with its own positions 0, 1, ... at: positions of the stream whose
-        logits are wanted -> (1, len(at), vocab). cache: a Cache; its first forward reads the prefixes, the later ones a token a beam, at position pos.
+        tokens (B, T) int64 -> logits (B, T, vocab). Or h (B, T, dim) embeddings instead of tokens. lens: h is a packed stream (1, N, dim) of
+        sequences of these lengths, each with its own positions 0, 1, ... at: positions of the stream whose logits are wanted -> (1, len(at), vocab).
+        cache: a Cache; forwards with lens read the prefixes, later ones a token a beam, which stand at the positions pos (n, beams).
         """
         h = self.tok_embeddings(tokens) if h is None else h
-        B, T, _ = h.shape
-        docs = docs or [T]
-        longest = cache.longest if cache else max(docs)
-        if self.args.sliding_window and longest > self.args.sliding_window:
-            raise BadInput(f"sliding_window={self.args.sliding_window}: a sequence of {longest} tokens is longer, and the window is not implemented")
-        pos = torch.cat([torch.arange(n, device=h.device) for n in docs])[None] if pos is None else pos
+        if pos is None:
+            pos = torch.cat([torch.arange(n, device=h.device) for n in lens or [h.shape[1]]])[None]
+            longest = max(lens or [h.shape[1]]) + (cache.max_new if cache else 0)
+            if self.args.sliding_window and longest > self.args.sliding_window:
+                raise BadInput(f"sliding_window={self.args.sliding_window}: a sequence of {longest} tokens is longer, and the window is not implemented")
         rope = rope_table(pos, self.args.head_dim, self.args.rope_theta, self.args.rope_scaling)
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(layer, h, rope, docs, use_reentrant=False)
+                h = checkpoint(layer, h, rope, None, lens, use_reentrant=False)
             else:
-                h = layer(h, rope, docs, cache)
+                h = layer(h, rope, None, lens, cache)
         h = self.norm(h if at is None else h[:, at])
         return F.linear(h, self.tok_embeddings.weight) if self.output is None else self.output(h)
 
@@ -411,7 +412,7 @@ class SLLaMA(nn.Module):
 
     def forward(self, batch):
         """batch: data.Batch -> (sum of the token losses, number of target tokens); targets are the answer and EOS."""
-        logits = self.llm(h=self.embed(batch), docs=batch.docs, at=batch.target_at).squeeze(0)  # (M, vocab)
+        logits = self.llm(h=self.embed(batch), lens=batch.lens, at=batch.target_at).squeeze(0)  # (M, vocab)
         smooth = self.label_smoothing if self.training else 0.0
         return F.cross_entropy(logits.float(), batch.targets, reduction="sum", label_smoothing=smooth), batch.targets.numel()
 

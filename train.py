@@ -514,7 +514,7 @@ def main():
                 part_loss, _ = model(batch)
                 (part_loss * (scale / n_targets)).backward()
             except torch.OutOfMemoryError as e:
-                raise BadInput(f"step {step + 1}: out of memory with {len(batch.docs)} clips of {len(batch.features)} frames, {len(batch.tokens)} tokens in a "
+                raise BadInput(f"step {step + 1}: out of memory with {len(batch.lens)} clips of {len(batch.features)} frames, {len(batch.tokens)} tokens in a "
                                f"micro-batch; what lowers it: {LOWERS}; estimate=true says how much ({str(e).splitlines()[0]})") from None
             loss += part_loss.detach() / n_targets
         dist.all_reduce(loss)

@@ -19,8 +19,8 @@ def recorded(module):
     weights = {}
 
     @torch.no_grad()
-    def record(name, part, x, rope, docs=None, cache=None):
-        if cache is not None or len(x) > 1 or docs is not None and (len(docs) if isinstance(docs, list) else len(docs.unique())) > 1:
+    def record(name, part, x, rope, doc=None, lens=None, cache=None):
+        if cache is not None or len(x) > 1 or len(lens or [0]) > 1 or doc is not None and len(doc.unique()) > 1:
             raise BadInput("recorded: the attention of one clip at a time, and without a cache")
         q, k = (rotate(w(x).unflatten(-1, (-1, part.head_dim)), rope)[0].float() for w in (part.wq, part.wk))  # (1, T, dim) -> (T, H, D)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # grouped queries share their key

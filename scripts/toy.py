@@ -264,7 +264,7 @@ def text_batch_of(texts, tokenizer, rng, language="German", function_words=FUNCT
     """Packed stream of (content words -> sentence), half of them inside the prompt: tokens (1, N), lengths, target_at, targets, blurred (N,)."""
     prompt = [tokenizer.encode(p.strip()) for p in PROMPT.replace("{language}", language).split("{clip}")]
     bos = [tokenizer.bos_id] * (tokenizer.bos_id >= 0)
-    tokens, docs, at, targets, blurred = [], [], [], [], []
+    tokens, lens, at, targets, blurred = [], [], [], [], []
     for words in texts:
         before, after = prompt if rng.random() < 0.5 else ([], [])
         pieces = [t for w in content_words(words, rng, function_words) for t in tokenizer.encode(w)]
@@ -275,8 +275,8 @@ def text_batch_of(texts, tokenizer, rng, language="German", function_words=FUNCT
         targets += answer
         tokens += document
         blurred += [0.0] * len(bos + before) + [1.0] * len(signed) + [0.0] * (len(after) + len(answer) - 1)
-        docs.append(len(document))
-    return torch.tensor([tokens]), docs, torch.tensor(at), torch.tensor(targets), torch.tensor(blurred)
+        lens.append(len(document))
+    return torch.tensor([tokens]), lens, torch.tensor(at), torch.tensor(targets), torch.tensor(blurred)
 
 
 def train_llama(folder, texts, seed, steps, batch, language="German", layout="meta", tokenizer="sp", pieces=640, function_words=FUNCTION_WORDS, **sizes):
@@ -308,10 +308,10 @@ def train_llama(folder, texts, seed, steps, batch, language="German", layout="me
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = peak * min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-        tokens, docs, at, targets, signed = text_batch_of([texts[i] for i in rng.integers(len(texts), size=batch)], tokenizer, rng, language, function_words)
+        tokens, lens, at, targets, signed = text_batch_of([texts[i] for i in rng.integers(len(texts), size=batch)], tokenizer, rng, language, function_words)
         h = llama.tok_embeddings(tokens)
         blur = BLUR * h.detach().pow(2).mean().sqrt() * torch.randn(h.shape, generator=noise)
-        loss = F.cross_entropy(llama(h=h + blur * signed[:, None], docs=docs, at=at)[0], targets)
+        loss = F.cross_entropy(llama(h=h + blur * signed[:, None], lens=lens, at=at)[0], targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()

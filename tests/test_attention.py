@@ -22,8 +22,8 @@ def test_recorded(window, kv):
     assert len(weights) == 1 and not part._forward_pre_hooks  # nothing is left behind
 
 
-@pytest.mark.parametrize("window, docs", [(None, [20, 30]), (8, torch.arange(50)[None] // 25)])
-def test_several_clips_are_refused(window, docs):
+@pytest.mark.parametrize("window, doc, lens", [(None, None, [20, 30]), (8, torch.arange(50)[None] // 25, None)])
+def test_several_clips_are_refused(window, doc, lens):
     part = Attention(32, 4, 4, 8, window=window)
     with pytest.raises(BadInput, match="one clip"), recorded(torch.nn.ModuleDict({"a": part})):
-        part(torch.randn(1, 50, 32), rope_table(torch.arange(50)[None], 8), docs)
+        part(torch.randn(1, 50, 32), rope_table(torch.arange(50)[None], 8), doc, lens)

@@ -545,7 +545,7 @@ def test_pack_against_hand_written_ids():
     assert b.features.dtype == torch.float16 and b.features[:, 0].tolist() == pytest.approx([.1, .2, .3, .4, .5, .6], abs=1e-3)
     assert b.target_at.tolist() == [5, 6, 7, 9, 15, 16]  # 21 -> 30, 30 -> 31, 31 -> EOS; the frame -> EOS; 20 -> 40, 40 -> EOS
     assert b.targets.tolist() == [30, 31, 2, 2, 40, 2]
-    assert b.docs == [8, 2, 7]
+    assert b.lens == [8, 2, 7]
     assert all(x.dtype == torch.long for x in (b.tokens, b.frame_at, b.clip, b.target_at, b.targets))
 
 
@@ -554,7 +554,7 @@ def test_pack_without_answers():
     for s in some:
         s.answer = None  # to be generated
     b = pack(some)
-    assert b.tokens.tolist() == [1, 10, 0, 0, 20, 21, 1, 0, 1, 10, 0, 0, 0, 20] and b.docs == [6, 2, 6]
+    assert b.tokens.tolist() == [1, 10, 0, 0, 20, 21, 1, 0, 1, 10, 0, 0, 0, 20] and b.lens == [6, 2, 6]
     assert len(b.targets) == len(b.target_at) == 0
 
 

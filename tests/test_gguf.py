@@ -66,5 +66,5 @@ def test_smollm2_knows_the_capital_of_france(tmp_path, monkeypatch, capsys):
     gguf_to_hf.main()
     llama, tokenizer = LLaMA.from_pretrained(f"{tmp_path}/smollm2"), Tokenizer(f"{tmp_path}/smollm2")
     ids = tokenizer.encode("The capital of France is")
-    (answer, _), = generate(llama, llama.tok_embeddings(torch.tensor([ids])), [len(ids)], tokenizer.eos_ids, max_new_tokens=3)
+    (answer, _), = generate(llama, [(llama.tok_embeddings(torch.tensor([ids])), [len(ids)])], tokenizer.eos_ids, max_new_tokens=3)
     assert tokenizer.decode(answer).startswith(" Paris")

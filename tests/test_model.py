@@ -86,10 +86,9 @@ def distance(model, llama, tokens=TOKENS):
 def cached(llama, tokens):
     """(B, T) -> (B, T, vocab) by one forward over the first third of every row, then one token at a time."""
     B, T = tokens.shape
-    docs = [T // 3] * B
-    cache = Cache(docs, 1, T - T // 3)
+    cache = Cache(1, T - T // 3)
     h = llama.tok_embeddings(tokens)
-    first = llama(h=h[:, :T // 3].reshape(1, -1, h.shape[-1]), docs=docs, cache=cache)
+    first = llama(h=h[:, :T // 3].reshape(1, -1, h.shape[-1]), lens=[T // 3] * B, cache=cache)
     out = [first.view(B, T // 3, -1)]
     for i in range(T // 3, T):
         cache.step += 1
@@ -246,7 +245,7 @@ def test_stories260K_continues_as_llama2_c_does(real):
     folder = real / "stories260K"
     llama, tokenizer = LLaMA.from_pretrained(str(folder)), Tokenizer(str(folder))
     start = llama.tok_embeddings(torch.tensor([[tokenizer.bos_id]]))
-    (ids, ended), = generate(llama, start, [1], [tokenizer.bos_id], max_new_tokens=200)  # these weights end a story with BOS
+    (ids, ended), = generate(llama, [(start, [1])], [tokenizer.bos_id], max_new_tokens=200)  # these weights end a story with BOS
     assert not ended
     assert tokenizer.decode(ids).encode() == (real / "stories260K_golden.txt").read_bytes()
 
@@ -298,9 +297,9 @@ def test_sliding_window_shorter_than_the_sequence(tmp_path):
     llama = LLaMA.from_pretrained(str(tmp_path))
     llama(TOKENS[:, :49])
     h = llama.tok_embeddings(TOKENS[:1])
-    llama(h=h, docs=[25, 25])  # a stream may be longer, its documents are not
+    llama(h=h, lens=[25, 25])  # a stream may be longer, its documents are not
     with pytest.raises(BadInput, match="sliding_window"):  # decoding would outgrow it
-        generate(llama, h[:, :40], [40], [1], max_new_tokens=10)
+        generate(llama, [(h[:, :40], [40])], [1], max_new_tokens=10)
     # Qwen2 says how long its window is, and that it does not use it
     hf_folder(tmp_path, kind="qwen2")
     with edit(tmp_path) as c:
@@ -462,10 +461,10 @@ def test_packed_equals_one_by_one():
     tokens = TOKENS.flatten()[:sum(lens)]
     with torch.no_grad():
         alone = torch.cat([llama(t[None])[0] for t in tokens.split(lens)])
-        packed = llama(tokens[None], docs=lens)[0]
+        packed = llama(tokens[None], lens=lens)[0]
         torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
         at = torch.tensor([4, 5, 31, 0])
-        picked = llama(tokens[None], docs=lens, at=at)[0]
+        picked = llama(tokens[None], lens=lens, at=at)[0]
     torch.testing.assert_close(picked, alone[at], rtol=1e-4, atol=1e-5)
 
 
@@ -475,7 +474,7 @@ def test_activation_checkpointing_changes_nothing():
         llama = tiny_llama()
         llama.activation_checkpointing = on
         h = llama.tok_embeddings(TOKENS[:1]).detach().requires_grad_()
-        loss = F.cross_entropy(llama(h=h, docs=[20, 30])[0], TOKENS[1])
+        loss = F.cross_entropy(llama(h=h, lens=[20, 30])[0], TOKENS[1])
         loss.backward()
         found.append([loss.detach(), h.grad] + [p.grad for p in llama.layers.parameters()])
     for a, b in zip(*found):
@@ -514,7 +513,7 @@ def slow_beam(llama, prefix, eos, beam, length_penalty, max_new):
 
 def test_greedy_is_the_argmax_of_full_forwards():
     llama, h = tiny_llama(), prefixes()
-    found = generate(llama, h[None], LENS, [96], max_new_tokens=20)  # 96 is no token: nothing ends it
+    found = generate(llama, [(h[None], LENS)], [96], max_new_tokens=20)  # 96 is no token: nothing ends it
     for prefix, (ids, ended) in zip(h.split(LENS), found):
         assert not ended and len(ids) == 20
         for i, token in enumerate(ids):
@@ -528,19 +527,21 @@ def test_beam_equals_slow_beam_search_and_batched_equals_single(beam, length_pen
     # few words, so that EOS comes up early, late and never
     llama, h = tiny_llama(vocab_size=16), prefixes()
     how = dict(beam=beam, length_penalty=length_penalty, max_new_tokens=9)
-    batched = generate(llama, h[None], LENS, eos, **how)
+    batched = generate(llama, [(h[None], LENS)], eos, **how)
     for prefix, found in zip(h.split(LENS), batched):
         assert found == slow_beam(llama, prefix, eos, beam, length_penalty, 9)
-        assert [found] == generate(llama, prefix[None], [len(prefix)], eos, **how)
+        assert [found] == generate(llama, [(prefix[None], [len(prefix)])], eos, **how)
         assert not set(found[0]) & set(eos)
+    few, many = sum(LENS[:2]), len(h) - sum(LENS[:2])  # prefixes that are read in parts, padded each for itself
+    assert batched == generate(llama, zip(h[None].split([few, many], 1), (LENS[:2], LENS[2:])), eos, **how)
 
 
 def test_beam_cases_are_not_all_alike():
     llama, h = tiny_llama(vocab_size=16), prefixes()
     for eos in ([3], [1, 3, 5, 7]):
-        lens = {len(ids) for beam in (1, 2, 5) for ids, _ in generate(llama, h[None], LENS, eos, beam=beam, max_new_tokens=9)}
+        lens = {len(ids) for beam in (1, 2, 5) for ids, _ in generate(llama, [(h[None], LENS)], eos, beam=beam, max_new_tokens=9)}
         assert len(lens) > 2, lens
-    penalised = [generate(llama, h[None], LENS, [3], 5, p, 9) for p in (0.0, 2.0)]
+    penalised = [generate(llama, [(h[None], LENS)], [3], 5, p, 9) for p in (0.0, 2.0)]
     assert penalised[0] != penalised[1]
 
 
@@ -548,7 +549,7 @@ def test_beam_cases_are_not_all_alike():
 def test_wide_beam_finds_the_best_of_all_answers(length_penalty):
     llama, h, eos = tiny_llama(vocab_size=5), prefixes(), 2
     words = [0, 1, 3, 4]
-    found = generate(llama, h[None], LENS, [eos], beam=100, length_penalty=length_penalty, max_new_tokens=3)  # nothing falls off the beam
+    found = generate(llama, [(h[None], LENS)], [eos], beam=100, length_penalty=length_penalty, max_new_tokens=3)  # nothing falls off the beam
     for prefix, (ids, ended) in zip(h.split(LENS), found):
         scores = {}
         for n in range(3):
@@ -560,10 +561,10 @@ def test_wide_beam_finds_the_best_of_all_answers(length_penalty):
 
 def test_max_new_tokens_cuts():
     llama, h = tiny_llama(), prefixes()
-    long = generate(llama, h[None], LENS, [96], max_new_tokens=12)
-    short = generate(llama, h[None], LENS, [96], max_new_tokens=4)
+    long = generate(llama, [(h[None], LENS)], [96], max_new_tokens=12)
+    short = generate(llama, [(h[None], LENS)], [96], max_new_tokens=4)
     assert [(ids[:4], False) for ids, _ in long] == short
-    assert all(len(ids) == 1 and not ended for ids, ended in generate(llama, h[None], LENS, [96], beam=3, max_new_tokens=1))
+    assert all(len(ids) == 1 and not ended for ids, ended in generate(llama, [(h[None], LENS)], [96], beam=3, max_new_tokens=1))
 
 
 class Words:

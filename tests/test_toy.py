@@ -142,14 +142,14 @@ def test_content_words():
 def test_text_batches(trained, every):
     texts = [g for *_, g in every[:12]]
     tokenizer = trained.tokenizer
-    tokens, docs, at, targets, signed = toy.text_batch_of(texts, tokenizer, stateless(0))
+    tokens, lens, at, targets, signed = toy.text_batch_of(texts, tokenizer, stateless(0))
     N = tokens.shape[1]
-    assert tokens.shape == (1, N) and signed.shape == (N,) and sum(docs) == N and len(docs) == 12
+    assert tokens.shape == (1, N) and signed.shape == (N,) and sum(lens) == N and len(lens) == 12
     answers = [tokenizer.encode(t) + [tokenizer.eos_id] for t in texts]
     assert targets.tolist() == sum(answers, [])
     prompt = tokenizer.encode(toy.PROMPT.replace("{language}", "German").split("{clip}")[1].strip())
     start, i, prompted = 0, 0, 0
-    for n, answer, text in zip(docs, answers, texts):
+    for n, answer, text in zip(lens, answers, texts):
         document, blurred = tokens[0, start:start + n].tolist(), signed[start:start + n]
         assert document[0] == tokenizer.bos_id
         assert at[i:i + len(answer)].tolist() == list(range(start + n - len(answer), start + n))  # each target is the token after its place
