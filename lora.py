@@ -1,5 +1,5 @@
 """
-Low-rank adaptation (Hu et al. 2022, https://arxiv.org/abs/2106.09685; the paper's eq. 4): W' = W + (alpha/rank) A B beside frozen weights,
+Low-rank adaptation (Hu et al. 2022, https://arxiv.org/abs/2106.09685; the paper's eq. 4): W' = W + (alpha/rank) B A beside frozen weights,
 kept on disk in PEFT's file format (adapter_model.safetensors + adapter_config.json), which the ecosystem reads.
 
     python lora.py merge ckpt=out/toy/sft to=merged        # the LLM with LoRA merged in, as a Hugging Face folder

@@ -1,5 +1,5 @@
 """
-Full definition of SL-LLaMA, all of it in this single file, in the order in which data flows through it (the paper's Figure 2):
+Full definition of SL-LLaMA, the whole network in one file, in the order in which data flows through it (the paper's Figure 2; raw weights are read by weights.py):
 frames -> frozen CNN (GoogLeNet) -> LocalTransformer -> Adaptor -> LLaMA, and SLLaMA, which joins them.
 References:
 1) SL-LLaMA, Guo et al. 2026: https://doi.org/10.5755/j01.itc.55.1.40498 ("the paper")
@@ -161,7 +161,7 @@ def local_attention(q, k, v, window, doc=None):
     around them, so time and memory grow with T, not T^2; equal to dense attention with the others masked to -inf.
     """
     B, H, T, D = q.shape
-    reach, block = window // 2, 32
+    reach, block = min(window // 2, T), 32
     n, seen = -(-T // block), block + 2 * reach  # number of blocks, keys that a block's queries meet
     tail = n * block - T  # rows that fill the last block
     doc = torch.zeros(B, T, dtype=torch.long, device=q.device) if doc is None else doc
@@ -417,12 +417,12 @@ class SLLaMA(nn.Module):
         return F.cross_entropy(logits.float(), batch.targets, reduction="sum", label_smoothing=smooth), batch.targets.numel()
 
     @torch.no_grad()
-    def load(self, raw, device, seed, state={}):
+    def load(self, raw, device, seed, state=None):
         """
         Give every parameter of a model built on the meta device (and perhaps sharded since) its value: from state (a checkpoint's
         tensors by name), else from the raw LLM, else from the seed. One tensor at a time; nothing is skipped.
         """
-        own = dict(self.named_parameters())
+        own, state = dict(self.named_parameters()), state or {}
         learnt = {k: p for k, p in own.items() if not k.startswith("llm.") or "lora_" in k}
         check_names(raw.path, {k[4:]: p.shape for k, p in own.items() if k not in learnt}, raw.shapes)
         buffers = dict(self.named_buffers())
@@ -444,7 +444,9 @@ class SLLaMA(nn.Module):
         for name, b in self.named_buffers():
             b.copy_(state.get(name, torch.tensor(float(name != "mean"))))
         if not state:
-            self.scale.fill_(raw.read("tok_embeddings.weight").float().pow(2).mean().sqrt())
+            words = raw.read("tok_embeddings.weight")
+            sizes = torch.linalg.vector_norm(words, dim=1, dtype=torch.float32)  # row by row: a copy in fp32 would be half a gigabyte at 7B
+            self.scale.fill_((sizes.square().mean() / words.shape[1]).sqrt())
 
     def vision_state(self):
         """What a checkpoint's vision.safetensors holds, by name: all but the LLM, and the word embeddings where they learn."""

@@ -78,7 +78,7 @@ cpu_offload = False  # keep the sharded parameters and the optimizer in the CPU'
 # looking at it
 log_every = 20  # steps, 0 = once an epoch, -1 = never
 eval_every = 0  # steps between dev losses and dev BLEU, 0 = once an epoch, -1 = never
-eval_clips = -1  # dev clips decoded for BLEU, -1 = all, 0 = none: then best/ is the lowest dev loss
+eval_clips = -1  # dev clips decoded for BLEU, spread over the set, -1 = all, 0 = none: then best/ is the lowest dev loss
 beam = 1  # beam width of that decoding
 save_every = 0  # steps between checkpoints, 0 = once an epoch, -1 = at the end only
 keep = 1  # checkpoints to keep: last/, and before it last.1/, last.2/, ...
@@ -207,9 +207,10 @@ def evaluate(model, dev, prompt, tokenizer, device, lang, cfg, asked):
         indices = share(range(start, min(start + 16 * world(), len(dev))), dev.lengths, world())[rank()]
         loss, n = model(micro_batch(dev, indices, prompt, tokenizer, device))
         sums += torch.tensor([loss.item(), n, 0], dtype=torch.float64, device=device)
-    chosen, hyps = range(len(dev))[:cfg.eval_clips if cfg.eval_clips >= 0 else None], {}
+    n = len(dev) if cfg.eval_clips < 0 else min(cfg.eval_clips, len(dev))
+    chosen, hyps = [i * len(dev) // n for i in range(n)], {}  # spread over the set
     # FSDP2 remembers who computed last: all must have, or the next backward hangs. Clips of like length are decoded together
-    mine = sorted(list(chosen)[rank()::world()] or [0], key=lambda i: dev.lengths[i]) if chosen else []
+    mine = sorted(chosen[rank()::world()] or [0], key=lambda i: dev.lengths[i]) if chosen else []
     longest = max(len(tokenizer.encode(row["text"])) for row in dev.rows)  # a model that has not learnt to end need not babble on
     # compiled blocks would be compiled anew for every length of the cache
     with torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext():

@@ -178,24 +178,32 @@ def open_timm(backbone, weights):
     return cnn, int(height / how["crop_pct"]), height, how["interpolation"].upper(), how["mean"], how["std"]
 
 
+def open_googlenet(weights):
+    """The paper's CNN with torchvision's weights, a .pth or .safetensors; "random": for trials of speed."""
+    if not weights:
+        raise BadInput("weights: googlenet needs a file of torchvision's weights (googlenet-1378be20.pth)")
+    return he_init(GoogLeNet()) if weights == "random" else GoogLeNet().load(weights)
+
+
+CNNS = {  # backbone= -> a function of weights= that makes a module with .features(frames); pixels that a frame is squeezed to, and of its middle
+    "toycnn": (lambda weights: RandomCNN(), 64, 64),
+    "googlenet": (open_googlenet, 256, 224),
+}
+
+
 class Extractor:
     """A frozen CNN with the preparation of its frames: squeezed to a square, centre-cropped, normalised. Called with a path -> float16 (T, D)."""
 
     def __init__(self, backbone, weights="", device="auto", fps=0.0, rate=0.0, workers=0):
         """fps: clips are resampled to it, 0 = as filmed; rate: of folders of frames, where it is known; workers: processes that decode for prepare."""
-        if backbone not in ("toycnn", "googlenet") and not backbone.startswith("timm/"):
-            raise BadInput(f"backbone={backbone}: is none of toycnn, googlenet, timm/NAME")
-        if backbone == "googlenet" and not weights:
-            raise BadInput("weights: googlenet needs a file of torchvision's weights (googlenet-1378be20.pth)")
+        if backbone not in CNNS and not backbone.startswith("timm/"):
+            raise BadInput(f"backbone={backbone}: is none of {', '.join(CNNS)}, timm/NAME")
         self.settings = {"backbone": backbone, "weights": weights, "fps": fps}
         if weights and os.path.exists(weights):
             self.settings["weights_file"] = fingerprint(weights)  # features of other weights are other features
-        size, self.crop, interpolation, mean, std = 64, 64, "BILINEAR", (0.5,) * 3, (0.5,) * 3
-        if backbone == "toycnn":
-            self.cnn = RandomCNN()
-        elif backbone == "googlenet":
-            size, self.crop = 256, 224
-            self.cnn = he_init(GoogLeNet()) if weights == "random" else GoogLeNet().load(weights)
+        if backbone in CNNS:
+            make, size, self.crop = CNNS[backbone]
+            self.cnn, interpolation, mean, std = make(weights), "BILINEAR", (0.5,) * 3, (0.5,) * 3
         else:
             self.cnn, size, self.crop, interpolation, mean, std = open_timm(backbone, weights)
         self.how = dict(size=size, crop=self.crop, interpolation=interpolation, fps=fps, rate=rate)
