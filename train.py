@@ -340,6 +340,53 @@ def check(cfg):
         usage_error(__file__, f"prompt={cfg.prompt!r}: must hold {{clip}} once")
 
 
+def starting_point(cfg, run_dir, n_clips):
+    """
+    What this run goes on from: its own last/ with resume=true, else init_from or the align run beside it. -> (checkpoint folder or None, its
+    tensors by name, {"step", "best", "skipped", "unscored"}, whether it is the run's own). BadInput names the first variable that does not fit.
+    """
+    last, done = os.path.join(run_dir, cfg.stage, "last"), {"step": 0, "best": None, "skipped": 0, "unscored": None}
+    source = next((p for p in (last, last + ".1") if os.path.exists(os.path.join(p, "state.json"))), None) if cfg.resume else None
+    resuming = source is not None
+    if cfg.resume and not resuming:
+        print0(f"resume=true: {os.path.dirname(last)} holds no checkpoint yet, starting at step 0")
+    if not resuming and not cfg.estimate and (cfg.init_from or cfg.stage == "sft"):
+        source = find_checkpoint(cfg.init_from or os.path.join(run_dir, "align"))
+    if not source:
+        return None, {}, done, False
+    state, tensors, _ = read_checkpoint(source)
+    for key in sorted(vars(cfg).keys() - FREE) if resuming else SHAPE + ("llm",):
+        was, now = state["config"].get(key), getattr(cfg, key)
+        if was != now and not (key == "llm" and os.path.realpath(was) == os.path.realpath(now)):
+            raise BadInput(f"{source}: was trained with {key}={was}, this run says {key}={now}")
+    if resuming:
+        done = {key: state.get(key) for key in done}
+        if done["step"] < 0 or type(done["skipped"]) is not int or type(done["best"]) not in (int, float, type(None)) or type(done["unscored"]) not in (dict, type(None)):
+            raise BadInput(f"{source}/state.json: is damaged, {done}")
+        if state.get("clips") not in (None, n_clips):
+            raise BadInput(f"{source}: was trained on {state['clips']}, {cfg.data_dir}/{cfg.dataset} has {n_clips}")
+    return source, tensors, done, resuming
+
+
+def standardise(model, clips):
+    """Give a new model the mean and deviation of the training features, from 200 clips spread over the set."""
+    some = torch.cat([clips.features(i).float() for i in range(0, len(clips), -(-len(clips) // 200))])
+    std = some.std(0)
+    if not torch.isfinite(std).all():
+        raise BadInput(f"{clips.store.path}: some of its features are not finite")
+    model.mean.copy_(some.mean(0)), model.std.copy_(torch.where(std > 1e-4, std, 1.0))  # a dead feature stays as it is
+
+
+def print_model(model, learning, source):
+    """How many parameters there are, and which of them learn."""
+    count = lambda some: f"{sum(p.numel() for p in some) / 1e6:.2f}M"
+    print0(f"model: {count(model.parameters())} parameters" + (f", those that have learnt before from {source}" if source else ""))
+    for part in ("proj", "ltn", "adaptor", "llm.tok_embeddings", "lora_"):
+        if found := [p for k, p in learning.items() if k.startswith(part) or part in k and part == "lora_"]:
+            print0(f"learns: {part.rstrip('_'):18} {count(found)}")
+    print0(f"learns: {count(learning.values())} in all; frozen: {count(p for p in model.parameters() if not p.requires_grad)}")
+
+
 def main():
     cfg = configure(__file__, stages=("align", "sft"), choices={"stage": ("align", "sft"), "adaptor": ("mlp", "mlp_noact", "linear"),
                                                                 "dtype": ("auto", "float32", "bfloat16", "float16")})
@@ -376,26 +423,7 @@ def main():
         print0(f"data: {clips.too_long} train clips are longer than max_frames={cfg.max_frames} and are thinned out evenly")
 
     # ---- where to start
-    source, tensors, done = None, {}, {"step": 0, "best": None, "skipped": 0, "unscored": None}
-    if cfg.resume:
-        source = next((p for p in (last, last + ".1") if os.path.exists(os.path.join(p, "state.json"))), None)
-    resuming = source is not None
-    if cfg.resume and not resuming:
-        print0(f"resume=true: {run_folder} holds no checkpoint yet, starting at step 0")
-    if not resuming and not cfg.estimate and (cfg.init_from or cfg.stage == "sft"):
-        source = find_checkpoint(cfg.init_from or os.path.join(run_dir, "align"))
-    if source:
-        state, tensors, _ = read_checkpoint(source)
-        for key in sorted(vars(cfg).keys() - FREE) if resuming else SHAPE + ("llm",):
-            was, now = state["config"].get(key), getattr(cfg, key)
-            if was != now and not (key == "llm" and os.path.realpath(was) == os.path.realpath(now)):
-                raise BadInput(f"{source}: was trained with {key}={was}, this run says {key}={now}")
-        if resuming:
-            done = {key: state.get(key) for key in done}
-            if done["step"] < 0 or type(done["skipped"]) is not int or type(done["best"]) not in (int, float, type(None)) or type(done["unscored"]) not in (dict, type(None)):
-                raise BadInput(f"{source}/state.json: is damaged, {done}")
-            if state.get("clips") not in (None, n_clips):
-                raise BadInput(f"{source}: was trained on {state['clips']}, {clips.store.path} has {n_clips}")
+    source, tensors, done, resuming = starting_point(cfg, run_dir, n_clips)
 
     # ---- model: its structure on the meta device, sharded, then filled tensor by tensor
     raw = open_llm(cfg.llm)
@@ -414,21 +442,12 @@ def main():
         return dist.destroy_process_group()
     model.load(raw, "cpu" if cfg.cpu_offload else device, cfg.seed, tensors)
     del raw  # its files need not stay mapped
-    if not tensors:  # statistics of the training features, from 200 clips spread over the set
-        some = torch.cat([clips.features(i).float() for i in range(0, len(clips), -(-len(clips) // 200))])
-        std = some.std(0)
-        if not torch.isfinite(std).all():
-            raise BadInput(f"{clips.store.path}: some of its features are not finite")
-        model.mean.copy_(some.mean(0)), model.std.copy_(torch.where(std > 1e-4, std, 1.0))  # a dead feature stays as it is
+    if not tensors:
+        standardise(model, clips)
     for name, b in model.named_buffers():
         setattr(model, name, b.to(device))  # with cpu_offload only the parameters stay behind
     learning = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    count = lambda some: f"{sum(p.numel() for p in some) / 1e6:.2f}M"
-    print0(f"model: {count(model.parameters())} parameters" + (f", those that have learnt before from {source}" if source else ""))
-    for part in ("proj", "ltn", "adaptor", "llm.tok_embeddings", "lora_"):
-        if found := [p for k, p in learning.items() if k.startswith(part) or part in k and part == "lora_"]:
-            print0(f"learns: {part.rstrip('_'):18} {count(found)}")
-    print0(f"learns: {count(learning.values())} in all; frozen: {count(p for p in model.parameters() if not p.requires_grad)}")
+    print_model(model, learning, source)
     print0(f"dtype {str(torch_dtype).removeprefix('torch.')} ({why}), what learns in float32; on {device.type} ({device_why})")
 
     # ---- optimizer and its schedule
@@ -490,7 +509,8 @@ def main():
         write(entry | scores)
 
     finished = done["step"]
-    unscored = look(unscored) if dev and unscored else None  # eval_every=-1 may have come since: then there is nothing to score by
+    if unscored:
+        unscored = look(unscored) if dev else write(unscored)  # eval_every=-1 may have come since: then the line goes without scores
     for step in range(done["step"], stop):
         epoch, at = divmod(step, per_epoch)
         if at == 0 or step == done["step"]:

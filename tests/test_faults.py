@@ -113,6 +113,9 @@ def test_a_stop_while_the_dev_set_is_decoded(run, home, monkeypatch):
         with pytest.raises(SystemExit) as stopped:
             run("decoding", *args)
     assert stopped.value.code == 130 and [e["step"] for e in log(home / "decoding" / "toy" / "align")] == [1, 2, 3]
+    shutil.copytree(home / "decoding", home / "owed")
+    owed = log(run("owed", "max_steps=5", "resume=true"))  # eval_every=-1 now: the line that waits for its scores goes without
+    assert [e["step"] for e in owed] == [1, 2, 3, 4, 5] and ["dev_loss" in e for e in owed] == [False, True, False, False, False]
     hurt = run("decoding", *args, "resume=true")
     assert not faults.same_run(unhurt, hurt)
 
