@@ -81,14 +81,24 @@ def write_llm(folder, size="bench", dtype=torch.float32):
                    "tie_word_embeddings": args.tied, "bos_token_id": 1, "eos_token_id": 2}, f)
 
 
+def arithmetic(cfg):
+    """The dtype that both sides compute in, train.py's own choice for the device."""
+    return pick_dtype("auto", pick_device(cfg.device)[0])[0]
+
+
+def features_like(clips):
+    """Random features (T, 1024) float16 for [(T, sentence)], always the same."""
+    rng = stateless(0, "bench", "features")
+    return [torch.from_numpy(rng.standard_normal((T, 1024), np.float32)).half() for T, _ in clips]
+
+
 class Ours:
     """What train.py runs, with its optimizer: SLLaMA as train.build makes it, on one process."""
 
     def __init__(self, cfg, folder, stage, lora_rank=8):
         page = [f"stage={stage}", f"llm={folder}", f"lora_rank={lora_rank}", "ltn_dim=0", "ltn_heads=8", f"compile={cfg.compile}",
                 f"activation_checkpointing={cfg.activation_checkpointing}"]
-        self.cfg, self.device = configure(train.__file__, page, stages=("align", "sft")), pick_device(cfg.device)[0]
-        self.dtype = pick_dtype("auto", self.device)[0]
+        self.cfg, self.device, self.dtype = configure(train.__file__, page, stages=("align", "sft")), pick_device(cfg.device)[0], arithmetic(cfg)
         self.tokenizer = Tokenizer(cfg.tokenizer) if os.path.isdir(cfg.tokenizer) else Tokenizer("random:bench")
         if not dist.is_initialized():
             train.setup(self.device)
@@ -104,9 +114,8 @@ class Ours:
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-6, fused=True)
 
     def samples(self, clips):
-        rng = stateless(0, "bench", "features")
-        return [Sample(str(i), torch.from_numpy(rng.standard_normal((T, 1024), np.float32)).half(), *self.prompt,
-                       self.tokenizer.encode(text) + [self.tokenizer.eos_id]) for i, (T, text) in enumerate(clips)]
+        return [Sample(str(i), features, *self.prompt, self.tokenizer.encode(text) + [self.tokenizer.eos_id])
+                for i, (features, (_, text)) in enumerate(zip(features_like(clips), clips))]
 
     def loss(self, samples):
         loss, n = self.model(pack(samples, self.device))
@@ -179,21 +188,22 @@ def train_step(side, parameters, batches):
 
 def work_of_step(ours, batches):
     """
-    What a pass over the batches cannot do without -> (floating-point operations of its matrix products, bytes of all else). Frozen weights are multiplied
+    What a pass over the batches cannot do without -> (tokens, floating-point operations of its matrix products, bytes of all else). Frozen weights are multiplied
     twice, forward and back to their inputs. Bytes: what the norms, rotary positions, SwiGLU and sums of a block read and write, were each of them
     one kernel, three times (forward, and as much again for each of two inputs backward); the logits, written and read, and their gradients.
     """
-    a, flops, values = ours.model.llm.args, 0, 0
+    a, tokens, flops, values = ours.model.llm.args, 0, 0, 0
     block = a.dim * a.head_dim * (2 * a.n_heads + 2 * a.n_kv_heads) + 3 * a.dim * a.hidden_dim  # multiplications a token
     moved = 10 * a.dim + 2 * a.head_dim * (a.n_heads + a.n_kv_heads) + 3 * a.hidden_dim  # values a token
     vision = sum(p.numel() for k, p in ours.model.named_parameters() if k.startswith(("ltn.", "adaptor.")) and p.dim() > 1)
     for samples in batches:
-        lens, targets = [len(s.before) + len(s.features) + len(s.after) + len(s.answer) - 1 for s in samples], sum(len(s.answer) for s in samples)
+        lens, targets = pack(samples).lens, sum(len(s.answer) for s in samples)
+        tokens += sum(lens)
         flops += 2 * 2 * a.n_layers * block * sum(lens)
         flops += 2 * 3 * a.n_layers * sum(n * n * a.n_heads * a.head_dim for n in lens)  # q k^T and p v, half of each behind the causal mask; twice that backward
         flops += 2 * 2 * a.vocab_size * a.dim * targets + 2 * (3 if ours.cfg.train_ltn else 1.5) * vision * sum(len(s.features) for s in samples)
         values += 3 * a.n_layers * moved * sum(lens) + 4 * a.vocab_size * targets
-    return flops, values * (torch.finfo(ours.dtype).bits // 8)
+    return tokens, flops, values * ours.dtype.itemsize
 
 
 def step(cfg):
@@ -201,8 +211,7 @@ def step(cfg):
     figures = []
     for stage in ("sft", "align"):
         with tempfile.TemporaryDirectory() as folder:
-            dtype = pick_dtype("auto", pick_device(cfg.device)[0])[0]
-            write_llm(folder, cfg.llm, dtype)
+            write_llm(folder, cfg.llm, arithmetic(cfg))
             ours = Ours(cfg, folder, stage)
             peer = Peer(ours, folder)
             samples = ours.samples(clips_like_phoenix(cfg, cfg.batch_size * cfg.batches))
@@ -210,12 +219,11 @@ def step(cfg):
             with torch.no_grad():
                 apart = max(abs(ours.loss(b) - peer.loss(b)).item() for b in batches)
             print(f"{stage}: frames {[[len(s.features) for s in b] for b in batches]}, losses differ by {apart:.1e} at most")
-            if apart > (1e-4 if dtype == torch.float32 else 0.05):
+            if apart > (1e-4 if ours.dtype == torch.float32 else 0.05):
                 raise BadInput(f"{stage}: ours and the peer do not compute the same loss (difference {apart:.1e})")
-            flops, moved = work_of_step(ours, batches)
-            tokens = sum(len(s.before) + len(s.features) + len(s.after) + len(s.answer) - 1 for s in samples)
+            tokens, flops, moved = work_of_step(ours, batches)
             a = ours.model.llm.args
-            x, w, big, copy = (torch.randn(shape, device=ours.device).to(dtype) for shape in ((tokens // len(batches), a.dim), (a.hidden_dim, a.dim), (2**25,), (2**25,)))
+            x, w, big, copy = (torch.randn(shape, device=ours.device).to(ours.dtype) for shape in ((tokens // len(batches), a.dim), (a.hidden_dim, a.dim), (2**25,), (2**25,)))
             sides = {"ours": (ours, list(ours.model.parameters())), "peer": (peer, list(peer.parameters()))}
             # the machine's own rates take turns with the two: they change with its load too
             found = turns(cfg.repeats, **{name: (lambda side=side, ps=ps: train_step(side, ps, batches)) for name, (side, ps) in sides.items()},
@@ -233,7 +241,7 @@ def decode(cfg):
     """Beam-4 and greedy decoding of 32 clips, ours all at once (no filling, a prefix once a clip), the peer's in batches of 8 of like length."""
     figures, new = [], 32
     with tempfile.TemporaryDirectory() as folder:
-        write_llm(folder, cfg.llm, pick_dtype("auto", pick_device(cfg.device)[0])[0])
+        write_llm(folder, cfg.llm, arithmetic(cfg))
         ours = Ours(cfg, folder, "align")
         peer, model = Peer(ours, folder), ours.model
         for m in train.groups(model):
@@ -280,12 +288,11 @@ def processes(cfg):
         return figures
     with tempfile.TemporaryDirectory() as folder:
         write_llm(folder)
-        ours = Ours(cfg, folder, "sft")
         drawn = clips_like_phoenix(cfg, 48)
-        samples = {s.name: s.features for s in ours.samples(drawn)}
+        features = {str(i): f for i, f in enumerate(features_like(drawn))}
         rows = [{"name": str(i), "text": text, "frames": T} for i, (T, text) in enumerate(drawn)]
-        video.write_common(os.path.join(folder, "data", "bench"), "random", {"train": rows, "dev": [], "test": []}, {k: f.shape for k, f in samples.items()},
-                           lambda name: samples[name].numpy(), lambda names: {})
+        video.write_common(os.path.join(folder, "data", "bench"), "random", {"train": rows, "dev": [], "test": []}, {k: f.shape for k, f in features.items()},
+                           lambda name: features[name].numpy(), lambda names: {})
         shutil.copy(os.path.join(cfg.tokenizer, "tokenizer.model"), folder)
         for stage in ("align", "sft"):
             for n in (1, 2) * cfg.repeats:
