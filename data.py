@@ -156,7 +156,8 @@ def pack(samples, device="cpu", with_targets=True):
             target_at += range(len(tokens) - len(answer), len(tokens))
             targets += answer
     on = lambda x: torch.tensor(x, dtype=torch.long).to(device, non_blocking=True)
-    return Batch(torch.cat([s.features for s in samples]).to(device, non_blocking=True), on(clip), on(frame_at), on(tokens), lens, on(target_at), on(targets))
+    features = torch.cat([s.features for s in samples]).to(device, non_blocking=True)
+    return Batch(features, on(clip), on(frame_at), on(tokens), lens, on(target_at), on(targets))
 
 
 def stateless(*key):

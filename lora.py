@@ -41,11 +41,11 @@ class LoRALinear(nn.Linear):
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **on))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **on))  # zero: the layer starts as it was
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)  # as PEFT
-        self.alpha, self.dropout = alpha, nn.Dropout(dropout)
+        self.alpha, self.scaling, self.dropout = alpha, alpha / rank, nn.Dropout(dropout)
         self.train(base.training)  # a new module is in training mode, and would drop out inside a model that is not
 
     def forward(self, x):
-        down = F.linear(self.dropout(x), self.lora_A.to(x.dtype)) * (self.alpha / len(self.lora_A))  # (..., in) -> (..., rank)
+        down = F.linear(self.dropout(x), self.lora_A.to(x.dtype)) * self.scaling  # (..., in) -> (..., rank)
         return F.linear(x, self.weight, self.bias).add_(F.linear(down, self.lora_B.to(x.dtype)))  # in place: nobody else needs the frozen part
 
 
@@ -73,7 +73,7 @@ def apply_lora(llama, rank, alpha, targets, dropout=0.0):
 def merge_lora(llama):
     """W' = W + (alpha/rank) B A, in place: computed in fp32 and rounded once to the weight's own type. Returns llama."""
     for _, t, part, lora in layers(llama):
-        w = lora.weight.float() + lora.alpha / len(lora.lora_A) * (lora.lora_B @ lora.lora_A)
+        w = lora.weight.float() + lora.scaling * (lora.lora_B @ lora.lora_A)
         linear = nn.Linear(lora.in_features, lora.out_features, lora.bias is not None, device="meta")
         linear.weight, linear.bias = nn.Parameter(w.to(lora.weight.dtype), requires_grad=False), lora.bias
         setattr(part, t, linear)

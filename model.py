@@ -1,6 +1,6 @@
 """
-Full definition of SL-LLaMA, the whole network in one file, in the order in which data flows through it (the paper's Figure 2; raw weights are read by weights.py):
-frames -> frozen CNN (GoogLeNet) -> LocalTransformer -> Adaptor -> LLaMA, and SLLaMA, which joins them.
+Full definition of SL-LLaMA, the whole network in one file, in the order in which data flows through it (the paper's Figure 2):
+frames -> frozen CNN (GoogLeNet) -> LocalTransformer -> Adaptor -> LLaMA, and SLLaMA, which joins them. Raw weights are read by weights.py.
 References:
 1) SL-LLaMA, Guo et al. 2026: https://doi.org/10.5755/j01.itc.55.1.40498 ("the paper")
 2) LLaMA 2 by Meta: https://github.com/meta-llama/llama/blob/main/llama/model.py (the names of modules and weights)
@@ -181,8 +181,9 @@ def local_attention(q, k, v, window, doc=None):
 
 def causal_attention(q, k, v, lens=None):
     """
-    q (B, T, H, D), k, v (B, T, Hkv, D) -> (B, T, H*D). lens: lengths of the sequences that are packed in a stream (B == 1), or None. Each attends to
-    itself alone, in a call of its own: the fused kernel then needs no mask, and there is no filling, whose cost would grow with the square of the longest.
+    q (B, T, H, D), k, v (B, T, Hkv, D) -> (B, T, H*D). lens: lengths of the sequences that are packed in a stream (B == 1), or None.
+    Each attends to itself alone, in a call of its own: the fused kernel then needs no mask, and there is no filling, whose cost would
+    grow with the square of the longest.
     """
     cut = lambda t: [part.transpose(1, 2) for part in t.split(lens or t.shape[1], 1)]  # (B, T, H, D) -> for each sequence (B, H, its length, D)
     o = [F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=q.shape[2] != k.shape[2]) for one in zip(cut(q), cut(k), cut(v))]
@@ -205,8 +206,8 @@ class Cache:
         if lens:
             filling = torch.arange(max(lens)) >= torch.tensor(lens)[:, None]  # the part's prefixes lie side by side here, filled up on the right
             kp, vp = (pad_sequence(t[0].split(lens), batch_first=True) for t in (k, v))  # (1, N, H, D) -> (part, L, H, D)
-            # (part, H, D, L) and (part, H, L, D): as every step multiplies them
-            self.prefix[layer].append((kp.permute(0, 2, 3, 1).contiguous(), vp.transpose(1, 2).contiguous(), filling[:, None, None, None].to(k.device)))
+            kp, vp = kp.permute(0, 2, 3, 1).contiguous(), vp.transpose(1, 2).contiguous()  # (part, H, D, L), (part, H, L, D): as every step multiplies them
+            self.prefix[layer].append((kp, vp, filling[:, None, None, None].to(k.device)))
             return causal_attention(q, k, v, lens)
         if layer not in self.written:
             self.written[layer] = [t.new_empty(len(t), self.beams, t.shape[2], self.max_new, t.shape[3]) for t in (k, v)]  # (n, beams, H, max_new, D)
@@ -356,7 +357,8 @@ class LLaMA(nn.Module):
             pos = torch.cat([torch.arange(n, device=h.device) for n in lens or [h.shape[1]]])[None]
             longest = max(lens or [h.shape[1]]) + (cache.max_new if cache else 0)
             if self.args.sliding_window and longest > self.args.sliding_window:
-                raise BadInput(f"sliding_window={self.args.sliding_window}: a sequence of {longest} tokens is longer, and the window is not implemented")
+                raise BadInput(f"sliding_window={self.args.sliding_window}: a sequence of {longest} tokens is longer, "
+                               "and the window is not implemented")
         rope = rope_table(pos, self.args.head_dim, self.args.rope_theta, self.args.rope_scaling)
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -489,7 +491,8 @@ SIZES = {  # llm=random:NAME
     "13B": dict(dim=5120, n_layers=40, n_heads=40, n_kv_heads=40, hidden_dim=13824, vocab_size=32000),
     "70B": dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, hidden_dim=28672, vocab_size=32000),
     "vicuna-7b-v1.5": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=32000),
-    "mistral-7b-instruct-v0.3": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, hidden_dim=14336, vocab_size=32768, rope_theta=1e6, model_type="mistral"),
+    "mistral-7b-instruct-v0.3": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, hidden_dim=14336, vocab_size=32768, rope_theta=1e6,
+                                     model_type="mistral"),
     "qwen2-7b-instruct": dict(dim=3584, n_layers=28, n_heads=28, n_kv_heads=4, hidden_dim=18944, vocab_size=152064, norm_eps=1e-6, rope_theta=1e6,
                               qkv_bias=True, model_type="qwen2"),
     "deepseek-llm-7b-chat": dict(dim=4096, n_layers=30, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=102400, norm_eps=1e-6),
@@ -510,7 +513,8 @@ class RawLLM:
         """One line: type, sizes, parameters and bytes."""
         a, n = self.args, sum(math.prod(s) for s in self.shapes.values())
         return (f"{self.path}: {a.model_type}, {a.n_layers} layers of width {a.dim}, {a.n_heads} heads ({a.n_kv_heads} of keys) of {a.head_dim}, "
-                f"SwiGLU {a.hidden_dim}, {a.vocab_size} tokens; {n / 1e6:.2f}M parameters, {n * dtype.itemsize / 1e9:.3f} GB in {str(dtype).removeprefix('torch.')}")
+                f"SwiGLU {a.hidden_dim}, {a.vocab_size} tokens; {n / 1e6:.2f}M parameters, {n * dtype.itemsize / 1e9:.3f} GB in "
+                + str(dtype).removeprefix("torch."))
 
     def tensors(self):
         """Yield (name, whole tensor), so that no more than one need be in memory; shows GB/s."""

@@ -323,11 +323,12 @@ def learning_rate(step, total, cfg):
 
 def check(cfg):
     """Values that no run could make sense of end it with exit code 2 and the variable's name."""
-    for key, low in {"epochs": 1, "batch_size": 1, "grad_accum": 1, "ltn_layers": 1, "ltn_heads": 1, "beam": 1, "seed": 0, "window": 0, "ltn_dim": 0,
-                     "max_frames": 0, "max_clips": 0, "warmup": 0, "lr": 0, "grad_clip": 0, "weight_decay": 0, "max_steps": -1, "log_every": -1, "eval_every": -1,
-                     "save_every": -1, "keep": 0, "max_skips": 1, "eval_clips": -1, "lora_rank": 1}.items():
-        if getattr(cfg, key) < low:
-            usage_error(__file__, f"{key}={getattr(cfg, key)}: must be at least {low}")
+    for low, keys in {-1: ("max_steps", "log_every", "eval_every", "save_every", "eval_clips"),
+                      0: ("seed", "window", "ltn_dim", "max_frames", "max_clips", "warmup", "lr", "grad_clip", "weight_decay", "keep"),
+                      1: ("epochs", "batch_size", "grad_accum", "ltn_layers", "ltn_heads", "beam", "max_skips", "lora_rank")}.items():
+        for key in keys:
+            if getattr(cfg, key) < low:
+                usage_error(__file__, f"{key}={getattr(cfg, key)}: must be at least {low}")
     for key in ("frame_drop", "lora_dropout", "label_smoothing"):
         if not 0 <= getattr(cfg, key) < 1:
             usage_error(__file__, f"{key}={getattr(cfg, key)}: must be at least 0 and less than 1")
@@ -361,7 +362,8 @@ def starting_point(cfg, run_dir, n_clips):
             raise BadInput(f"{source}: was trained with {key}={was}, this run says {key}={now}")
     if resuming:
         done = {key: state.get(key) for key in done}
-        if done["step"] < 0 or type(done["skipped"]) is not int or type(done["best"]) not in (int, float, type(None)) or type(done["unscored"]) not in (dict, type(None)):
+        kinds = {"step": (int,), "skipped": (int,), "best": (int, float, type(None)), "unscored": (dict, type(None))}
+        if any(type(done[key]) not in kinds[key] for key in done) or done["step"] < 0:
             raise BadInput(f"{source}/state.json: is damaged, {done}")
         if state.get("clips") not in (None, n_clips):
             raise BadInput(f"{source}: was trained on {state['clips']}, {cfg.data_dir}/{cfg.dataset} has {n_clips}")
@@ -415,8 +417,9 @@ def main():
     extractor = json.loads(clips.store.metadata.get("settings", "{}"))
     dim_in = clips.features(0).shape[1]
     n_clips = f"{len(clips)} clips of {sum(clips.lengths)} frames"  # a resumed run must find the same
-    print0(f"data: {cfg.dataset}, {len(clips)} train clips of {sum(clips.lengths) / len(clips):.0f} frames, features {cfg.backbone} of width {dim_in}, "
-           + (f"{len(dev)} dev clips" if dev else "no dev score: best/ is not written, eval.py takes last/"))
+    scored = f"{len(dev)} dev clips" if dev else "no dev score: best/ is not written, eval.py takes last/"
+    print0(f"data: {cfg.dataset}, {len(clips)} train clips of {sum(clips.lengths) / len(clips):.0f} frames, "
+           f"features {cfg.backbone} of width {dim_in}, {scored}")
     if "standin" in extractor:
         print0(f"data: {extractor['standin']}: no score here is one of the data set")
     if cfg.max_frames:
@@ -451,7 +454,8 @@ def main():
     print0(f"dtype {str(torch_dtype).removeprefix('torch.')} ({why}), what learns in float32; on {device.type} ({device_why})")
 
     # ---- optimizer and its schedule
-    kinds = [{"params": [p for p in learning.values() if (p.dim() > 1) == matrices], "weight_decay": cfg.weight_decay * matrices} for matrices in (True, False)]
+    matrices, vectors = ([p for p in learning.values() if (p.dim() > 1) == wanted] for wanted in (True, False))
+    kinds = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW([k for k in kinds if k["params"]], lr=cfg.lr, betas=(0.9, 0.95), fused=True)
     if resuming:
         load_optimizer(os.path.join(source, "optimizer.safetensors"), model, optimizer, done["step"] - done["skipped"])
@@ -483,7 +487,8 @@ def main():
     began, tokens_seen, last_said = time.time(), 0, (time.time(), done["step"])
     if done["step"] >= stop:
         print0(f"{cfg.stage}: {source} is at step {done['step']} of {stop}, nothing is left to do")
-    print0(f"{cfg.stage}: {total} steps of {cfg.batch_size} clips in {cfg.epochs} epochs" + (f", going on at step {done['step']}" if resuming else ""))
+    print0(f"{cfg.stage}: {total} steps of {cfg.batch_size} clips in {cfg.epochs} epochs"
+           + (f", going on at step {done['step']}" if resuming else ""))
     asked, names = note_signals(), lambda indices: ", ".join(clips.rows[i]["name"] for i in indices)
 
     def standing():
@@ -518,7 +523,8 @@ def main():
         chosen = order[at * cfg.batch_size:(at + 1) * cfg.batch_size].tolist()
         mine = share(chosen, clips.lengths, parts)[rank() * cfg.grad_accum:(rank() + 1) * cfg.grad_accum]
         batches = [micro_batch(clips, part, prompt, tokenizer, device, cfg.frame_drop, (cfg.seed, "drop", epoch)) for part in mine]
-        sums = torch.tensor([sum(len(b.targets) for b in batches), sum(len(b.tokens) for b in batches), len(asked)], dtype=torch.float64, device=device)
+        sums = [sum(len(b.targets) for b in batches), sum(len(b.tokens) for b in batches), len(asked)]
+        sums = torch.tensor(sums, dtype=torch.float64, device=device)
         dist.all_reduce(sums)
         if sums[2] or unscored:  # a signal has reached one of the processes: all stop here, with the same steps behind them
             break
@@ -535,8 +541,8 @@ def main():
                 part_loss, _ = model(batch)
                 (part_loss * (scale / n_targets)).backward()
             except torch.OutOfMemoryError as e:
-                raise BadInput(f"step {step + 1}: out of memory with {len(batch.lens)} clips of {len(batch.features)} frames, {len(batch.tokens)} tokens in a "
-                               f"micro-batch; what lowers it: {LOWERS}; estimate=true says how much ({str(e).splitlines()[0]})") from None
+                raise BadInput(f"step {step + 1}: out of memory with {len(batch.lens)} clips of {len(batch.features)} frames, "
+                               f"{len(batch.tokens)} tokens in a micro-batch; what lowers it: {LOWERS}; estimate=true says how much ({str(e).splitlines()[0]})") from None
             loss += part_loss.detach() / n_targets
         dist.all_reduce(loss)
         loss = loss.item()
@@ -552,10 +558,12 @@ def main():
                 group["lr"] = rate
             optimizer.step()
         else:
-            print0(f"step {step + 1}: {'the gradient' if math.isfinite(loss) else 'the loss'} is not finite, the step is skipped; its clips: {names(chosen)}")
+            what = "the gradient" if math.isfinite(loss) else "the loss"
+            print0(f"step {step + 1}: {what} is not finite, the step is skipped; its clips: {names(chosen)}")
             skipped, in_a_row = skipped + 1, in_a_row + 1
             if in_a_row == cfg.max_skips:
-                raise BadInput(f"max_skips={cfg.max_skips} steps in a row were not finite, the last with clips {names(chosen)}; the checkpoint of step {saved} is kept in {last}")
+                raise BadInput(f"max_skips={cfg.max_skips} steps in a row were not finite, the last with clips {names(chosen)}; "
+                               f"the checkpoint of step {saved} is kept in {last}")
         optimizer.zero_grad(set_to_none=True)
         tokens_seen, now = tokens_seen + sums[1].item(), time.time()
 
@@ -584,8 +592,10 @@ def main():
     dist.destroy_process_group()
     if stopped:
         number = asked[0][0] if asked else signal.SIGTERM  # else another process has got it
-        again = shlex.join([*(["torchrun", f"--nproc_per_node={processes}"] if "RANK" in os.environ else ["python"]), *sys.argv, *["resume=true"] * (not cfg.resume)])
-        print0(f"{os.path.basename(sys.argv[0])}: stopped by {signal.Signals(number).name} after step {finished}, saved in {last}; to go on: {again}", file=sys.stderr)
+        program = ["torchrun", f"--nproc_per_node={processes}"] if "RANK" in os.environ else ["python"]
+        again = shlex.join([*program, *sys.argv, *["resume=true"] * (not cfg.resume)])
+        print0(f"{os.path.basename(sys.argv[0])}: stopped by {signal.Signals(number).name} after step {finished}, saved in {last}; "
+               f"to go on: {again}", file=sys.stderr)
         raise SystemExit(128 + number)
     signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)
     print0(f"{cfg.stage}: done in {time.time() - began:.0f} s, {run_folder}")
