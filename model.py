@@ -169,7 +169,7 @@ def local_attention(q, k, v, window, doc=None):
     q = F.pad(q, (0, 0, 0, tail)) if tail else q
     q = q.unflatten(2, (n, block)).transpose(1, 2).flatten(0, 1)  # (B, H, T, D) -> (B n, H, block, D)
     cut = lambda t: t.unfold(2, seen, block).permute(0, 2, 1, 4, 3).flatten(0, 1)  # (B, H, T', D) -> (B n, H, seen, D)
-    zeros = q.new_zeros(B, H, reach + tail, D)
+    zeros = q.new_zeros(B, H, reach + tail, D)  # at both ends; F.pad would write all of its result twice
     k, v = (cut(torch.cat([zeros[:, :, :reach], t, zeros], 2)) for t in (k, v))
     doc_q = F.pad(doc, (0, tail), value=-1).view(B * n, block, 1)  # -1: filling; it sees filling alone, so no row is empty
     doc_k = F.pad(doc, (reach, reach + tail), value=-1).unfold(1, seen, block).reshape(B * n, 1, seen)

@@ -94,6 +94,6 @@ def estimate(cfg, model, clips, micro, prompt, tokenizer, dtype, device):
         ("frozen weights" + away, held[False]), ("weights that learn" + away, held[True]), ("AdamW's two moments" + away, 2 * held[True]),
         ("gathered: two blocks and what is no block", (root + 2 * block) * s if sharded else 0), ("kept for the backward pass", blocks + vision),
         ("logits or a block's gradients", back), ("gradients, copies for a save, where larger", max(0, after - blocks - vision - back))]
-    if device.type == "cpu" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # measured: 1 to 23 % more, on LLMs of 34 to 238 million parameters
+    if device.type == "cpu" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # measured: 1 to 23 % more, on LLMs of 62 to 271 million parameters
         rows.append(("free, but kept by glibc's allocator", 0.12 * sum(size for _, size in rows)))
     return f"{len(lens)} clips of {F} frames, {N} tokens", rows
