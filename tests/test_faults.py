@@ -269,6 +269,7 @@ def test_the_estimate_is_what_a_run_then_holds(home, env):
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
+@pytest.mark.long
 def test_damaged_files(home):
     count, bad = faults.corruptions(home, 48, seed=0)
     print(dict(count))
