@@ -189,6 +189,11 @@ def thin(x, max_frames):
     return x[torch.linspace(0, len(x) - 1, max_frames).long()] if 0 < max_frames < len(x) else x
 
 
+def spread(total, n):
+    """n of the numbers 0 .. total - 1, evenly apart."""
+    return [i * total // n for i in range(n)]
+
+
 class Clips:
     """One split of a data set in its common form, as samples for a prompt."""
 
@@ -201,7 +206,7 @@ class Clips:
             raise BadInput(f"{path}: data set {dataset} has no split {split}; {hint}")
         self.rows, self.path = read_rows(path), path
         if 0 < max_clips < len(self.rows):
-            self.rows = [self.rows[i * len(self.rows) // max_clips] for i in range(max_clips)]
+            self.rows = [self.rows[i] for i in spread(len(self.rows), max_clips)]
         self.store = Store(os.path.join(folder, backbone, split + ".safetensors"))
         if missing := [r["name"] for r in self.rows if r["name"] not in self.store.names]:
             raise BadInput(f"{self.store.path}: has no features of clip {missing[0]} ({len(missing)} missing); run data.py again")

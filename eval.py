@@ -163,14 +163,14 @@ def print_scores(title, rows):
 # Decoding
 
 @torch.no_grad()
-def generate(llm, prefixes, eos_ids, beam=1, length_penalty=1.0, max_new_tokens=200):
+def generate(llm, streams, eos_ids, beam=1, length_penalty=1.0, max_new_tokens=200):
     """
-    Beam search (beam=1: greedy). prefixes: packed streams of a few sequences each, (h (1, N, dim), their lengths); all n of them then go on
+    Beam search (beam=1: greedy). streams: packed prefixes of a few sequences each, (h (1, N, dim), their lengths); all n of them then go on
     together. Returns for each (token ids without EOS, whether EOS was reached). A hypothesis scores sum(log p) / ((5+len)/6)**length_penalty
     (Wu et al. 2016, eq. 14); a sequence is done once `beam` of its hypotheses have ended. Every step is one cached forward of n x beam tokens.
     """
     cache, logits, lens = Cache(beam, max_new_tokens), [], []
-    for h, some in prefixes:
+    for h, some in streams:
         lens += some
         logits.append(llm(h=h, lens=some, cache=cache, at=torch.tensor(some, device=h.device).cumsum(0) - 1)[0])
     logits = torch.cat(logits)  # (n, V)
@@ -188,9 +188,9 @@ def generate(llm, prefixes, eos_ids, beam=1, length_penalty=1.0, max_new_tokens=
         enough = beam * (1 + len(eos_ids))
         top, token = logits.topk(min(enough, logits.shape[-1]))  # (n, beam, k): no sum over the whole vocabulary is written down
         top = scores[..., None] + top.float() - logits.float().logsumexp(-1, keepdim=True)
-        source = torch.arange(beam, device=device)[:, None].expand_as(top)
-        top, j = top.flatten(1).topk(min(enough, top[0].numel()))
-        source, token = source.flatten(1).gather(1, j), token.flatten(1).gather(1, j)
+        k = top.shape[-1]
+        top, j = top.flatten(1).topk(min(enough, beam * k))
+        source, token = j // k, token.flatten(1).gather(1, j)
         ends = torch.isin(token, eos)
         closes = ends & (torch.arange(top.shape[1], device=device) < beam) & top.isfinite() & (closed < beam)[:, None]
         value, j = (top / ((6 + step) / 6) ** length_penalty).masked_fill(~closes, float("-inf")).max(1)
@@ -213,19 +213,25 @@ def generate(llm, prefixes, eos_ids, beam=1, length_penalty=1.0, max_new_tokens=
     return [(best[i, :best_len[i]].tolist(), True) if ended[i] else (tokens[i, 0].tolist(), False) for i in range(n)]
 
 
+def prefixes(sllama, features, prompt):
+    """What generate reads of clips, a list of (T, D): their frames between the prompt's tokens, PART clips a packed stream, computed when asked for."""
+    for start in range(0, len(features), PART):
+        part = pack([Sample("", f, *prompt, None) for f in features[start:start + PART]], sllama.mean.device)
+        yield sllama.embed(part), part.lens
+
+
 @torch.no_grad()
 def translate(sllama, features, tokenizer, beam=4, length_penalty=1.0, max_new_tokens=200, batch_size=16, progress=None, warn=True):
     """
     Features of clips, a list of (T, D) -> list of sentences. Clips of like length are decoded together; the order is kept.
     progress: called with the number of clips done; warn: say on stderr how many answers were cut at max_new_tokens.
     """
-    before, after = prompt_ids(sllama.prompt, tokenizer)
-    device, out, cut = sllama.mean.device, [None] * len(features), 0
+    prompt, out, cut = prompt_ids(sllama.prompt, tokenizer), [None] * len(features), 0
     order = sorted(range(len(features)), key=lambda i: len(features[i]))
     for start in range(0, len(order), batch_size):
         chosen = order[start:start + batch_size]
-        parts = (pack([Sample(str(i), features[i], before, after, None) for i in chosen[n:n + PART]], device) for n in range(0, len(chosen), PART))
-        answers = generate(sllama.llm, ((sllama.embed(p), p.lens) for p in parts), tokenizer.eos_ids, beam, length_penalty, max_new_tokens)
+        streams = prefixes(sllama, [features[i] for i in chosen], prompt)
+        answers = generate(sllama.llm, streams, tokenizer.eos_ids, beam, length_penalty, max_new_tokens)
         for i, (ids, ended) in zip(chosen, answers):
             out[i] = tokenizer.decode(ids).strip()
             cut += not ended

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from config import VERSION, BadInput, configure, launch, pick_device, pick_dtype, print0, rank, sync, usage_error, whole, world
-from data import Clips, Tokenizer, pack, prompt_ids, stateless
+from data import Clips, Tokenizer, pack, prompt_ids, spread, stateless
 from eval import bleu, find_checkpoint, gathered, language_code, read_checkpoint, rouge, translate
 from lora import TARGETS, adapter, apply_lora, write_adapter
 from model import SLLaMA, fill, full, open_llm
@@ -207,8 +207,7 @@ def evaluate(model, dev, prompt, tokenizer, device, lang, cfg, asked):
         indices = share(range(start, min(start + 16 * world(), len(dev))), dev.lengths, world())[rank()]
         loss, n = model(micro_batch(dev, indices, prompt, tokenizer, device))
         sums += torch.tensor([loss.item(), n, 0], dtype=torch.float64, device=device)
-    n = len(dev) if cfg.eval_clips < 0 else min(cfg.eval_clips, len(dev))
-    chosen, hyps = [i * len(dev) // n for i in range(n)], {}  # spread over the set
+    chosen, hyps = spread(len(dev), len(dev) if cfg.eval_clips < 0 else min(cfg.eval_clips, len(dev))), {}
     # FSDP2 remembers who computed last: all must have, or the next backward hangs. Clips of like length are decoded together
     mine = sorted(chosen[rank()::world()] or [0], key=lambda i: dev.lengths[i]) if chosen else []
     longest = max(len(tokenizer.encode(row["text"])) for row in dev.rows)  # a model that has not learnt to end need not babble on
@@ -384,7 +383,7 @@ def print_model(model, learning, source):
     count = lambda some: f"{sum(p.numel() for p in some) / 1e6:.2f}M"
     print0(f"model: {count(model.parameters())} parameters" + (f", those that have learnt before from {source}" if source else ""))
     for part in ("proj", "ltn", "adaptor", "llm.tok_embeddings", "lora_"):
-        if found := [p for k, p in learning.items() if k.startswith(part) or part in k and part == "lora_"]:
+        if found := [p for k, p in learning.items() if part in k]:
             print0(f"learns: {part.rstrip('_'):18} {count(found)}")
     print0(f"learns: {count(learning.values())} in all; frozen: {count(p for p in model.parameters() if not p.requires_grad)}")
 

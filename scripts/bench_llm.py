@@ -22,7 +22,7 @@ import train
 import video
 from config import BadInput, configure, pick_device, pick_dtype
 from data import Sample, Tokenizer, pack, prompt_ids, stateless
-from eval import PART, generate
+from eval import generate, prefixes
 from lora import adapter, write_adapter
 from model import SIZES, Adaptor, LLaMA, LocalTransformer, fill, full, local_attention, open_llm
 from readers import read_gfslt
@@ -250,8 +250,7 @@ def decode(cfg):
 
         @torch.no_grad()
         def mine(beam):
-            parts = (pack([Sample(s.name, s.features, s.before, s.after, None) for s in samples[i:i + PART]], ours.device) for i in range(0, 32, PART))
-            return [ids for ids, _ in generate(model.llm, ((model.embed(p), p.lens) for p in parts), [2], beam, 0.0, new)]
+            return [ids for ids, _ in generate(model.llm, prefixes(model, [s.features for s in samples], ours.prompt), [2], beam, 0.0, new)]
 
         theirs = lambda beam: [ids for i in range(0, 32, 8) for ids in peer.generate(samples[i:i + 8], beam, new)]
         for beam in (4, 1):
