@@ -23,8 +23,6 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from sacrebleu.metrics import BLEU, CHRF
-from sacrebleu.significance import PairedTest
 
 from config import BadInput, Progress, configure, launch, pick_device, pick_dtype, print0, rank, usage_error, whole, world
 from data import Clips, Sample, Tokenizer, pack, prompt_ids, stateless, thin
@@ -68,11 +66,12 @@ SAMPLES = 1000  # of the bootstrap
 PART = 8  # clips whose prefixes are read together
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Scores
+# Scores; sacrebleu is imported where it is used, since `help` waits for every import up there
 
 def _metric(lang, order=4):
     if not re.fullmatch(r"[a-z]{2,3}", lang):
         raise BadInput(f"lang={lang}: is no language code such as de, en, zh")
+    from sacrebleu.metrics import BLEU
     # one character a token for Chinese and its like, sacrebleu's default for languages with spaces
     return BLEU(tokenize="char" if lang in UNSPACED else "13a", smooth_method="exp", max_ngram_order=order, force=True)
 
@@ -132,6 +131,7 @@ def variants(lang):
 
 def report(hyps, refs, lang):
     """All scores of a system as one dict, with the signatures that make them comparable and a bootstrap interval (Koehn 2004) of BLEU-4."""
+    from sacrebleu.metrics import CHRF
     metric, chrf = _metric(lang), CHRF()
     sampled = metric.corpus_score(hyps, [refs], n_bootstrap=SAMPLES) if len(refs) > 1 else None  # sacrebleu's fixed seed: the same each time
     metric.corpus_score(hyps, [refs])  # the signature counts the references
@@ -162,7 +162,7 @@ def print_scores(title, rows):
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(llm, streams, eos_ids, beam=1, length_penalty=1.0, max_new_tokens=200):
     """
     Beam search (beam=1: greedy). streams: packed prefixes of a few sequences each, (h (1, N, dim), their lengths); all n of them then go on
@@ -220,7 +220,7 @@ def prefixes(sllama, features, prompt):
         yield sllama.embed(part), part.lens
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def translate(sllama, features, tokenizer, beam=4, length_penalty=1.0, max_new_tokens=200, batch_size=16, progress=None, warn=True):
     """
     Features of clips, a list of (T, D) -> list of sentences. Clips of like length are decoded together; the order is kept.
@@ -388,6 +388,8 @@ def score_files(path, other, lang):
     hyps = {f: [rows[name][0] for name in mine] for f, rows in files.items()}
     print_scores(f"lang={lang}", {("" if f == path else "against ") + os.path.basename(f): report(h, refs, lang) for f, h in hyps.items()})
     if other:
+        from sacrebleu.metrics import CHRF
+        from sacrebleu.significance import PairedTest
         logging.getLogger("sacrebleu").setLevel(logging.WARNING)
         systems = [(other, hyps[other]), (path, hyps[path])]  # sacrebleu tests against the first
         test = PairedTest(systems, {"BLEU": _metric(lang), "chrF": CHRF()}, [refs], test_type="bs", n_samples=SAMPLES)()[1]

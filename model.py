@@ -12,6 +12,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -207,22 +208,22 @@ class Cache:
             filling = torch.arange(max(lens)) >= torch.tensor(lens)[:, None]  # the part's prefixes lie side by side here, filled up on the right
             kp, vp = (pad_sequence(t[0].split(lens), batch_first=True) for t in (k, v))  # (1, N, H, D) -> (part, L, H, D)
             kp, vp = kp.permute(0, 2, 3, 1).contiguous(), vp.transpose(1, 2).contiguous()  # (part, H, D, L), (part, H, L, D): as every step multiplies them
-            self.prefix[layer].append((kp, vp, filling[:, None, None, None].to(k.device)))
+            self.prefix[layer].append((kp, vp, filling[:, None, None].to(k.device)))
             return causal_attention(q, k, v, lens)
         if layer not in self.written:
             self.written[layer] = [t.new_empty(len(t), self.beams, t.shape[2], self.max_new, t.shape[3]) for t in (k, v)]  # (n, beams, H, max_new, D)
         for new, written in zip((k, v), self.written[layer]):
             written[:, :, :, self.step] = new
-        kw, vw = (t[:, :, :, :self.step + 1] for t in self.written[layer])  # (n, beams, H, S, D)
-        q = q.unflatten(2, (k.shape[2], -1)) / q.shape[-1] ** 0.5  # (n, beams, heads, D) -> (n, beams, H, heads per key, D)
-        sizes, o = [len(kp) for kp, _, _ in self.prefix[layer]], []
-        for q, kw, vw, (kp, vp, filling) in zip(*(t.split(sizes) for t in (q, kw, vw)), self.prefix[layer]):
-            old = torch.einsum("nbhgd,nhdl->nbhgl", q, kp).masked_fill(filling, float("-inf"))
-            new = torch.einsum("nbhgd,nbhsd->nbhgs", q, kw)
+        q = (q / q.shape[-1] ** 0.5).unflatten(2, (k.shape[2], -1)).transpose(1, 2)  # (n, beams, heads, D) -> (n, H, beams, heads per key, D)
+        kw, vw = (t[:, :, :, :self.step + 1].transpose(1, 2) for t in self.written[layer])  # (n, H, beams, S, D)
+        parts, o = self.prefix[layer], []
+        for q, kw, vw, (kp, vp, filling) in zip(*(t.split([len(kp) for kp, _, _ in parts]) for t in (q, kw, vw)), parts):
+            old = (q.flatten(2, 3) @ kp).masked_fill_(filling, float("-inf"))  # (part, H, beams * heads per key, L): the beams share the prefix
+            new = (q @ kw.mT).flatten(2, 3)  # (part, H, beams * heads per key, S): and have written each their own
             p = torch.cat([old, new], -1).float().softmax(-1).type_as(q)  # one softmax over both
             old, new = p.split([old.shape[-1], new.shape[-1]], -1)
-            o.append(torch.einsum("nbhgl,nhld->nbhgd", old, vp) + torch.einsum("nbhgs,nbhsd->nbhgd", new, vw))
-        return torch.cat(o).flatten(2)  # (n, beams, heads * D)
+            o.append((old @ vp).view_as(q) + new.unflatten(2, q.shape[2:4]) @ vw)
+        return torch.cat(o).transpose(1, 2).flatten(2)  # (n, H, beams, heads per key, D) -> (n, beams, heads * D)
 
     def reorder(self, source):
         """Beam b of clip i goes on from what its beam source[i, b] has written; the prefix stays where it is."""
@@ -263,8 +264,9 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(dim, eps)
         self.ffn_norm = RMSNorm(dim, eps)
 
-    def forward(self, x, rope, doc=None, lens=None, cache=None):
+    def forward(self, x, rope, doc=None, lens=None, cache=None, at=None):
         x = x + self.attention(self.attention_norm(x), rope, doc, lens, cache)
+        x = x if at is None else x[:, at]  # (B, T, dim) -> (B, len(at), dim)
         return x + self.feed_forward(self.ffn_norm(x))
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,11 +363,10 @@ class LLaMA(nn.Module):
                                "and the window is not implemented")
         rope = rope_table(pos, self.args.head_dim, self.args.rope_theta, self.args.rope_scaling)
         for layer in self.layers:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(layer, h, rope, None, lens, use_reentrant=False)
-            else:
-                h = layer(h, rope, None, lens, cache)
-        h = self.norm(h if at is None else h[:, at])
+            run = partial(checkpoint, layer, use_reentrant=False) if self.activation_checkpointing and torch.is_grad_enabled() else layer
+            # after the last attention nobody looks at positions without logits any more: its feed-forward leaves them out
+            h = run(h, rope, None, lens, cache, at if layer is self.layers[-1] else None)
+        h = self.norm(h)
         return F.linear(h, self.tok_embeddings.weight) if self.output is None else self.output(h)
 
     @classmethod

@@ -13,11 +13,9 @@ import shutil
 import statistics
 import sys
 
-import av
 import numpy as np
 import torch
 import torch.distributed as dist
-from av.video.reformatter import VideoReformatter
 from safetensors import safe_open
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -39,6 +37,7 @@ def natural(name):
 @contextlib.contextmanager
 def opened(file):
     """The container of a video or an image; whatever there is to say against it is a BadInput."""
+    import av  # here: with all its codecs it takes a tenth of a second, and who trains decodes nothing
     try:
         if file.lower().endswith(".gif") and open(file, "rb").read().rstrip(b"\0\r\n ")[-1:] != b";":
             raise BadInput(f"{file}: is cut off, a GIF ends with ';'")  # the decoder would give the frames up to there without a word
@@ -108,6 +107,7 @@ def frames(path, size=None, interpolation="BILINEAR", fps=0.0, rate=0.0):
     Yield the frames of a clip (mp4, webm, gif, ..., or a folder of png/jpg, filmed at `rate`) as uint8 (H, W, 3). size: squeezed to size x size;
     fps: resampled to it where its own rate is another by more than 1 % (and known, if it is a folder).
     """
+    from av.video.reformatter import VideoReformatter
     clip, convert = timed(path, rate), VideoReformatter()
     if fps and abs(rate_of(path, rate or fps) / fps - 1) > 0.01:
         clip = resampled(clip, fps, path)

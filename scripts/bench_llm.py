@@ -171,8 +171,7 @@ class Peer(nn.Module):
             return self.llm(inputs_embeds=h, attention_mask=mask, labels=labels).loss
 
     @torch.no_grad()
-    def generate(self, samples, beam, new):
-        h, mask, _ = self.inputs(samples, answers=False)
+    def generate(self, h, mask, beam, new):
         out = self.llm.generate(inputs_embeds=h, attention_mask=mask, num_beams=beam, do_sample=False, length_penalty=0.0, early_stopping=True, max_new_tokens=new, pad_token_id=0)
         return [ids[:ids.index(2)] if 2 in ids else ids for ids in out.tolist()]
 
@@ -200,9 +199,10 @@ def work_of_step(ours, batches):
         lens, targets = pack(samples).lens, sum(len(s.answer) for s in samples)
         tokens += sum(lens)
         flops += 2 * 2 * a.n_layers * block * sum(lens)
+        flops -= 2 * 2 * 3 * a.dim * a.hidden_dim * (sum(lens) - targets)  # the last layer's feed-forward: only where logits are wanted
         flops += 2 * 3 * a.n_layers * sum(n * n * a.n_heads * a.head_dim for n in lens)  # q k^T and p v, half of each behind the causal mask; twice that backward
         flops += 2 * 2 * a.vocab_size * a.dim * targets + 2 * (3 if ours.cfg.train_ltn else 1.5) * vision * sum(len(s.features) for s in samples)
-        values += 3 * a.n_layers * moved * sum(lens) + 4 * a.vocab_size * targets
+        values += 3 * a.n_layers * moved * sum(lens) - 3 * 3 * a.hidden_dim * (sum(lens) - targets) + 4 * a.vocab_size * targets
     return tokens, flops, values * ours.dtype.itemsize
 
 
@@ -237,8 +237,12 @@ def step(cfg):
     return figures
 
 
+@torch.no_grad()
 def decode(cfg):
-    """Beam-4 and greedy decoding of 32 clips, ours all at once (no filling, a prefix once a clip), the peer's in batches of 8 of like length."""
+    """
+    Beam-4 and greedy decoding of 32 clips, ours all at once (no filling, a prefix once a clip), the peer's in batches of 8 of like length:
+    from their features, and from the embeddings that the same local transformer and adaptor have made of them on both sides.
+    """
     figures, new = [], 32
     with tempfile.TemporaryDirectory() as folder:
         write_llm(folder, cfg.llm, arithmetic(cfg))
@@ -247,23 +251,26 @@ def decode(cfg):
         for m in train.groups(model):
             m.unshard()
         samples = sorted(ours.samples(clips_like_phoenix(cfg, 32)), key=lambda s: len(s.features))
-
-        @torch.no_grad()
-        def mine(beam):
-            return [ids for ids, _ in generate(model.llm, prefixes(model, [s.features for s in samples], ours.prompt), [2], beam, 0.0, new)]
-
-        theirs = lambda beam: [ids for i in range(0, 32, 8) for ids in peer.generate(samples[i:i + 8], beam, new)]
+        embed = {"ours": lambda: prefixes(model, [s.features for s in samples], ours.prompt),
+                 "peer": lambda: (peer.inputs(samples[i:i + 8], answers=False)[:2] for i in range(0, 32, 8))}
+        write = {"ours": lambda streams, beam: [ids for ids, _ in generate(model.llm, streams, [2], beam, 0.0, new)],
+                 "peer": lambda batches, beam: [ids for h, mask in batches for ids in peer.generate(h, mask, beam, new)]}
+        embedded = {name: list(embed[name]()) for name in embed}
         for beam in (4, 1):
-            same = sum(a == b for a, b in zip(mine(beam), theirs(beam)))
+            same = sum(a == b for a, b in zip(*(write[name](embedded[name], beam) for name in write)))
             print(f"beam {beam}: {same} of 32 hypotheses are the same, up to {new} tokens each")
-            found = turns(cfg.repeats, ours=lambda: mine(beam), peer=lambda: theirs(beam))
-            figures.append(say(f"decoding 32 clips, beam {beam}", found) | {"same": same})
+            for what, source in {"features": lambda name: embed[name](), "embeddings": embedded.get}.items():
+                found = turns(cfg.repeats, **{name: lambda name=name: write[name](source(name), beam) for name in write})
+                figures.append(say(f"32 clips from {what}, beam {beam}", found) | {"same": same})
     return figures
 
 
 def band(cfg):
     """local_attention against dense attention with a mask, and its growth with T."""
     figures = []
+    # glibc's malloc keeps freed memory up to twice the largest tensor (of 32 MB at most) that a process has freed so far. One that trains or decodes
+    # has freed larger ones than the band's; a fresh process would give every page back, and time the faults that fetch it again
+    torch.empty(7_500_000)
     for T in (1024, 4096):
         q, k, v = (torch.randn(1, 8, T, 64, generator=torch.Generator().manual_seed(i)) for i in range(3))
         mask = (torch.arange(T)[:, None] - torch.arange(T)).abs() <= 4
