@@ -230,6 +230,15 @@ def test_programs_help(name):
             assert line.split(" = ", 1)[1].strip()
 
 
+@pytest.mark.parametrize("name", ["train.py", "eval.py", "data.py"])
+def test_help_waits_for_no_package_that_it_does_not_need(name):
+    code = f"import runpy, sys; sys.argv = [{name!r}, 'help']\ntry: runpy.run_path({name!r}, run_name='__main__')\nfinally: print(sorted(sys.modules), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "'torch'" in done.stderr, done.stderr
+    for package in ("av", "sacrebleu", "sentencepiece", "tokenizers", "transformers", "torchvision", "timm"):
+        assert f"'{package}'" not in done.stderr, package
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs_unknown_key(name):
     done = program(name, "xyzzy=1")

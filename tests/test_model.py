@@ -468,17 +468,28 @@ def test_packed_equals_one_by_one():
     torch.testing.assert_close(picked, alone[at], rtol=1e-4, atol=1e-5)
 
 
-def test_activation_checkpointing_changes_nothing():
-    found = []
-    for on in (False, True):
+def test_neither_checkpointing_nor_leaving_positions_out_changes_a_gradient():
+    found, at = [], torch.tensor([7, 19, 20, 48])
+    for checkpointing, picked in itertools.product((False, True), repeat=2):
         llama = tiny_llama()
-        llama.activation_checkpointing = on
+        llama.activation_checkpointing = checkpointing
         h = llama.tok_embeddings(TOKENS[:1]).detach().requires_grad_()
-        loss = F.cross_entropy(llama(h=h, lens=[20, 30])[0], TOKENS[1])
+        logits = llama(h=h, lens=[20, 30], at=at)[0] if picked else llama(h=h, lens=[20, 30])[0, at]
+        loss = F.cross_entropy(logits, TOKENS[1, at])
         loss.backward()
         found.append([loss.detach(), h.grad] + [p.grad for p in llama.layers.parameters()])
-    for a, b in zip(*found):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_the_last_feed_forward_sees_only_the_wanted_positions():
+    llama, seen = tiny_llama(), []
+    for layer in llama.layers:
+        layer.feed_forward.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    with torch.no_grad():
+        llama(TOKENS[:1], lens=[20, 30], at=torch.tensor([19, 49]))
+    assert seen == [50] * (len(llama.layers) - 1) + [2]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding
