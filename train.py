@@ -163,6 +163,7 @@ def build(cfg, args, dim_in, device, dtype):
 def shard(model, device, dtype, cfg):
     """FSDP2: each of the LLM's blocks is a group of its own, the rest (embeddings, output, local transformer, adaptor) is the root's."""
     if cfg.compile:
+        torch._dynamo.config.recompile_limit = 64  # instead of 8: the first block, those between and the last, for each number of clips in a micro-batch
         for block in model.llm.layers:
             block.compile(dynamic=True)  # before fully_shard, and in place: names of weights stay what they are
     if world() == 1 and dtype == torch.float32 and not cfg.cpu_offload:
@@ -201,18 +202,18 @@ def evaluate(model, dev, prompt, tokenizer, device, lang, cfg, asked):
         m.set_reshard_after_forward(False, recurse=False)
         m.unshard()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    for start in range(0, len(dev), 16 * world()):  # as many forwards on every process
-        if asked:
-            break
-        indices = share(range(start, min(start + 16 * world(), len(dev))), dev.lengths, world())[rank()]
-        loss, n = model(micro_batch(dev, indices, prompt, tokenizer, device))
-        sums += torch.tensor([loss.item(), n, 0], dtype=torch.float64, device=device)
     chosen, hyps = spread(len(dev), len(dev) if cfg.eval_clips < 0 else min(cfg.eval_clips, len(dev))), {}
     # FSDP2 remembers who computed last: all must have, or the next backward hangs. Clips of like length are decoded together
     mine = sorted(chosen[rank()::world()] or [0], key=lambda i: dev.lengths[i]) if chosen else []
     longest = max(len(tokenizer.encode(row["text"])) for row in dev.rows)  # a model that has not learnt to end need not babble on
-    # compiled blocks would be compiled anew for every length of the cache
+    # blocks would be compiled anew for these numbers of clips, and for every length of the cache
     with torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext():
+        for start in range(0, len(dev), 16 * world()):  # as many forwards on every process
+            if asked:
+                break
+            indices = share(range(start, min(start + 16 * world(), len(dev))), dev.lengths, world())[rank()]
+            loss, n = model(micro_batch(dev, indices, prompt, tokenizer, device))
+            sums += torch.tensor([loss.item(), n, 0], dtype=torch.float64, device=device)
         for part in (mine[n:n + 16] for n in range(0, len(mine), 16)):
             if asked:
                 break

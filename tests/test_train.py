@@ -5,6 +5,7 @@ The training loop on a tiny toy: both stages under torchrun, resuming, process c
 """
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -98,6 +99,19 @@ def test_one_process_is_two_processes_is_accumulation(home):
     for other in runs[1:]:
         assert losses(other / "align") == pytest.approx(losses(runs[0] / "align"), rel=1e-4)
         same(weights(runs[0], "align"), weights(other, "align"), 2e-3)  # Adam's first steps divide small gradients by their own size
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("stage, processes", [("align", 1), ("sft", 2)])
+def test_compiled_is_eager(home, stage, processes):
+    how = [f"stage={stage}", "max_steps=5", "eval_every=3", "lora_dropout=0"]  # the fourth step, an epoch's last, has fewer clips
+    if stage == "sft":
+        how.append(f"init_from={spawn_train(2, home, 'first', 'stage=align', 'max_steps=1') / 'align'}")
+    eager = spawn_train(processes, home, "eager", *how)
+    done = in_processes(processes, home, "", "out_dir=compiled", *SMALL, *how, "compile=true")
+    assert "recompile_limit" not in done.stderr  # else blocks fall back to eager
+    assert losses(home / "compiled" / "toy" / stage) == pytest.approx(losses(eager / stage), rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", ["align", "sft"])
