@@ -60,7 +60,7 @@ def counted(cfg, n, frames, answers, prompt, s, cuda):
     """
     block, rest = tensors(cfg)
     everything = block * LAYERS + rest
-    share = lambda shape: math.prod((-(-shape[0] // n), *shape[1:]))  # the first process has the larger part of the rows
+    share = lambda shape: math.prod((-(-shape[0] // n), *shape[1:]))  # of the rows the first process has the larger part
     frozen = sum(share(shape) for shape, learns in everything if not learns) * s
     learning = sum(share(shape) for shape, learns in everything if learns) * 4
     sharded = n > 1 or s < 4 or cfg.cpu_offload
@@ -92,7 +92,7 @@ def counted(cfg, n, frames, answers, prompt, s, cuda):
 
 CASES = {
     "align": ({}, 1, torch.float32),
-    "everything learns": (dict(freeze_llm=False, train_embeddings=True, lora_targets=",".join(MATRICES)), 1, torch.float32),
+    "all targets": (dict(freeze_llm=False, train_embeddings=True, lora_targets=",".join(MATRICES)), 1, torch.float32),
     "two LoRAs": (dict(freeze_llm=False, lora_targets="wk,w2", train_ltn=False, adaptor="mlp_noact"), 1, torch.float32),
     "dropout": (dict(freeze_llm=False, lora_targets="wq,wv,wo,w3", lora_dropout=0.1, ltn=False, adaptor="linear"), 1,
                 torch.float32),
@@ -150,6 +150,6 @@ def test_what_glibc_keeps(processes, monkeypatch):
     cfg = SimpleNamespace(**CFG)
     model = make(cfg, 1, torch.float32, processes)
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
-    cpu, cuda = ([size for _, size in estimate(cfg, model, CLIPS, [[2]], ([1], []), WORDS, torch.float32, torch.device(d))[1]]
-                 for d in ("cpu", "cuda"))
+    rows = lambda device: estimate(cfg, model, CLIPS, [[2]], ([1], []), WORDS, torch.float32, torch.device(device))[1]
+    cpu, cuda = ([size for _, size in rows(device)] for device in ("cpu", "cuda"))
     assert len(cuda) == 7 and len(cpu) == 8 and cpu[7] == pytest.approx(0.12 * sum(cpu[:7]))
