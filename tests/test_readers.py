@@ -205,6 +205,21 @@ def test_phoenix_quotes_and_separators(tmp_path):
     assert [r["text"] for r in splits["train"]] == ['er sagt "guten abend', "zeile\u2028zwei"] and splits["dev"] == []
 
 
+@pytest.mark.parametrize("form, rate", [("phoenix14t", 25), ("csl_daily", 30)])
+def test_frame_folders_have_the_rate_of_their_data_set(tmp_path, monkeypatch, form, rate):
+    """They cannot say it themselves; a store says it to whoever extracts another clip for it. The data set's name says its form."""
+    if form == "phoenix14t":
+        root = make_phoenix(tmp_path, {s: {s: "regen"} for s in SPLITS})
+    else:
+        root = make_csl(tmp_path)
+        for frame in root.glob("sentence/**/*.jpg"):
+            write_image(frame, shades(70)[0])
+    run(monkeypatch, tmp_path, f"dataset={form}", f"root={root}", "device=cpu", "workers=0")
+    for split in SPLITS:
+        store = Store(str(tmp_path / "data" / form / "toycnn" / f"{split}.safetensors"))
+        assert json.loads(store.metadata["settings"])["fps"] == rate
+
+
 def test_phoenix_wrong(tmp_path):
     with bad(tmp_path / "absent", "no such folder"):
         read_phoenix14t(str(tmp_path / "absent"))
