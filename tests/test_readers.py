@@ -207,7 +207,7 @@ def test_phoenix_quotes_and_separators(tmp_path):
 
 @pytest.mark.parametrize("form, rate", [("phoenix14t", 25), ("csl_daily", 30)])
 def test_frame_folders_have_the_rate_of_their_data_set(tmp_path, monkeypatch, form, rate):
-    """They cannot say it themselves; a store says it to whoever extracts another clip for it. The data set's name says its form."""
+    """They cannot say it themselves; a store says it to whoever extracts another clip. The data set's name says its form."""
     if form == "phoenix14t":
         root = make_phoenix(tmp_path, {s: {s: "regen"} for s in SPLITS})
     else:
