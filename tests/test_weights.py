@@ -23,8 +23,8 @@ def plain(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
     hf_folder(folder, num_key_value_heads=4)
     with edit(folder) as c:
-        for key in c.keys() - {"model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-                               "vocab_size", "rms_norm_eps"}:
+        for key in c.keys() - {"model_type", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                               "intermediate_size", "vocab_size", "rms_norm_eps"}:
             del c[key]
     return folder
 
@@ -47,12 +47,13 @@ def says(plain, tmp_path):
 
 def test_what_config_json_does_not_say(says):
     args = open_llm(says()).args
-    expected = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=4, hidden_dim=48, vocab_size=96, head_dim=8, norm_eps=1e-6,
-                    tied=False, rope_theta=10000.0, rope_scaling=None, qkv_bias=False, sliding_window=None,
-                    model_type="llama")
+    expected = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=4, hidden_dim=48, vocab_size=96, head_dim=8,
+                    norm_eps=1e-6, rope_theta=10000.0, rope_scaling=None, qkv_bias=False, tied=False,
+                    sliding_window=None, model_type="llama")
     assert {key: getattr(args, key) for key in expected} == expected
     nothing = dict.fromkeys(("num_key_value_heads", "head_dim", "sliding_window", "rope_theta", "rope_scaling",
-                             "rope_parameters", "tie_word_embeddings", "attention_bias", "mlp_bias", "quantization_config"))
+                             "rope_parameters", "tie_word_embeddings", "attention_bias", "mlp_bias",
+                             "quantization_config"))
     assert open_llm(says(**nothing)).args == args  # null is nothing
 
 
@@ -72,7 +73,7 @@ def test_what_config_json_does_not_say(says):
     (dict(model_type="mistral", sliding_window=17), dict(model_type="mistral", sliding_window=17)),
     (dict(model_type="mistral", use_sliding_window=False), dict(model_type="mistral", sliding_window=None)),
     (dict(model_type="qwen2"), dict(model_type="qwen2", qkv_bias=True)),
-    (dict(model_type="qwen2", sliding_window=17), dict(model_type="qwen2", qkv_bias=True)),  # unless it says so, not used
+    (dict(model_type="qwen2", sliding_window=17), dict(model_type="qwen2", qkv_bias=True)),  # not used
     (dict(model_type="qwen2", sliding_window=17, use_sliding_window=True),
      dict(model_type="qwen2", qkv_bias=True, sliding_window=17)),
 ], ids=str)
@@ -259,8 +260,8 @@ def test_json_is_an_object_and_not_too_large(tmp_path, monkeypatch):
     assert load_json(str(path)) == {"a": [1, 2]}
     monkeypatch.setattr(weights, "MAX_JSON", 13)
     load_json(str(path))
-    for text, said in (('{"a": [1, 2]} ', "more than"), ("[1]", "is not a JSON object"), ("null", "is not a JSON object"),
-                       ('{"a":', "cannot be read as JSON"), ("[" * 10, "cannot be read as JSON")):
+    for text, said in (('{"a": [1, 2]} ', "more than"), ("[1]", "is not a JSON object"),
+                       ("null", "is not a JSON object"), ('{"a":', "cannot be read as JSON"), ("[" * 10, "cannot be read as JSON")):
         path.write_text(text)
         with pytest.raises(BadInput, match=said):
             load_json(str(path))
