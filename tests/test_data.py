@@ -487,11 +487,11 @@ def test_every_token_that_ends_an_answer_needs_a_row(jsons):
     assert tokenizer.fit(301).eos_ids == [1, 300]
 
 
-def test_id_0_is_a_token_like_any_other(jsons):
+def test_id_0_is_a_token_like_any_other(jsons, pieces):
     tokenizer = Tokenizer(jsons(config={"bos_token_id": 1, "eos_token_id": 2}), bos_id=0)
     assert tokenizer.bos_id == 0 and prompt_ids("{clip}", tokenizer) == ([0], [])
     assert Tokenizer(tokenizer.path, eos_id=0).eos_ids == [0]
-    assert tokenizer.decode([0]) == Tokenizer(tokenizer.path)._decode([0])
+    assert "⁇" in Tokenizer(pieces).decode([0])  # SentencePiece's unknown piece
 
 
 SAYS = lambda bos, eos: {"bos_token_id": bos, "eos_token_id": eos}

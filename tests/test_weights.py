@@ -261,7 +261,7 @@ def test_json_is_an_object_and_not_too_large(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "MAX_JSON", 13)
     load_json(str(path))
     for text, said in (('{"a": [1, 2]} ', "more than"), ("[1]", "is not a JSON object"),
-                       ("null", "is not a JSON object"), ('{"a":', "cannot be read as JSON"), ("[" * 10, "cannot be read as JSON")):
+                       ("null", "is not a JSON object"), ('{"a":', "cannot be read as JSON"), ("[" * 9, "cannot be read as JSON")):
         path.write_text(text)
         with pytest.raises(BadInput, match=said):
             load_json(str(path))
