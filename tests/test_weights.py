@@ -67,6 +67,8 @@ def test_what_config_json_does_not_say(says):
     (dict(rope_parameters={"rope_type": "default", "rope_theta": 300.0}), dict(rope_theta=300.0)),
     (dict(rope_theta=500.0, rope_parameters={"rope_theta": 300.0}), dict(rope_theta=300.0)),  # the inner one
     (dict(rope_theta=500.0, rope_scaling={"type": "default"}), dict(rope_theta=500.0)),
+    (dict(rope_parameters={"rope_theta": 500.0}, rope_scaling={"type": "default", "rope_theta": 300.0}),
+     dict(rope_theta=300.0)),  # as transformers reads it
     (dict(partial_rotary_factor=1.0), dict()),
     (dict(model_type="mistral"), dict(model_type="mistral", sliding_window=4096)),  # Mistral's own default
     (dict(model_type="mistral", sliding_window=None), dict(model_type="mistral", sliding_window=None)),
