@@ -235,6 +235,7 @@ def test_random_weights(monkeypatch):
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
     w = a.tok_embeddings.weight  # more numbers than are drawn
     assert len(w.unique(dim=0)) == len(w) and (w.mean().abs() < 1e-3) and (w.std() * 2048**0.5 - 1).abs() < 0.01
+    assert not torch.equal(a.layers[0].feed_forward.w1.weight, a.layers[0].feed_forward.w3.weight)  # nor are matrices alike
     assert 0.1 < a(TOKENS).std() < 10 and a.norm.weight.eq(1).all() and a.layers[0].attention.wq.bias.eq(0).all()
     tokenizer = Tokenizer("random:tiny")
     assert tokenizer.decode(tokenizer.encode("schön, 雪")) == "schön, 雪" and (tokenizer.bos_id, tokenizer.eos_ids) == (1, [2])
@@ -698,6 +699,7 @@ def test_load_gives_every_parameter_a_value(tmp_path):
         assert name == "mean" or t.abs().sum() > 0, name
     rms = model.llm.tok_embeddings.weight.pow(2).mean().sqrt()
     assert torch.isclose(model.scale, rms)  # frames come in at the size of words
+    assert not model.mean.any() and model.std.eq(1).all()  # features as they are, until a training set says more
     assert distance(tiny_hf(), model.llm) < 1e-4
     same, other = tiny_sllama(tmp_path), tiny_sllama(tmp_path, seed=1)
     for name, p in model.named_parameters():
