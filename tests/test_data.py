@@ -18,7 +18,7 @@ import torch
 
 import video
 from config import BadInput
-from data import Clips, Sample, Tokenizer, pack, prompt_ids, stateless
+from data import Clips, Sample, Tokenizer, pack, prompt_ids, spread, stateless
 from model import RandomCNN
 from readers import SPLITS
 from video import Extractor, Store, prepare, read_video
@@ -467,6 +467,53 @@ def test_embedding_of_another_size(pieces):
         Tokenizer(pieces, eos_id=400).fit(384)
 
 
+@pytest.mark.parametrize("ids, wrong", [
+    (dict(eos_id=2), None), (dict(eos_id=339), None), (dict(eos_id=340), "eos_id=340"),
+    (dict(bos_id=339), None), (dict(bos_id=340), "bos_id=340")], ids=str)
+def test_bos_and_eos_need_a_row(pieces, ids, wrong):
+    """The last row is one, the number of rows is not."""
+    tokenizer = Tokenizer(pieces, **ids)
+    if wrong is None:
+        assert tokenizer.fit(340) is tokenizer
+    else:
+        with bad(wrong, "340 rows"):
+            tokenizer.fit(340)
+
+
+def test_every_token_that_ends_an_answer_needs_a_row(jsons):
+    tokenizer = Tokenizer(jsons(generation_config={"bos_token_id": 0, "eos_token_id": [1, 300]}))
+    with bad("the embedding of", "300 rows"):
+        tokenizer.fit(300)
+    assert tokenizer.fit(301).eos_ids == [1, 300]
+
+
+def test_id_0_is_a_token_like_any_other(jsons, pieces):
+    tokenizer = Tokenizer(jsons(config={"bos_token_id": 1, "eos_token_id": 2}), bos_id=0)
+    assert tokenizer.bos_id == 0 and prompt_ids("{clip}", tokenizer) == ([0], [])
+    assert Tokenizer(tokenizer.path, eos_id=0).eos_ids == [0]
+    assert "⁇" in Tokenizer(pieces).decode([0])  # SentencePiece's unknown piece
+
+
+SAYS = lambda bos, eos: {"bos_token_id": bos, "eos_token_id": eos}
+
+
+@pytest.mark.parametrize("files, bos, eos", [
+    ({"config": SAYS(1, 1), "generation_config": SAYS(0, 2)}, 0, [2]),  # the latter knows better
+    ({"config": SAYS(0, 2), "generation_config": SAYS(None, None)}, 0, [2]),  # null says nothing
+    ({"config": SAYS(-1, [-1, 2])}, -1, [2]),  # as some say that there is none
+    ({"config": SAYS([0, 1], 1)}, 0, [1]),
+    ({"config": SAYS(1, 2), "tokenizer_config": {"bos_token": "<s>", "add_bos_token": True}}, 0, [2])])
+def test_which_file_says_bos_and_eos(jsons, files, bos, eos):
+    tokenizer = Tokenizer(jsons(**files))
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.eos_id) == (bos, eos, eos[0])
+
+
+@pytest.mark.parametrize("value", ["2", 2.0, True, [1, "2"], {"id": 2}], ids=str)
+def test_an_id_that_is_no_number(jsons, value):
+    with bad("eos_token_id=", "no number of a token"):
+        Tokenizer(jsons(config={"eos_token_id": value}))
+
+
 def test_sentencepiece_obeys_the_folder(pieces, tmp_path):
     """A Hugging Face folder with a tokenizer.model: its config files say what begins and ends a text."""
     shutil.copy(os.path.join(pieces, "tokenizer.model"), tmp_path)
@@ -524,6 +571,20 @@ def test_prompt_ids():
             prompt_ids(prompt, words)
 
 
+class Letters:
+    """A tokenizer that keeps every space: a character's token is its number."""
+    bos_id = 0
+
+    def encode(self, text):
+        return [ord(c) for c in text]
+
+
+def test_spaces_around_the_clip_are_no_tokens_and_bos_may_be_0():
+    ids = lambda text: [ord(c) for c in text]
+    assert prompt_ids(" a b  {clip}\n c d ", Letters()) == ([0, *ids("a b")], ids("c d"))
+    assert prompt_ids("  {clip} \n ", Letters()) == ([0], [])
+
+
 def test_a_prompts_line_break_reaches_the_llm(pieces):
     tokenizer = Tokenizer(pieces)
     before, after = prompt_ids("[INST] <sign> {clip} </sign> \n Translate [/INST]", tokenizer)
@@ -547,6 +608,23 @@ def test_pack_against_hand_written_ids():
     assert b.targets.tolist() == [30, 31, 2, 2, 40, 2]
     assert b.lens == [8, 2, 7]
     assert all(x.dtype == torch.long for x in (b.tokens, b.frame_at, b.clip, b.target_at, b.targets))
+
+
+def test_every_clip_of_a_pack_is_what_it_would_be_alone():
+    """Each on its own, shifted by the tokens and clips before it."""
+    for order in ([0, 1, 2], [2, 0], [1, 1, 2, 0]):
+        some = [samples()[i] for i in order]
+        together, start, frame, target = pack(some), 0, 0, 0
+        for number, one in enumerate(pack([s]) for s in some):
+            N, F, M = len(one.tokens), len(one.features), len(one.targets)
+            assert together.tokens[start:start + N].equal(one.tokens) and together.lens[number] == one.lens[0] == N
+            assert together.frame_at[frame:frame + F].equal(one.frame_at + start)
+            assert together.target_at[target:target + M].equal(one.target_at + start)
+            assert together.targets[target:target + M].equal(one.targets)
+            assert together.features[frame:frame + F].equal(one.features)
+            assert (together.clip[frame:frame + F] == number).all()
+            start, frame, target = start + N, frame + F, target + M
+        assert (len(together.tokens), len(together.features), len(together.targets)) == (start, frame, target)
 
 
 def test_pack_without_answers():
@@ -586,6 +664,12 @@ def split(tmp_path):
     return make
 
 
+@pytest.mark.parametrize("total, n, chosen", [
+    (10, 3, [0, 3, 6]), (4, 4, [0, 1, 2, 3]), (3, 2, [0, 1]), (7, 1, [0]), (99, 3, [0, 33, 66]), (5, 0, [])], ids=str)
+def test_spread(total, n, chosen):
+    assert spread(total, n) == chosen
+
+
 def test_sample(split):
     s = split(3, 2).sample(1, ([1, 10], [20]), Words())
     assert (s.name, s.before, s.after, s.answer) == ("clip1", [1, 10], [20], [30, 31, 2]) and frame_numbers(s.features) == [0, 1]
@@ -616,6 +700,32 @@ def test_frame_drop(split):
     assert all(len(clips.features(2, 0.99, (e,))) >= 1 for e in range(20))  # something is always left
 
 
+def test_frame_drop_by_hand(split):
+    """A frame stays where the number that is drawn for it, from 0 to 1, is at least the share; one always stays."""
+    clips = split(40, 40, 1)
+    for i, share in ((0, 0.25), (1, 0.25), (0, 0.75), (2, 0.999)):
+        drawn = stateless(7, "drop", 3, f"clip{i}").random(len(clips.features(i)))
+        expected = [n for n, x in enumerate(drawn) if x >= share] or [0]
+        assert frame_numbers(clips.features(i, share, (7, "drop", 3))) == expected
+    assert frame_numbers(clips.features(0, 1 - 1e-12)) == [0]  # the first where none would be left
+    s = clips.sample(0, ([], []), Words(), 0.25, (7, "drop", 3))  # a sample's are the same
+    assert s.features.equal(clips.features(0, 0.25, (7, "drop", 3)))
+
+
+def test_thinning_by_hand(split):
+    assert frame_numbers(split(10, max_frames=4).features(0)) == [0, 3, 6, 9]
+    assert frame_numbers(split(9, max_frames=3).features(0)) == [0, 4, 8]
+    clips = split(5, 6, 4, 12, max_frames=5)
+    assert clips.lengths == [5, 5, 4, 5] and clips.too_long == 2 and len(clips) == 4
+
+
+@pytest.mark.parametrize("max_clips, chosen", [(0, range(7)), (1, [0]), (3, [0, 2, 4]), (7, range(7)), (9, range(7))])
+def test_max_clips_are_spread_over_the_set(split, tmp_path, max_clips, chosen):
+    split(2, 3, 4, 5, 6, 7, 8)
+    clips = Clips(str(tmp_path), "own", "cnn", "train", max_clips=max_clips)
+    assert [r["name"] for r in clips.rows] == [f"clip{i}" for i in chosen] and clips.lengths == [i + 2 for i in chosen]
+
+
 def test_frame_drop_comes_after_thinning(split):
     kept = frame_numbers(split(1000, max_frames=500).features(0, 0.1, (1,)))
     assert 430 < len(kept) < 470 and set(kept) <= set(frame_numbers(split(1000, max_frames=500).features(0)))
@@ -641,4 +751,15 @@ def test_wrong_jsonl(split, tmp_path, line):
     with open(tmp_path / "own/train.jsonl", "a") as f:
         f.write(line + "\n")
     with bad(tmp_path / "own/train.jsonl", ":2"):
+        Clips(str(tmp_path), "own", "cnn", "train")
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", ["has no clips"]), (b'{"name": "a", "text": "\xff"}', ["is not UTF-8"]),
+    (b'{"name": "a", "text": 3}', [":1: is not a clip", "empty name or text"]),
+    (b'{"name": ["a"], "text": "b"}', [":1: is not a clip"]), (b'{"name": "a"}', [":1: is not a clip", "'text'"])])
+def test_a_jsonl_that_holds_no_clips_says_why(split, tmp_path, content, words):
+    split(3)
+    (tmp_path / "own/train.jsonl").write_bytes(content)
+    with bad(tmp_path / "own/train.jsonl", *words):
         Clips(str(tmp_path), "own", "cnn", "train")

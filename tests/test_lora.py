@@ -16,6 +16,7 @@ from test_model import LLAMA3, TOKENS, distance, edit, hf_folder, meta_folder, t
 from config import BadInput
 from lora import TARGETS, LoRALinear, apply_lora, export_hf, load_lora, main, merge_lora, save_lora
 from model import LLaMA
+from weights import to_hf
 
 ALL = list(TARGETS)
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # among transformers and peft
@@ -119,6 +120,26 @@ def test_dropout_is_for_training_alone():
     lora.train()
     assert not torch.equal(lora(TOKENS), lora(TOKENS))
 
+
+def test_dropout_is_on_what_goes_into_A():
+    """The frozen part sees all of x, the update what is left of it, larger by as much as is left out."""
+    linear = torch.nn.Linear(40, 3)
+    lora, x = LoRALinear(linear, 2, 6.0, dropout=0.25), torch.randn(500, 40)
+    torch.nn.init.normal_(lora.lora_B)
+    torch.manual_seed(3)
+    left = torch.nn.functional.dropout(torch.ones_like(x), 0.25)  # zeros, and 4/3 where a number stays
+    torch.manual_seed(3)
+    expected = linear(x) + 3 * (left * x) @ lora.lora_A.T @ lora.lora_B.T
+    torch.testing.assert_close(lora(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_first_values_are_as_peft_has_them():
+    lora = LoRALinear(torch.nn.Linear(400, 300, bias=False), 50, 6.0)
+    a = lora.lora_A.detach() * 400**0.5  # evenly between -1/sqrt(in) and 1/sqrt(in)
+    assert lora.lora_A.shape == (50, 400) and lora.lora_B.shape == (300, 50) and not lora.lora_B.any()
+    assert 0.99 < a.max() <= 1.0001 and -1.0001 <= a.min() < -0.99
+    assert a.std().item() == pytest.approx(3**-0.5, rel=0.02)
+
 # ---------------------------------------------------------------------------------------------------------------------
 # PEFT's files
 
@@ -164,6 +185,56 @@ def test_we_read_what_peft_saves(tmp_path, targets):
     (tmp_path / "lora/adapter_model.safetensors").unlink()
     theirs.save_pretrained(tmp_path / "lora", safe_serialization=False)  # adapter_model.bin, as PEFT wrote it once
     assert distance(theirs, load_lora(LLaMA.from_pretrained(str(tmp_path / "base")), str(tmp_path / "lora"))) < 1e-4
+
+
+def test_dropout_is_as_peft_has_it(tmp_path):
+    """While training, from the same seed: every layer leaves the same numbers out."""
+    theirs = peft_saves(tmp_path, ALL, lora_dropout=0.3).train()
+    ours = load_lora(LLaMA.from_pretrained(str(tmp_path / "base")), str(tmp_path / "lora")).train()
+    logits = []
+    for model in (lambda tokens: theirs(tokens).logits, ours, ours):
+        torch.manual_seed(len(logits) // 2)
+        logits.append(model(TOKENS).detach())
+    assert (logits[0] - logits[1]).abs().max() < 1e-4
+    assert (logits[1] - logits[2]).abs().max() > 1e-1  # the last had another seed
+
+
+def test_configuration_there_and_back(tmp_path):
+    """All that PEFT needs is written, and what was read is written again."""
+    first, second = str(tmp_path / "a"), str(tmp_path / "b")
+    save_lora(with_lora(tiny_llama(), rank=2, alpha=2.5, targets=["wv", "w2"], dropout=0.05), first, "some/llm")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config == {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 2.5, "lora_dropout": 0.05,
+                      "target_modules": ["v_proj", "down_proj"], "bias": "none", "fan_in_fan_out": False,
+                      "inference_mode": True, "base_model_name_or_path": "some/llm"}
+    llama = load_lora(tiny_llama(), first)
+    found = {name.split(".")[-1]: m for name, m in llama.named_modules() if isinstance(m, LoRALinear)}
+    assert found.keys() == {"wv", "w2"} and all((m.scaling, m.dropout.p) == (1.25, 0.05) for m in found.values())
+    save_lora(llama, second, "some/llm")
+    assert json.loads((tmp_path / "b" / "adapter_config.json").read_text()) == config
+    a, b = (load_file(f"{folder}/adapter_model.safetensors") for folder in (first, second))
+    assert a.keys() == b.keys() and len(a) == 2 * 2 * 2 and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("option, value, unset", [
+    ("use_rslora", True, False), ("use_dora", True, False), ("use_qalora", True, False), ("lora_bias", True, False),
+    ("fan_in_fan_out", True, False), ("bias", "all", "none"), ("exclude_modules", ["q_proj"], []),
+    ("modules_to_save", ["lm_head"], []), ("target_parameters", ["a"], []), ("layers_to_transform", 1, None),
+    ("layers_pattern", "layers", None), ("rank_pattern", {"q_proj": 4}, {}), ("alpha_pattern", {"q_proj": 4}, {}),
+    ("corda_config", {"a": 1}, None), ("eva_config", {"rho": 2.0}, None), ("loftq_config", {"loftq_bits": 4}, {}),
+    ("megatron_config", {"a": 1}, None), ("arrow_config", {"a": 1}, None), ("init_lora_weights", "loftq", "eva"),
+    ("init_lora_weights", "corda", "orthogonal"), ("init_lora_weights", "pissa", "gaussian"), ("tomorrow", 0.5, 0)])
+def test_an_option_that_is_set_is_refused_and_one_that_is_not_is_fine(tmp_path, option, value, unset):
+    folder = str(tmp_path)
+    save_lora(with_lora(tiny_llama(), targets=["wq"]), folder)
+    for harmless in (unset, None):
+        with edit(tmp_path, "adapter_config.json") as c:
+            c[option] = harmless
+        load_lora(tiny_llama(), folder)
+    with edit(tmp_path, "adapter_config.json") as c:
+        c[option] = value
+    with pytest.raises(BadInput, match=f"adapter_config.json: {option}=.* is not implemented"):
+        load_lora(tiny_llama(), folder)
 
 
 @pytest.mark.parametrize("options", [dict(lora_dropout=0.3), dict(init_lora_weights="gaussian"), dict(init_lora_weights=False),
@@ -275,6 +346,23 @@ def test_export_from_meta(tmp_path):
     assert torch.equal(theirs.model.layers[1].mlp.down_proj.weight, merged.layers[1].feed_forward.w2.weight)
 
 
+@pytest.mark.parametrize("shard_bytes", [1, 13_000])
+def test_shards_are_filled_in_order_and_none_is_empty(tmp_path, shard_bytes):
+    hf_folder(tmp_path / "base")
+    llama = LLaMA.from_pretrained(str(tmp_path / "base"))
+    export_hf(llama, str(tmp_path / "out"), str(tmp_path / "base"), shard_bytes)
+    expected, room = [], 0
+    for name, p in llama.named_parameters():
+        if not expected or room + p.nbytes > shard_bytes:  # one that is larger than a shard has one of its own
+            expected, room = [*expected, []], 0
+        expected[-1].append(to_hf(name))
+        room += p.nbytes
+    files = sorted(f.name for f in (tmp_path / "out").glob("*.safetensors"))
+    assert files == [f"model-{i + 1:05}-of-{len(expected):05}.safetensors" for i in range(len(expected))]
+    assert [sorted(load_file(tmp_path / "out" / f)) for f in files] == [sorted(names) for names in expected]
+    assert difference(LLaMA.from_pretrained(str(tmp_path / "out")), llama) == 0
+
+
 def test_export_refuses(tmp_path):
     hf_folder(tmp_path / "base")
     llama = LLaMA.from_pretrained(str(tmp_path / "base"))
@@ -288,9 +376,15 @@ def test_export_refuses(tmp_path):
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["precious"]
 
 
-def test_merge_program(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merge_program(tmp_path, monkeypatch, capsys, dtype):
+    """The merged LLM is of the type in which the raw one is stored, and rounded to it once."""
     base, run = tmp_path / "base", tmp_path / "run"
     model = tiny_sllama(base)
+    if dtype == "bfloat16":
+        hf_folder(base, dtype=torch.bfloat16)
+        model.llm = LLaMA.from_pretrained(str(base))
+    (base / "generation_config.json").write_text('{"eos_token_id": 2}')
     tokenizer(base)
     with_lora(model.llm, targets=["wq", "w3"])
     save_lora(model.llm, str(run / "best"))
@@ -301,6 +395,23 @@ def test_merge_program(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["lora.py", "merge", f"ckpt={run}", f"to={tmp_path / 'merged'}"])
     main()
     assert str(run) in capsys.readouterr().out
-    assert distance(transformers_loads(tmp_path / "merged"), model.llm) < 1e-4
+    merged = transformers_loads(tmp_path / "merged", dtype="auto")
+    files = {f.name for f in (tmp_path / "merged").iterdir()}
+    assert files == {"config.json", "model.safetensors", "tokenizer.model", "tokenizer.vocab", "generation_config.json"}
+    stored = load_file(tmp_path / "merged" / "model.safetensors").values()
+    assert {str(t.dtype) for t in stored} == {str(merged.dtype)} == {f"torch.{dtype}"}
+    exact = dict(merge_lora(copy.deepcopy(model.llm)).named_parameters())
+    for name, w in LLaMA.from_pretrained(str(tmp_path / "merged"), getattr(torch, dtype)).named_parameters():
+        assert torch.equal(w, exact[name].to(w.dtype)), name
+    if dtype == "float32":
+        assert distance(merged, model.llm) < 1e-4
     with pytest.raises(BadInput, match="exists already"):
         main()
+    (run / "best" / "adapter_model.safetensors").unlink(), (run / "best" / "adapter_config.json").unlink()
+    state = json.loads((run / "best" / "state.json").read_text())
+    state["config"] |= {"stage": "align", "freeze_llm": True}
+    (run / "best" / "state.json").write_text(json.dumps(state))
+    monkeypatch.setattr("sys.argv", ["lora.py", "merge", f"ckpt={run}", f"to={tmp_path / 'other'}"])
+    with pytest.raises(BadInput, match="has no LoRA"):
+        main()
+    assert not (tmp_path / "other").exists()

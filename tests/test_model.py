@@ -6,6 +6,7 @@ model.py, with tiny random weights: LLaMA against transformers in every layout, 
 import copy
 import itertools
 import json
+import math
 import os
 import pickle
 from pathlib import Path
@@ -13,14 +14,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from config import BadInput
 from data import Sample, Tokenizer, pack
 from eval import generate, translate
+from lora import apply_lora
 from model import SIZES as LLM_SIZES
-from model import Cache, GoogLeNet, LLaMA, LocalTransformer, ModelArgs, RandomCNN, SLLaMA, init_weight, local_attention, open_llm
+from model import Adaptor, Cache, GoogLeNet, LLaMA, LocalTransformer, ModelArgs, RandomCNN, SLLaMA, fill, init_weight, local_attention, open_llm
 from weights import from_hf, to_hf
 
 SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -211,12 +217,25 @@ def test_sizes(name, billions):
     assert f"{raw.args.n_layers} layers" in raw.describe(torch.bfloat16) and name in LLM_SIZES
 
 
+def test_an_llm_in_one_line(tmp_path, capsys):
+    hf_folder(tmp_path)
+    raw = open_llm(str(tmp_path))
+    sizes = "llama, 2 layers of width 32, 4 heads (2 of keys) of 8, SwiGLU 48, 96 tokens"
+    assert raw.describe(torch.float32) == f"{tmp_path}: {sizes}; 0.02M parameters, 0.000 GB in float32"
+    seven = open_llm("random:7B")
+    assert seven.describe(torch.bfloat16).endswith("; 6738.42M parameters, 13.477 GB in bfloat16")
+    assert seven.describe(torch.float32).endswith("; 6738.42M parameters, 26.954 GB in float32")
+    assert [name for name, _ in raw.tensors()] == list(raw.shapes)
+    assert f"loading {tmp_path}, GB: 0.00/0.00, " in capsys.readouterr().err  # in GB, all of them
+
+
 def test_random_weights(monkeypatch):
     monkeypatch.setitem(LLM_SIZES, "tiny", dict(dim=2048, n_layers=1, n_heads=16, n_kv_heads=8, hidden_dim=96, vocab_size=4096, qkv_bias=True))
     a, b = (LLaMA.from_pretrained("random:tiny") for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
     w = a.tok_embeddings.weight  # more numbers than are drawn
     assert len(w.unique(dim=0)) == len(w) and (w.mean().abs() < 1e-3) and (w.std() * 2048**0.5 - 1).abs() < 0.01
+    assert not torch.equal(a.layers[0].feed_forward.w1.weight, a.layers[0].feed_forward.w3.weight)  # nor are matrices alike
     assert 0.1 < a(TOKENS).std() < 10 and a.norm.weight.eq(1).all() and a.layers[0].attention.wq.bias.eq(0).all()
     tokenizer = Tokenizer("random:tiny")
     assert tokenizer.decode(tokenizer.encode("schön, 雪")) == "schön, 雪" and (tokenizer.bos_id, tokenizer.eos_ids) == (1, [2])
@@ -453,6 +472,60 @@ def test_local_transformer_on_two_clips_in_a_stream():
     with pytest.raises(BadInput, match="ltn_heads=3"):
         LocalTransformer(16, 1, 3, 4)
 
+
+def test_local_transformer_by_hand():
+    """Pre-norm blocks: banded attention with rotary positions, then SwiGLU of 8/3 of the width; a norm at the end."""
+    ltn, T, heads = awake(LocalTransformer(16, 2, 2, 4)).eval(), 40, 2
+    assert ltn.layers[0].feed_forward.w1.weight.shape == (42, 16)
+    for name, w in ltn.named_parameters():
+        w.data *= 0.005 if ".wo." in name or ".w2." in name else 1
+    p = {k: v.detach().double() for k, v in ltn.state_dict().items()}
+    torch.manual_seed(5)
+    x = torch.randn(1, T, 16) * 3e-3  # all that meets a norm is about as small as the root of its epsilon
+    turn = torch.polar(torch.ones(T, 4).double(), torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(4).double() / 4))
+
+    def norm(h, name):
+        return h / (h.square().mean(-1, keepdim=True) + 1e-5).sqrt() * p[name + ".weight"]
+
+    def heads_of(h):  # (1, T, 16) -> (1, heads, T, 8)
+        return h.unflatten(-1, (heads, 8)).transpose(1, 2)
+
+    def turned(h):  # number i of the first half and number i of the second are one complex number
+        z = torch.complex(h[..., :4], h[..., 4:]) * turn
+        return torch.cat([z.real, z.imag], -1)
+
+    h = x.double()
+    for n in ("layers.0.", "layers.1."):
+        a = norm(h, n + "attention_norm")
+        q, k, v = (heads_of(a @ p[f"{n}attention.{w}.weight"].T) for w in ("wq", "wk", "wv"))
+        h = h + dense(turned(q), turned(k), v, 4).transpose(1, 2).flatten(2) @ p[n + "attention.wo.weight"].T
+        a = norm(h, n + "ffn_norm")
+        w1, w2, w3 = (p[f"{n}feed_forward.{w}.weight"].T for w in ("w1", "w2", "w3"))
+        h = h + ((a @ w1) * torch.sigmoid(a @ w1) * (a @ w3)) @ w2
+    with torch.no_grad():
+        torch.testing.assert_close(ltn(x), norm(h, "norm").float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("width, heads", [(16, 3), (18, 4), (6, 2), (15, 5)], ids=str)
+def test_local_transformer_refuses_heads_that_do_not_divide_or_are_odd(width, heads):
+    with pytest.raises(BadInput, match=f"ltn_heads={heads}: .* width {width}"):
+        LocalTransformer(width, 1, heads, 4)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "mlp_noact", "linear"])
+def test_adaptor_by_hand(kind):
+    adaptor = awake(Adaptor(5, 7, kind))
+    assert sorted(dict(adaptor.named_parameters())) == ["w1.weight", "w2.weight"][:1 if kind == "linear" else 2]
+    x = torch.randn(11, 5)
+    with torch.no_grad():
+        h = x @ adaptor.w1.weight.T
+        if kind == "mlp":
+            h = h * (1 + torch.erf(h / 2**0.5)) / 2  # GELU itself, not its approximation by tanh
+        h = h if kind == "linear" else h @ adaptor.w2.weight.T
+        torch.testing.assert_close(adaptor(x), h, rtol=1e-5, atol=1e-6)
+    with pytest.raises(BadInput, match="adaptor=conv"):
+        Adaptor(5, 7, "conv")
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Packing
 
@@ -599,8 +672,8 @@ def test_translate_keeps_the_order_and_does_not_depend_on_the_batch(tmp_path, ca
 # ---------------------------------------------------------------------------------------------------------------------
 # SLLaMA
 
-def tiny_sllama(folder, tensors={}, seed=0, **changes):
-    """Built on the meta device, then loaded, as train.py does. The LLM is frozen."""
+def tiny_sllama(folder, tensors={}, seed=0, lora=(), **changes):
+    """Built on the meta device, then loaded, as train.py does. The LLM is frozen. lora: the layers that have it."""
     hf_folder(folder)
     cfg = SimpleNamespace(**{**dict(ltn=True, ltn_dim=16, ltn_layers=1, ltn_heads=2, window=4, adaptor="mlp", prompt="{clip}", language="German",
                                     label_smoothing=0.0), **changes})
@@ -608,6 +681,8 @@ def tiny_sllama(folder, tensors={}, seed=0, **changes):
     with torch.device("meta"):
         model = SLLaMA(raw.args, 24, cfg)
     model.llm.requires_grad_(False)
+    if lora:
+        apply_lora(model.llm, 2, 4, lora)
     model.load(raw, "cpu", seed, tensors)
     return model.eval()
 
@@ -624,6 +699,7 @@ def test_load_gives_every_parameter_a_value(tmp_path):
         assert name == "mean" or t.abs().sum() > 0, name
     rms = model.llm.tok_embeddings.weight.pow(2).mean().sqrt()
     assert torch.isclose(model.scale, rms)  # frames come in at the size of words
+    assert not model.mean.any() and model.std.eq(1).all()  # features as they are, until a training set says more
     assert distance(tiny_hf(), model.llm) < 1e-4
     same, other = tiny_sllama(tmp_path), tiny_sllama(tmp_path, seed=1)
     for name, p in model.named_parameters():
@@ -646,6 +722,99 @@ def test_load_takes_a_checkpoint_and_names_what_does_not_fit(tmp_path):
             tiny_sllama(tmp_path, {k: v for k, v in state.items() if k != missing})
 
 
+def test_load_takes_all_of_a_lora_or_none(tmp_path):
+    state = {k: v.detach().clone() for k, v in tiny_sllama(tmp_path).vision_state().items()}
+    load = lambda state: tiny_sllama(tmp_path, state, lora=["wq", "w2"])
+    fresh = load(state)  # a stage that only now begins with LoRA
+    own = {k: p.detach() for k, p in fresh.named_parameters() if "lora_" in k}
+    assert len(own) == 2 * 2 * 2 and {"lora_A", "lora_B"} == {k.split(".")[-1] for k in own}
+    assert all(p.any() == k.endswith("lora_A") for k, p in own.items())
+    state |= {k: p + 1 for k, p in own.items()}
+    for name, value in load(state).named_parameters():
+        assert name not in state or torch.equal(value, state[name]), name
+    for name in own:
+        with pytest.raises(BadInput, match=f"has no {name}"):
+            load({k: v for k, v in state.items() if k != name})
+    with pytest.raises(BadInput, match="has no .*lora_"):
+        load({k: v for k, v in state.items() if not k.endswith("lora_B")})
+
+
+def test_what_a_checkpoint_of_the_vision_holds(tmp_path):
+    """What is outside of the LLM, with the statistics, and the word embeddings where they learn; never LoRA."""
+    state = {k: v.detach().clone() for k, v in tiny_sllama(tmp_path).vision_state().items()}
+    block = ["attention.wq", "attention.wk", "attention.wv", "attention.wo", "feed_forward.w1", "feed_forward.w2",
+             "feed_forward.w3", "attention_norm", "ffn_norm"]
+    others = ["ltn.norm.weight", "proj.weight", "adaptor.w1.weight", "adaptor.w2.weight", "mean", "std", "scale"]
+    assert sorted(state) == sorted([f"ltn.layers.0.{w}.weight" for w in block] + others)
+    model = tiny_sllama(tmp_path, state, lora=["wq", "w2"])
+    assert model.vision_state().keys() == state.keys()
+    words = "llm.tok_embeddings.weight"
+    model.llm.tok_embeddings.requires_grad_(True)
+    assert model.vision_state().keys() == state.keys() | {words}
+    # embeddings that have learnt come back, also where they are frozen now; the scale stays the checkpoint's
+    state |= {words: torch.randn(96, 32), "scale": torch.tensor(0.7)}
+    back = tiny_sllama(tmp_path, state)
+    assert torch.equal(back.llm.tok_embeddings.weight, state[words]) and back.scale == torch.tensor(0.7)
+
+
+@pytest.mark.parametrize("rows, processes", [(5, 2), (6, 2), (5, 4), (7, 3), (1, 2)], ids=str)
+def test_a_process_fills_its_own_rows(rows, processes):
+    """As FSDP2 deals them out: blocks of rows, all as large as the first; the last ones may have fewer, or none."""
+    whole = torch.arange(rows * 3.0).view(rows, 3)
+    expected = [*whole.split(math.ceil(rows / processes)), *[whole[:0]] * processes]
+    for rank in range(processes):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=processes)
+        linear = torch.nn.Linear(3, rows, bias=False, device="meta")
+        fully_shard(linear, mesh=init_device_mesh("cpu", (processes,)))
+        fill(linear.to_empty(device="cpu").weight, whole)
+        assert torch.equal(linear.weight.detach().to_local(), expected[rank])
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("window", [0, 4, 8, 12, 16])
+def test_window_of_the_configuration_is_the_reach_of_a_frame(tmp_path, window):
+    model = tiny_sllama(tmp_path, window=window)
+    stream = lambda x: model.embed(pack([Sample("a", x, [], [], None)]))[0]
+    x = torch.randn(40, 24)
+    other = x.clone()
+    other[20] += 3
+    with torch.no_grad():
+        moved = (stream(x) - stream(other)).abs().amax(1) > 0
+    assert moved.nonzero()[:, 0].tolist() == list(range(20 - window // 2, 20 + window // 2 + 1))  # one layer
+
+
+def test_language_of_the_configuration_is_in_the_prompt(tmp_path):
+    prompt = "<sign> {clip} </sign> into {language} text, {language}"
+    model = tiny_sllama(tmp_path, prompt=prompt, language="Chinese")
+    assert model.prompt == "<sign> {clip} </sign> into Chinese text, Chinese"
+
+
+def test_loss_of_a_bfloat16_llm_is_computed_in_float32(tmp_path):
+    model = tiny_sllama(tmp_path)
+    model.llm.bfloat16()
+    batch = pack(two_clips() * 20)  # so many tokens that their sum in bfloat16 would be off by whole numbers
+    with torch.no_grad():
+        loss, n = model(batch)
+        logits = model.llm(h=model.embed(batch), lens=batch.lens, at=batch.target_at)[0]
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32 and n == 100
+    expected = -logits.double().log_softmax(-1)[torch.arange(100), batch.targets].sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_frames_enter_standardised_and_at_the_size_of_words(tmp_path):
+    """In float32, though a store's features are float16: their mean may be large beside their deviation."""
+    model = tiny_sllama(tmp_path, ltn=False, adaptor="linear")
+    torch.manual_seed(4)
+    model.mean.copy_(torch.randn(24) * 300), model.std.copy_(torch.rand(24) + 0.01), model.scale.fill_(0.3)
+    x = (model.mean + torch.randn(6, 24)).half()
+    with torch.no_grad():
+        h = model.embed(pack([Sample("a", x[:2], [1, 5], [7], [8, 2]), Sample("b", x[2:], [], [], None)]))[0]
+        frames = (x.double() - model.mean) / model.std @ model.adaptor.w1.weight.double().T * 0.3
+        words = model.llm.tok_embeddings(torch.tensor([1, 5, 7, 8]))
+    expected = torch.cat([words[:2], frames[:2].float(), words[2:], frames[2:].float()])
+    torch.testing.assert_close(h, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_initial_weights_are_a_function_of_name_shape_and_seed():
     torch.manual_seed(3)
     a = init_weight("proj.weight", (64, 256), 0)
@@ -655,6 +824,17 @@ def test_initial_weights_are_a_function_of_name_shape_and_seed():
     assert abs(a.std().item() * 16 - 1) < 0.05  # 1/sqrt(fan in)
     assert init_weight("x.lora_B", (4, 2), 0).abs().sum() == 0
     assert init_weight("x.lora_A", (2, 16), 0).abs().max() <= 0.25  # kaiming_uniform(a=sqrt(5)): 1/sqrt(fan in)
+
+
+def test_initial_weights_by_kind():
+    assert init_weight("norm.weight", (7,), 0).eq(1).all() and init_weight("conv.bias", (7,), 0).eq(0).all()
+    for shape in ((500, 40), (300, 10, 2, 2)):  # of a convolution all that a number is made of counts
+        a, w = init_weight("x.lora_A", shape, 0), init_weight("x.weight", shape, 0)
+        assert a.std().item() == pytest.approx((3 * 40) ** -0.5, rel=0.03) and a.mean().abs() < 0.005
+        assert 0.99 < a.max() * 40**0.5 <= 1 and -1 <= a.min() * 40**0.5 < -0.99  # evenly between these two
+        assert w.std().item() == pytest.approx(40**-0.5, rel=0.03) and w.abs().max() > 3 * 40**-0.5  # normally
+    seeds = [init_weight("x.weight", (3, 3), seed) for seed in (0, 1, 2, 1337, 2**31)]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(seeds, 2))
 
 
 def test_targets_by_hand():

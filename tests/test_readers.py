@@ -160,6 +160,23 @@ def test_deal_out(n, ratio, want):
         assert splits["train"] != rows[:800]  # the test clips are not just the last ones
 
 
+@pytest.mark.parametrize("n, dealt", [(19, [19]), (20, [16, 2, 2])], ids=str)
+def test_from_20_clips_on_some_are_held_out(tmp_path, monkeypatch, n, dealt):
+    for i in range(n):
+        write_image(tmp_path / f"{i}.png", shades(10 * i)[0])
+    (tmp_path / "clips.tsv").write_text("file\ttext\n" + "".join(f"{i}.png\tx\n" for i in range(n)))
+    folder = run(monkeypatch, tmp_path, f"root={tmp_path}", "device=cpu", "workers=0")
+    assert [len(rows_of(folder, split)) for split in SPLITS if (folder / f"{split}.jsonl").exists()] == dealt
+
+
+@pytest.mark.parametrize("args", [["reader=phoenix"], ["device=tpu"], ["fps=-1"], ["workers=-1"], ["dataset="], ["root="]], ids=str)
+def test_a_wrong_word_of_the_command_line(tmp_path, monkeypatch, capsys, args):
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, tmp_path, f"root={tmp_path}", *args)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and args[0].split("=")[0] in said
+
+
 @pytest.mark.parametrize("ratio", ["0.8,0.2", "0.8,0.1,0.2", "a,b,c", "", "1.1,-0.1,0", "nan,0,0"])
 def test_wrong_ratio(ratio):
     with bad("ratio="):
@@ -203,6 +220,21 @@ def test_phoenix_quotes_and_separators(tmp_path):
     make_phoenix(tmp_path, {"train": {"a": 'er sagt "guten abend', "b": "zeile\u2028zwei"}, "test": {"c": "c"}})
     splits, _ = read_phoenix14t(str(tmp_path))
     assert [r["text"] for r in splits["train"]] == ['er sagt "guten abend', "zeile\u2028zwei"] and splits["dev"] == []
+
+
+@pytest.mark.parametrize("form, rate", [("phoenix14t", 25), ("csl_daily", 30)])
+def test_frame_folders_have_the_rate_of_their_data_set(tmp_path, monkeypatch, form, rate):
+    """They cannot say it themselves; a store says it to whoever extracts another clip. The data set's name says its form."""
+    if form == "phoenix14t":
+        root = make_phoenix(tmp_path, {s: {s: "regen"} for s in SPLITS})
+    else:
+        root = make_csl(tmp_path)
+        for frame in root.glob("sentence/**/*.jpg"):
+            write_image(frame, shades(70)[0])
+    run(monkeypatch, tmp_path, f"dataset={form}", f"root={root}", "device=cpu", "workers=0")
+    for split in SPLITS:
+        store = Store(str(tmp_path / "data" / form / "toycnn" / f"{split}.safetensors"))
+        assert json.loads(store.metadata["settings"])["fps"] == rate
 
 
 def test_phoenix_wrong(tmp_path):
