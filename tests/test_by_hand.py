@@ -222,13 +222,17 @@ def twice(home):
 
 
 SEVERAL = f"""
-import json, os, sys
+import json, sys
 sys.path.insert(0, {str(ROOT)!r})
+import torch.distributed as dist
 import train
-for n, args in enumerate(json.loads(sys.argv[1])):
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(n)  # the processes of each run meet under a name of its own
+join, leave = dist.init_process_group, dist.destroy_process_group
+dist.init_process_group = lambda *args, **more: dist.is_initialized() or join(*args, **more)  # they stay together from one run to the next
+dist.destroy_process_group = lambda: None
+for args in json.loads(sys.argv[1]):
     sys.argv = ["train.py", *args]
     train.main()
+leave()
 """
 
 
