@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SMALL
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 from test_train import in_processes
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train
+from config import BadInput
 from model import LLaMA, SLLaMA
 
 # none of page one's own values, where another one shows more: the rate climbs for three steps, clipping bites on some steps, a last batch of two clips
@@ -102,7 +103,7 @@ def random(*key):
 
 
 def run_by_hand(home, w, prompt, learns):
-    """-> [{"loss", "grad_norm", "lr" and after steps 8 and 12 "dev_loss"}], the weights and AdamW's moments at the end."""
+    """-> [{"step", "epoch", "loss", "grad_norm", "lr", "tokens" and after steps 8 and 12 "dev_loss"}], the weights and AdamW's moments at the end."""
     toy = home / "data" / "toy"
     sp = SentencePieceProcessor(model_file=str(toy / "llm" / "tokenizer.model"))
     before, after = (sp.encode(part.strip()) for part in prompt.split("{clip}"))
@@ -116,12 +117,13 @@ def run_by_hand(home, w, prompt, learns):
     for step in range(STEPS):
         epoch, at = step // per_epoch, step % per_epoch
         chosen = [clips[i] for i in random(SEED, "order", epoch).permutation(len(clips))[at * BATCH:(at + 1) * BATCH]]
-        loss = 0
+        loss = tokens = 0
         for name, answer in chosen:
             kept = features[name][random(SEED, "drop", epoch, name).random(len(features[name])) >= DROP]
             part = clip_loss(w, kept, [1, *before], after, answer, SMOOTHING) / sum(len(a) for _, a in chosen)
             part.backward()  # the gradients add up
             loss += part.item()
+            tokens += len([1, *before, *kept, *after, *answer[:-1]])
         norm = math.sqrt(sum(p.grad.square().sum().item() for p in learning.values()))
         if step < WARMUP:
             lr = LR * (step + 1) / WARMUP
@@ -135,7 +137,7 @@ def run_by_hand(home, w, prompt, learns):
                 p -= lr * (DECAY * p if p.dim() > 1 else 0)
                 p -= lr * (m[name] / (1 - BETA1 ** (step + 1))) / ((v[name] / (1 - BETA2 ** (step + 1))).sqrt() + EPS)
                 p.grad = None
-            lines.append({"step": step + 1, "epoch": round((step + 1) / per_epoch, 3), "loss": loss, "grad_norm": norm, "lr": lr})
+            lines.append({"step": step + 1, "epoch": round((step + 1) / per_epoch, 3), "loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens})
             if step + 1 in (8, 12):  # without dropped frames, without smoothing
                 total = sum(clip_loss(w, features[name], [1, *before], after, answer, 0) for name, answer in clips)
                 lines[-1]["dev_loss"] = total.item() / sum(len(answer) for _, answer in clips)
@@ -193,6 +195,8 @@ def is_as_by_hand(run, stage, hand):
         assert said.keys() - line.keys() == {"tokens_per_s", "step_s"} and said["epoch"] == line["epoch"] and said["step"] == line["step"]
         for key, rel in {"loss": 1e-6, "dev_loss": 1e-6, "grad_norm": 2e-5, "lr": 1e-12}.items():
             assert key not in line or said[key] == pytest.approx(line[key], rel=rel), (key, line["step"])
+        if line["step"] % 4:  # where a process has run out of clips, it reads one that does not count
+            assert said["tokens_per_s"] * said["step_s"] == pytest.approx(line["tokens"], rel=0.01)
     now, kept = saved(run, stage), load_file(run / stage / "last" / "optimizer.safetensors")
     assert kept.keys() == {f"{key}.{name}" for key in ("exp_avg", "exp_avg_sq") for name in weights}
     for name, x in weights.items():
@@ -211,16 +215,6 @@ def test_one_process_trains_as_computed_by_hand(hand, train_here, stage, grad_ac
     is_as_by_hand(train_here(f"one{grad_accum}", *hand[stage][0], f"grad_accum={grad_accum}"), stage, hand)
 
 
-def twice(home):
-    """-> a data set of the same clip under two names, as arguments of train.py."""
-    folder = home / "twice" / "toy"
-    (folder / "toycnn").mkdir(parents=True)
-    x = next(iter(load_file(home / "data" / "toy" / "toycnn" / "train.safetensors").values()))
-    save_file({"a": x, "b": x.clone()}, folder / "toycnn" / "train.safetensors")
-    (folder / "train.jsonl").write_text("".join(json.dumps({"name": name, "text": "am montag"}) + "\n" for name in "ab"))
-    return [f"data_dir={home}/twice", f"llm={home}/data/toy/llm"]
-
-
 SEVERAL = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -236,12 +230,201 @@ leave()
 """
 
 
+def twice(home):
+    """-> a data set of the same clip under two names, as arguments of train.py."""
+    folder = home / "twice" / "toy"
+    (folder / "toycnn").mkdir(parents=True)
+    x = next(iter(load_file(home / "data" / "toy" / "toycnn" / "train.safetensors").values()))
+    save_file({"a": x, "b": x.clone()}, folder / "toycnn" / "train.safetensors")
+    (folder / "train.jsonl").write_text("".join(json.dumps({"name": name, "text": "am montag"}) + "\n" for name in "ab"))
+    return [f"data_dir={home}/twice", f"llm={home}/data/toy/llm"]
+
+
 @pytest.mark.long
-def test_two_processes_train_as_computed_by_hand(hand, home):
-    """With and without accumulation; a step of two clips leaves micro-batches without one."""
+def test_two_processes_train_as_computed_by_hand(hand, home, train_here):
+    """With and without accumulation; a step of two clips leaves micro-batches without one. And each process draws a dropout of its own."""
     (home / "several.py").write_text(SEVERAL)
     runs = [[*hand[stage][0], f"data_dir={home}/data", f"out_dir={home}/two{accum}", f"grad_accum={accum}"] for stage in LEARNS for accum in (1, 2)]
-    in_processes(2, home, "", json.dumps(runs), program=home / "several.py")
+    dropout = [*hand["sft"][0], *twice(home), "lora_dropout=0.5", "frame_drop=0", "max_steps=1", "eval_every=-1"]
+    in_processes(2, home, "", json.dumps([*runs, [*dropout, f"out_dir={home}/both"]]), program=home / "several.py")
     for accum in (1, 2):
         for stage in LEARNS:
             is_as_by_hand(home / f"two{accum}" / "toy", stage, hand)
+    (one,), (both,) = log(train_here("alone", *dropout, "max_clips=1"), "sft"), log(home / "both" / "toy", "sft")
+    assert both["loss"] == pytest.approx(one["loss"], rel=1e-6) and abs(both["grad_norm"] / one["grad_norm"] - 1) > 1e-3
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rest of the arithmetic
+
+ONE_CLIP = ["max_clips=1", "batch_size=1", "frame_drop=0", "eval_every=-1"]  # a step an epoch
+
+
+def test_the_rate_climbs_to_its_peak_and_falls_to_a_tenth(train_here):
+    rates = lambda *args: [line["lr"] for line in log(train_here("rates", *ONE_CLIP, "epochs=10", "lr=1e-3", *args), "align")]
+    found = rates("warmup=2")
+    assert len(found) == 10 and [found[i] for i in (0, 1, 2, 6, 9)] == pytest.approx([0.5e-3, 1e-3, 1e-3, 0.55e-3, 0.1342542e-3], rel=1e-6)
+    assert rates("warmup=2", "max_steps=4") == found[:4]  # an early stop does not change it
+    assert rates("warmup=0", "max_steps=1") == [1e-3] and rates("warmup=20")[-1] == pytest.approx(0.5e-3)  # the warm-up may outlast the run
+
+
+@pytest.mark.parametrize("most", [0, 1e6, 0.01])
+def test_grad_clip_is_the_most_that_reaches_the_optimizer_and_0_is_any(train_here, most):
+    """After the first step AdamW's first moment is a tenth of the gradient."""
+    run = train_here("clip", *ONE_CLIP, "max_steps=1", f"grad_clip={most}")
+    moments = load_file(run / "align" / "last" / "optimizer.safetensors")
+    reached = 10 * math.sqrt(sum(x.double().square().sum() for name, x in moments.items() if name.startswith("exp_avg.")))
+    norm = log(run, "align")[0]["grad_norm"]
+    assert norm > 1 and reached == pytest.approx(min(norm, most or math.inf), rel=1e-4)
+
+
+def test_dropout_differs_from_step_to_step_and_comes_again_in_the_same_run(hand, train_here):
+    """Of one clip, and with a rate of 0, nothing else could change the gradient."""
+    def norms(p):
+        return [line["grad_norm"] for line in log(train_here("dropout", *hand["sft"][0], *ONE_CLIP, "lr=0", f"lora_dropout={p}"), "sft")]
+
+    dropped = norms(0.5)
+    assert len(set(norms(0))) == 1 and len({round(norm, 3) for norm in dropped}) == EPOCHS and norms(0.5) == dropped
+
+
+def test_when_it_logs_evaluates_and_saves(train_here):
+    """0: once an epoch, -1: never; the last step is logged, evaluated and saved. Two steps an epoch, six in all."""
+    for args, logged, evaluated, kept in (("log_every=0 eval_every=-1 save_every=0", [2, 4, 6], [], [2, 4, 6]),
+                                          ("log_every=4 eval_every=-1 save_every=5", [4, 6], [], [5, 6]),
+                                          ("log_every=-1 eval_every=4 save_every=-1", [4, 6], [4, 6], [6]),
+                                          ("log_every=4 eval_every=0 save_every=2 max_steps=5", [2, 4, 5], [2, 4], [2, 4, 5]),
+                                          ("log_every=-1 eval_every=-1 save_every=1 max_steps=0", [], [], [1, 2])):
+        run = train_here("often", "max_clips=4", "batch_size=2", "epochs=3", "eval_clips=0", "keep=7", *args.split())
+        lines = log(run, "align")
+        assert [line["step"] for line in lines] == logged and [line["step"] for line in lines if "dev_loss" in line] == evaluated, args
+        assert sorted(json.load(open(state))["step"] for state in run.glob("align/last*/state.json")) == kept, args
+
+
+def last_weights(folder):
+    return load_file(folder / "vision.safetensors"), load_file(folder / "optimizer.safetensors")
+
+
+def test_a_step_whose_gradient_is_not_finite_is_skipped(train_here, home, monkeypatch, capsys):
+    """Its loss may well be. The weights and the optimizer stay as they were, and a step that goes well ends the count of max_skips."""
+    bad, calls, real = {2: "inf", 4: "nan", 6: "-inf"}, [], SLLaMA.forward
+
+    def forward(self, batch):
+        calls.append(1)
+        loss, n = real(self, batch)
+        if len(calls) in bad:
+            loss.register_hook(lambda g: g * float(bad[len(calls)]))
+        return loss, n
+
+    monkeypatch.setattr(SLLaMA, "forward", forward)
+    run = train_here("skips", "eval_every=-1", "max_steps=7", "max_skips=2", "save_every=1", "keep=7") / "align"
+    said = capsys.readouterr().out
+    assert all(f"step {n}: the gradient is not finite, the step is skipped" in said for n in bad) and said.count("is skipped") == 3
+    folders = [run / f"last.{n}" for n in range(6, 0, -1)] + [run / "last"]  # after step 1, 2, ...
+    assert [json.load(open(folder / "state.json"))["skipped"] for folder in folders] == [0, 1, 1, 2, 2, 3, 3]
+    for step in range(2, 8):
+        (before, moments), (after, moments_after) = (last_weights(folder) for folder in folders[step - 2:step])
+        assert all(torch.isfinite(x).all() for x in after.values())
+        for was, now in ((before["adaptor.w1.weight"], after["adaptor.w1.weight"]), *((moments[k], moments_after[k]) for k in moments)):
+            assert torch.equal(was, now) == (step in bad), step
+    calls.clear()
+    bad |= {3: "nan"}
+    with pytest.raises(BadInput, match="max_skips=2"):
+        train_here("skips2", "eval_every=-1", "max_skips=2")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bfloat16 and float16
+
+def local(x):
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """A dict that notes the types of a training run's numbers, and its last gradients."""
+    seen, real = {}, SLLaMA.forward
+
+    def forward(self, batch):
+        if not seen:
+            seen["frozen"] = {p.dtype for p in self.llm.layers.parameters() if not p.requires_grad}
+            self.llm.register_forward_hook(lambda module, args, out: seen.update(logits=out.dtype))
+        loss, n = real(self, batch)
+        seen["loss"] = loss.dtype
+        return loss, n
+
+    def stepping(optimizer, args, kwargs):
+        learning = [p for group in optimizer.param_groups for p in group["params"]]
+        seen.update(learning={p.dtype for p in learning}, grads=[local(p.grad).clone() for p in learning])
+
+    monkeypatch.setattr(SLLaMA, "forward", forward)
+    hook = register_optimizer_step_pre_hook(stepping)
+    yield seen
+    hook.remove()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stage", LEARNS)
+def test_half_precision(hand, train_here, seen, stage, dtype):
+    """What is frozen lies and computes in dtype; what learns, its gradients and the loss are float32, and gradients are added up in it."""
+    args, start, (lines, learnt, *_) = hand[stage]
+    run = train_here("half", *args, f"dtype={str(dtype).removeprefix('torch.')}", "grad_accum=2", "grad_clip=0", "eval_every=-1", "max_steps=2",
+                     "warmup=0", "lr=1e-6", "weight_decay=0")
+    assert seen["frozen"] == {dtype} and seen["logits"] == dtype and seen["loss"] == torch.float32
+    assert seen["learning"] == {torch.float32} and all(g.dtype == torch.float32 for g in seen["grads"])
+    if dtype == torch.bfloat16:  # the sum of two of its numbers has more digits
+        assert any((g != g.bfloat16()).any() for g in seen["grads"])
+    (first, _), now = log(run, stage), saved(run, stage)
+    assert first["loss"] == pytest.approx(lines[0]["loss"], rel=5e-3) and first["grad_norm"] == pytest.approx(lines[0]["grad_norm"], rel=3e-2)
+    moved = (now["adaptor.w1.weight"] - start["adaptor.w1.weight"]).abs()
+    assert 1.5e-6 < moved.median() < 2.1e-6  # twice the rate: in half precision so small a step would be lost
+    moments = load_file(run / stage / "last" / "optimizer.safetensors")
+    assert all(x.dtype == torch.float32 for x in [*moments.values(), *(now[name] for name in learnt)])
+
+
+def test_float16_halves_the_scale_of_its_loss_until_no_gradient_overflows(hand, train_here, monkeypatch):
+    scales, real = [], SLLaMA.forward
+
+    def forward(self, batch):
+        loss, n = real(self, batch)
+
+        def overflow(g):
+            scales.append(round(g.item() * n))
+            return g * math.inf if scales[-1] > 100 else g
+
+        loss.register_hook(overflow)
+        return loss, n
+
+    monkeypatch.setattr(SLLaMA, "forward", forward)
+    how = [*hand["align"][0], "dtype=float16", "eval_every=-1"]
+    lines = log(train_here("overflow", *how, "max_steps=6"), "align")
+    assert scales == [1024, 512, 256, 128, 64, 64] and [math.isfinite(line["grad_norm"]) for line in lines] == [False] * 4 + [True] * 2
+    norms = [line["grad_norm"] for line in hand["align"][2][0]]
+    assert lines[4]["grad_norm"] < 2 * norms[0]  # in units of the loss, whatever the scale
+    train_here("overflow", *how, "max_steps=7", "resume=true")
+    assert scales[-1] == 64  # a resumed run knows what it has learnt
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation; its loss is in the run by hand
+
+def test_dev_decoding(train_here, home, monkeypatch):
+    """In eval mode, with the beam asked for, of the clips asked for, and each sentence is scored against its own reference."""
+    toy, real, calls = home / "data" / "toy", train.translate, []
+    texts = {row["name"]: row["text"] for row in map(json.loads, open(toy / "dev.jsonl"))}
+    known = {x.numpy().tobytes(): name for name, x in load_file(toy / "toycnn" / "dev.safetensors").items()}
+
+    sp = SentencePieceProcessor(model_file=str(toy / "llm" / "tokenizer.model"))
+    longest = 2 * max(len(sp.encode(text)) for text in texts.values())  # twice the longest sentence: a model that has not learnt to end need not babble on
+
+    def translate(*args, **more):
+        call = inspect.signature(real).bind(*args, **more).arguments
+        names = [known[x.numpy().tobytes()] for x in call["features"]]
+        assert call["max_new_tokens"] == longest
+        calls.append((call["beam"], names, {module.training for module in call["sllama"].modules()}))
+        return [texts[name] for name in names]
+
+    monkeypatch.setattr(train, "translate", translate)
+    for eval_clips, chosen in ((-1, range(20)), (6, (0, 3, 6, 10, 13, 16)), (50, range(20))):
+        calls.clear()
+        line = log(train_here(f"decode{eval_clips}", "max_steps=1", "eval_every=1", "beam=3", f"eval_clips={eval_clips}"), "align")[0]
+        assert line["dev_bleu"] == pytest.approx([100] * 4) and line["dev_rouge"] == pytest.approx(100)
+        assert sorted(name for _, names, _ in calls for name in names) == [f"{i:05}" for i in chosen]
+        assert all(beam == 3 and training == {False} for beam, _, training in calls)
