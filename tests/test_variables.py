@@ -77,7 +77,7 @@ def rewrite(path, change):
 def world(home):
     """
     Beside the toy of 20 train, 4 dev and 4 test clips: the data set `mine`, which lacks the first seven train and the first test clip; a folder `other`
-    whose toy lacks the first thirteen and two; features `loud`, twice as large as toycnn's; an LLM `llm2` of other weights; runs of both stages in `base`, and one with lang=zh in `zh`.
+    whose toy lacks the first thirteen and two; features `loud`, twice as large as toycnn's; an LLM `llm2` of twice the weights, whose output is surer.
     """
     toy = home / "data" / "toy"
     shutil.copytree(toy, home / "data" / "mine")
@@ -92,14 +92,19 @@ def world(home):
         save_file({n: 2 * store[n] for n in store.names}, toy / "loud" / f"{split}.safetensors", metadata=store.metadata)
     shutil.copytree(toy / "llm", home / "llm2")
     weights = torch.load(home / "llm2" / "consolidated.00.pth")
-    torch.save({k: v * 2 for k, v in weights.items()}, home / "llm2" / "consolidated.00.pth")
-    how = [f"data_dir={home}/data", *SMALL, "eval_clips=0", "max_frames=12"]
-    with pytest.MonkeyPatch.context() as patch:
-        call(patch, train.main, *how, f"out_dir={home}/base", "eval_every=-1", "max_steps=1")
-        # best/ of step 2, last/ of step 3
-        call(patch, train.main, *how, f"out_dir={home}/base", "stage=sft", "eval_every=2", "max_steps=3")
-        call(patch, train.main, *how, f"out_dir={home}/zh", "stage=sft", f"init_from={home}/base/toy/align", "lang=zh", "eval_every=-1", "max_steps=1")
+    torch.save({k: v * (40 if k.startswith("output") else 2) for k, v in weights.items()}, home / "llm2" / "consolidated.00.pth")
     return home
+
+
+@pytest.fixture(scope="module")
+def runs(world):
+    """Runs of both stages in `base`, sft's best/ of step 2 and its last/ of step 3; a run of sft with lang=zh in `zh`."""
+    how = [f"data_dir={world}/data", *SMALL, "eval_clips=0", "max_frames=12"]
+    with pytest.MonkeyPatch.context() as patch:
+        call(patch, train.main, *how, f"out_dir={world}/base", "eval_every=-1", "max_steps=1")
+        call(patch, train.main, *how, f"out_dir={world}/base", "stage=sft", "eval_every=2", "max_steps=3")
+        call(patch, train.main, *how, f"out_dir={world}/zh", "stage=sft", f"init_from={world}/base/toy/align", "lang=zh", "eval_every=-1", "max_steps=1")
+    return world / "base" / "toy"
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +139,7 @@ def run(request, world, train_here, monkeypatch, capsys):
 
         words = [word.replace("HOME", str(world)) for word in (*request.function.words, *words)]
         stage = ([word.removeprefix("stage=") for word in words if word.startswith("stage=")] or ["align"])[-1]
-        base = ["eval_every=-1", "frame_drop=0", "max_frames=12"] + [f"init_from={world}/base/toy/align"] * (stage == "sft")
+        base = ["eval_every=-1", "frame_drop=0", "max_frames=12"] + ([f"init_from={request.getfixturevalue('runs')}/align"] if stage == "sft" else [])
         capsys.readouterr()
         saw.out = out or f"{request.node.name}-{next(number)}"
         with monkeypatch.context() as m:
@@ -390,7 +395,7 @@ def test_the_language_s_code_picks_the_tokens_of_bleu_and_rouge(run, world):
 
 @does("train.py", "label_smoothing=0.2")
 def test_label_smoothing_by_hand_and_none_on_dev(run):
-    saw = run("lr=0", "max_steps=4", "eval_every=0", "eval_clips=0")  # the weights stay what they are
+    saw = run("llm=HOME/llm2", "lr=0", "max_steps=4", "eval_every=0", "eval_clips=0")  # the weights stay what they are
 
     def losses(batches):
         with torch.no_grad():
@@ -399,6 +404,7 @@ def test_label_smoothing_by_hand_and_none_on_dev(run):
         return -log_p.gather(1, targets[:, None]).mean().item(), -log_p.mean().item()
 
     one, uniform = losses(saw.batches[:1])
+    assert abs(one - uniform) > 0.1
     assert saw.log[0]["loss"] == pytest.approx(0.8 * one + 0.2 * uniform, rel=1e-5)
     assert saw.log[-1]["dev_loss"] == pytest.approx(losses(saw.dev)[0], rel=1e-5)
 
@@ -630,8 +636,8 @@ def test_a_resumed_run_refuses_what_would_make_it_another(going, reach, variable
 
 
 @pytest.mark.parametrize("variable", sorted(CHANGES.keys() - {"stage"}))
-def test_sft_must_have_the_network_of_its_align_run(world, reach, variable):
-    words = ["stage=sft", f"init_from={world}/base/toy/align", f"{variable}={CHANGES[variable]}"]
+def test_sft_must_have_the_network_of_its_align_run(runs, reach, variable):
+    words = ["stage=sft", f"init_from={runs}/align", f"{variable}={CHANGES[variable]}"]
     if variable in NETWORK:
         with pytest.raises(BadInput, match=f"base/toy/align/last: was trained with {variable}=.*, this run says {variable}="):
             reach(f"on-{variable}", *words)
@@ -639,16 +645,16 @@ def test_sft_must_have_the_network_of_its_align_run(world, reach, variable):
         reach(f"on-{variable}", *words)
 
 
-def test_the_same_llm_by_another_path_is_the_same(world, reach):
+def test_the_same_llm_by_another_path_is_the_same(world, runs, reach):
     os.symlink(world / "data" / "toy" / "llm", world / "link")
-    reach("linked", "stage=sft", f"init_from={world}/base/toy/align", "llm=HOME/link")
+    reach("linked", "stage=sft", f"init_from={runs}/align", "llm=HOME/link")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # eval.py, with an sft run of three steps: greedy and three tokens an answer where a test does not say otherwise
 
 
 @pytest.fixture
-def score(request, world, monkeypatch, capsys):
+def score(request, world, runs, monkeypatch, capsys):
     """A function of words: eval.main() with the test's words and these -> what was decoded, and how."""
     def go(*words, answer=None):
         saw = SimpleNamespace(calls=[], steps=[], streams=[], world=world)
@@ -876,7 +882,7 @@ def test_type_and_device(score, monkeypatch):
 
 
 @does("lora.py", "ckpt=HOME/base/toy/sft/last", "to=HOME/merged", "llm=HOME/llm2")
-def test_merging_adds_the_run_s_lora_to_the_llm(request, world, monkeypatch):
+def test_merging_adds_the_run_s_lora_to_the_llm(request, world, runs, monkeypatch):
     words = [word.replace("HOME", str(world)) for word in request.function.words]
     for to, llm, checkpoint in (("merged", "llm2", "last"), ("merged_best", "data/toy/llm", "best")):
         more = [] if to == "merged" else [f"ckpt={world}/base/toy/sft", f"to={world}/{to}", "llm="]
