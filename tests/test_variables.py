@@ -1,0 +1,1081 @@
+"""
+Every variable of every program does what its comment says, and a run that goes on refuses the changes that would make it another run.
+
+    python -m pytest tests/test_variables.py
+
+A test that is entered into the table with @does gives its words to the program and says what must follow from them.
+A variable that no test has entered fails test_every_variable_is_in_the_table.
+"""
+import gzip
+import inspect
+import json
+import math
+import os
+import pickle
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import sacrebleu
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, SMALL
+from safetensors.torch import load_file, save_file
+
+import data
+import eval as evaluation
+import lora
+import model
+import train
+from config import BadInput, configure, pick_device, pick_dtype, read_literals
+from data import Tokenizer
+from model import LLaMA, SLLaMA
+from scripts.toy import write_mp4
+from video import Extractor, Store
+
+TABLE = {"train.py": {}, "eval.py": {}, "data.py": {}, "lora.py": {}}  # program -> variable -> the tests that say what it does
+
+
+def does(program, *words):
+    """Enter a test into the table. Every run of the program in this test is given these words."""
+    def enter(test):
+        test.words = list(words)
+        for word in words:
+            TABLE[program].setdefault(word.partition("=")[0], []).append(test.__name__)
+        return test
+    return enter
+
+
+def variables(program):
+    """The names of a program's variables, those in the stages' dicts too."""
+    page = {key: value for key, (value, _) in read_literals(str(ROOT / program)).items()}
+    return page.keys() - {"align", "sft"} | {key for stage in ("align", "sft") for key in page.get(stage, {})}
+
+
+@pytest.mark.parametrize("program", TABLE)
+def test_every_variable_is_in_the_table(program):
+    assert TABLE[program].keys() == variables(program)
+
+
+def call(monkeypatch, main, *words):
+    monkeypatch.setattr(sys, "argv", ["program", *words])
+    main()
+
+
+def rows(path):
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
+
+
+def rewrite(path, change):
+    """Change the tensors of a file in place."""
+    save_file({k: v.contiguous() for k, v in change(load_file(path)).items()}, path)
+
+
+@pytest.fixture(scope="module")
+def world(home):
+    """
+    Beside the toy of 20 train, 4 dev and 4 test clips: the data set `mine`, which lacks the first seven train and the first test clip; a folder `other`
+    whose toy lacks the first thirteen and two; features `loud`, twice as large as toycnn's; an LLM `llm2` of twice the weights, whose output is surer.
+    """
+    toy = home / "data" / "toy"
+    shutil.copytree(toy, home / "data" / "mine")
+    shutil.copytree(toy, home / "other" / "toy")
+    for folder, first in ((home / "data" / "mine", {"train": 7, "test": 1}), (home / "other" / "toy", {"train": 13, "test": 2})):
+        for split, n in first.items():
+            lines = open(folder / f"{split}.jsonl").readlines()
+            (folder / f"{split}.jsonl").write_text("".join(lines[n:]))
+    (toy / "loud").mkdir()
+    for split in ("train", "dev", "test"):
+        store = Store(str(toy / "toycnn" / f"{split}.safetensors"))
+        save_file({n: 2 * store[n] for n in store.names}, toy / "loud" / f"{split}.safetensors", metadata=store.metadata)
+    shutil.copytree(toy / "llm", home / "llm2")
+    weights = torch.load(home / "llm2" / "consolidated.00.pth")
+    torch.save({k: v * (40 if k.startswith("output") else 2) for k, v in weights.items()}, home / "llm2" / "consolidated.00.pth")
+    return home
+
+
+@pytest.fixture(scope="module")
+def runs(world):
+    """Runs of both stages in `base`, sft's best/ of step 2 and its last/ of step 3; a run of sft with lang=zh in `zh`."""
+    how = [f"data_dir={world}/data", *SMALL, "eval_clips=0", "max_frames=12"]
+    with pytest.MonkeyPatch.context() as patch:
+        call(patch, train.main, *how, f"out_dir={world}/base", "eval_every=-1", "max_steps=1")
+        call(patch, train.main, *how, f"out_dir={world}/base", "stage=sft", "eval_every=2", "max_steps=3")
+        call(patch, train.main, *how, f"out_dir={world}/zh", "stage=sft", f"init_from={world}/base/toy/align", "lang=zh", "eval_every=-1", "max_steps=1")
+    return world / "base" / "toy"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(home):
+    return Tokenizer(str(home / "data" / "toy" / "llm"))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py. Eight steps of six clips (the last of an epoch: two) of twelve frames, none left out, and no look at dev, where a test does not say otherwise
+
+
+@pytest.fixture
+def run(request, world, train_here, monkeypatch, capsys):
+    """A function of words: train.main() with the test's words and these -> what the model saw and what the run left behind."""
+    number = iter(range(100))
+
+    def go(*words, out=None):
+        saw = SimpleNamespace(batches=[], dev=[], decoded=[], blocks=0, model=None)
+
+        def forward(self, batch, real=SLLaMA.forward):
+            saw.model = self
+            (saw.batches if self.training else saw.dev).append(batch)
+            return real(self, batch)
+
+        def block(self, *args, real=model.Block.forward, **more):
+            saw.blocks += self.attention.window is None  # those of the LLM
+            return real(self, *args, **more)
+
+        def translate(*args, **more):
+            given = inspect.signature(evaluation.translate).bind(*args, **more).arguments
+            saw.decoded.append(given)
+            return ["heute regnet es im norden"] * len(given["features"])
+
+        words = [word.replace("HOME", str(world)) for word in (*request.function.words, *words)]
+        stage = ([word.removeprefix("stage=") for word in words if word.startswith("stage=")] or ["align"])[-1]
+        base = ["eval_every=-1", "frame_drop=0", "max_frames=12"] + ([f"init_from={request.getfixturevalue('runs')}/align"] if stage == "sft" else [])
+        capsys.readouterr()
+        saw.out = out or f"{request.node.name}-{next(number)}"
+        with monkeypatch.context() as m:
+            m.setattr(SLLaMA, "forward", forward), m.setattr(model.Block, "forward", block), m.setattr(train, "translate", translate)
+            try:
+                saw.folder = train_here(saw.out, *base, *words) / stage
+            finally:
+                said = capsys.readouterr()
+                saw.said = said.out + said.err
+        if (saw.folder / "log.jsonl").exists():
+            read_run(saw)
+        return saw
+    return go
+
+
+def read_run(saw):
+    """Add what lies in a run's folder."""
+    last = saw.folder / "last"
+    saw.log = rows(saw.folder / "log.jsonl")
+    saw.logged, saw.scored = [e["step"] for e in saw.log], [e["step"] for e in saw.log if "dev_loss" in e]
+    saw.state = json.load(open(last / "state.json"))
+    saw.vision, saw.moments = load_file(last / "vision.safetensors"), load_file(last / "optimizer.safetensors")
+    saw.learns = {k.removeprefix("exp_avg.") for k in saw.moments if k.startswith("exp_avg.")}
+    saw.lora = json.load(open(last / "adapter_config.json")) if (last / "adapter_config.json").exists() else None
+    saw.adapter = load_file(last / "adapter_model.safetensors") if saw.lora else {}
+
+
+def clips_of(batches, tokenizer):
+    """The sentences of the clips in batches, from their targets."""
+    found, ids = [], []
+    for token in torch.cat([b.targets for b in batches]).tolist():
+        if token == tokenizer.eos_id:
+            found.append(tokenizer.decode(ids).strip())
+            ids = []
+        else:
+            ids.append(token)
+    return found
+
+
+def frames_of(batches):
+    """The features of each clip in batches."""
+    return [b.features[b.clip == i] for b in batches for i in range(len(b.lens))]
+
+
+def prompt_of(batch):
+    """The token ids before and after the frames of a batch's first clip; its answer, but for EOS, stands behind them."""
+    first, T = batch.frame_at[0].item(), int((batch.clip == 0).sum())
+    return batch.tokens[:first].tolist(), batch.tokens[first + T:batch.lens[0]].tolist()
+
+
+def texts(folder, split):
+    return [row["text"] for row in rows(folder / f"{split}.jsonl")]
+
+
+@does("train.py", "stage=sft")
+def test_sft_has_a_prompt_and_a_lora(run, world, tokenizer):
+    saw = run("max_steps=1")
+    assert saw.folder == world / saw.out / "toy" / "sft" and saw.adapter
+    before, after = prompt_of(saw.batches[0])
+    assert before == [tokenizer.bos_id, *tokenizer.encode("[INST] <sign>")]
+    assert after[:3] == tokenizer.encode("</sign> \n Translate")[:3]
+    align = run("max_steps=1", "stage=align")
+    assert align.folder == world / align.out / "toy" / "align" and not align.adapter
+    assert prompt_of(align.batches[0])[0] == [tokenizer.bos_id]
+
+
+@does("train.py", "dataset=mine")
+def test_another_data_set(run, world, tokenizer):
+    saw = run("llm=HOME/data/toy/llm", "epochs=1", out="mine")
+    assert sorted(clips_of(saw.batches, tokenizer)) == sorted(texts(world / "data" / "toy", "train")[7:])
+    assert (world / "mine" / "mine" / "align" / "last").exists()
+
+
+@does("train.py", "data_dir=HOME/other")
+def test_another_folder_of_data_sets(run, world, tokenizer):
+    assert sorted(clips_of(run("epochs=1").batches, tokenizer)) == sorted(texts(world / "data" / "toy", "train")[13:])
+
+
+@does("train.py", "backbone=loud")
+def test_other_features(run):
+    one, two = run("max_steps=1", "backbone=toycnn"), run("max_steps=1")
+    assert one.vision["mean"].any() and torch.allclose(two.vision["mean"], 2 * one.vision["mean"])
+
+
+@does("train.py", "llm=HOME/llm2")
+def test_another_llm(run, world):
+    saw, own = run("max_steps=1"), run("max_steps=1", f"llm={world}/data/toy/llm")
+    assert torch.equal(saw.model.llm.tok_embeddings.weight, 2 * own.model.llm.tok_embeddings.weight)
+    assert torch.allclose(saw.vision["scale"], 2 * own.vision["scale"])  # frames are as large as words
+    default = run("max_steps=1", "llm=")
+    assert torch.equal(default.model.llm.tok_embeddings.weight, own.model.llm.tok_embeddings.weight)
+    assert json.load(open(default.folder / "config.json"))["llm"] == f"{world}/data/toy/llm"
+
+
+@does("train.py", "out_dir=HOME/elsewhere", "run=tries/one")
+def test_where_the_run_lies(run, world):
+    run("max_steps=1")
+    assert (world / "elsewhere" / "toy" / "tries" / "one" / "align" / "last" / "state.json").exists()
+    run("max_steps=1", "stage=sft", "init_from=")  # from the align run beside it
+    assert (world / "elsewhere" / "toy" / "tries" / "one" / "sft" / "last" / "state.json").exists()
+    assert [p.name for p in (world / "elsewhere").iterdir()] == ["toy"] and [p.name for p in (world / "elsewhere" / "toy").iterdir()] == ["tries"]
+
+
+@does("train.py", "init_from=HOME/first/toy/align")
+def test_a_stage_starts_from_the_weights_of_the_other(run, world):
+    """With a rate of 0 it also ends with them. The run that it starts from is not the one that the others do."""
+    first = run("init_from=", "max_steps=2", "seed=3", out="first")
+    saw = run("stage=sft", "lr=0", "max_steps=1")
+    assert all(torch.equal(saw.vision[k], first.vision[k]) for k in first.vision) and saw.vision.keys() == first.vision.keys()
+
+
+@does("train.py", "resume=true")
+def test_a_resumed_run_goes_on(run, world):
+    saw = run("max_steps=3")
+    assert saw.logged == [1, 2, 3] and "starting at step 0" in saw.said
+    again = run("max_steps=5", out=saw.out)
+    assert again.logged == [1, 2, 3, 4, 5] and len(again.batches) == 2
+    assert run("max_steps=1", "resume=false", out=saw.out).logged == [1]  # and without it begins anew
+
+
+@does("train.py", "estimate=true")
+def test_an_estimate_is_printed_and_nothing_done(run):
+    saw = run()
+    assert "GB" in saw.said and "estimate: " in saw.said and not saw.batches and not saw.folder.exists()
+
+
+@does("train.py", "seed=5")
+def test_the_seed_is_first_weights_order_and_frame_drop(run, tokenizer):
+    one, same, other = (run("lr=0", "max_steps=1", "frame_drop=0.5", *seed) for seed in ([], [], ["seed=6"]))
+    (a,), (b,), (c,) = one.batches, same.batches, other.batches
+    assert torch.equal(a.features, b.features) and torch.equal(one.vision["adaptor.w1.weight"], same.vision["adaptor.w1.weight"])
+    assert clips_of([a], tokenizer) != clips_of([c], tokenizer)
+    assert not torch.equal(one.vision["adaptor.w1.weight"], other.vision["adaptor.w1.weight"])
+    one, other = (run("lr=0", "max_steps=1", "batch_size=20", "frame_drop=0.5", *seed) for seed in ([], ["seed=6"]))
+    one, other = (dict(zip(clips_of(saw.batches, tokenizer), frames_of(saw.batches))) for saw in (one, other))
+    assert one.keys() == other.keys() and not any(torch.equal(one[clip], other[clip]) for clip in one)
+
+
+@does("train.py", "bos_id=7", "eos_id=9")
+def test_every_sequence_begins_with_bos_and_ends_with_eos(run):
+    (batch,) = run("max_steps=1").batches
+    starts, ends = torch.tensor([0, *batch.lens[:-1]]).cumsum(0), torch.tensor(batch.lens).cumsum(0) - 1
+    assert (batch.tokens[starts] == 7).all()
+    assert (batch.targets[torch.isin(batch.target_at, ends)] == 9).all() and (batch.targets == 9).sum() == 6
+    (batch,) = run("max_steps=1", "bos_id=0").batches
+    assert batch.frame_at[0] == 1 and batch.tokens[0] == 0
+    (batch,) = run("max_steps=1", "bos_id=-1", "eos_id=-1").batches  # SentencePiece's own
+    assert (batch.tokens[starts[:1]] == 1).all() and (batch.targets == 2).sum() == 6
+
+
+@does("train.py", "ltn=false")
+def test_without_the_local_transformer_the_adaptor_takes_the_features(run):
+    saw = run("max_steps=1")
+    assert saw.learns == {"adaptor.w1.weight", "adaptor.w2.weight"} and saw.vision["adaptor.w1.weight"].shape == (128, 1024)
+
+
+@does("train.py", "ltn_dim=48", "ltn_layers=3", "ltn_heads=4")
+def test_width_depth_and_heads_of_the_local_transformer(run, monkeypatch):
+    saw = run("max_steps=1")
+    assert saw.vision["proj.weight"].shape == (48, 1024) and saw.vision["adaptor.w1.weight"].shape == (128, 48)
+    assert {k.split(".")[2] for k in saw.vision if k.startswith("ltn.layers.")} == {"0", "1", "2"}
+    assert [layer.attention.head_dim for layer in saw.model.ltn.layers] == [12, 12, 12]
+    built = []
+    monkeypatch.setattr(SLLaMA, "load", lambda self, *args: built.append(self) or (_ for _ in ()).throw(Reached))
+    with pytest.raises(Reached):
+        run("ltn_dim=0")
+    assert built[0].proj is None and built[0].adaptor.w1.weight.shape == (128, 1024)
+
+
+@does("train.py", "window=4")
+def test_a_frame_sees_half_a_window_to_each_side(run):
+    def seen(ltn):  # the frames that frame 20 of 40 depends on
+        x = torch.randn(1, 40, 32, requires_grad=True)
+        ltn(x)[0, 20].sum().backward()
+        return x.grad[0].abs().sum(1).nonzero().flatten().tolist()
+
+    assert seen(run("max_steps=1", "ltn_layers=1").model.ltn) == [18, 19, 20, 21, 22]
+    assert seen(run("max_steps=1", "ltn_layers=1", "window=12").model.ltn) == [*range(14, 27)]
+
+
+@does("train.py", "adaptor=linear")
+def test_kinds_of_adaptors(run):
+    x = torch.randn(5, 32)
+    linear, noact, mlp = (run("max_steps=1", *kind).model.adaptor for kind in ([], ["adaptor=mlp_noact"], ["adaptor=mlp"]))
+    w1, w2 = (mlp.get_parameter(f"{w}.weight") for w in ("w1", "w2"))
+    with torch.no_grad():
+        assert torch.allclose(linear(x), x @ linear.w1.weight.T, atol=1e-5) and len(list(linear.parameters())) == 1
+        assert torch.allclose(noact(x), x @ noact.w1.weight.T @ noact.w2.weight.T, atol=1e-5)
+        assert torch.allclose(mlp(x), F.gelu(x @ w1.T) @ w2.T, atol=1e-5)
+
+
+@does("train.py", "lora_rank=3", "lora_alpha=12", "lora_dropout=0.25", "lora_targets=wq,w2")
+def test_rank_alpha_dropout_and_targets_of_the_lora(run):
+    saw = run("stage=sft", "max_steps=1")
+    assert (saw.lora["r"], saw.lora["lora_alpha"], saw.lora["lora_dropout"]) == (3, 12, 0.25)
+    assert sorted(saw.lora["target_modules"]) == ["down_proj", "q_proj"] and len(saw.adapter) == 4 * 2 * 2
+    assert all(min(t.shape) == 3 for t in saw.adapter.values())
+    layer = saw.model.llm.layers[0].attention.wq
+    assert layer.scaling == 12 / 3 and layer.dropout.p == 0.25
+
+
+@does("train.py", "max_clips=7")
+def test_learns_from_so_many_clips_spread_over_the_set(run, world, tokenizer):
+    every = texts(world / "data" / "toy", "train")
+    saw = run("epochs=1")
+    assert len(saw.batches) == 2 and sorted(clips_of(saw.batches, tokenizer)) == sorted(every[i] for i in (0, 2, 5, 8, 11, 14, 17))
+    assert sorted(clips_of(run("epochs=1", "max_clips=0").batches, tokenizer)) == sorted(every)
+
+
+@does("train.py", "max_frames=10")
+def test_long_clips_are_thinned_out_in_train_and_dev_alike(run, world, tokenizer):
+    saw = run("max_steps=4", "eval_every=0")
+    thinned = dict(zip(clips_of(saw.batches, tokenizer), frames_of(saw.batches)))
+    for row in rows(world / "data" / "toy" / "train.jsonl"):
+        whole = load_file(world / "data" / "toy" / "toycnn" / "train.safetensors")[row["name"]]
+        at = [(whole == x).all(1).nonzero()[0].item() for x in thinned[row["text"]]]
+        assert len(at) == 10 < len(whole) and at[0] == 0 and at[-1] == len(whole) - 1
+        assert all(abs(k - i * (len(whole) - 1) / 9) < 1.01 for i, k in enumerate(at))
+    assert [len(x) for x in frames_of(saw.dev)] == [10] * 4 and [len(x) for x in saw.decoded[0]["features"]] == [10, 10]
+    assert "20 train clips are longer than max_frames=10" in saw.said
+    whole = run("max_steps=4", "eval_every=0", "max_frames=0")
+    lengths = lambda split: sorted(len(t) for t in load_file(world / "data" / "toy" / "toycnn" / f"{split}.safetensors").values())
+    assert sorted(map(len, frames_of(whole.batches))) == lengths("train") and sorted(map(len, frames_of(whole.dev))) == lengths("dev")
+
+
+@does("train.py", "language=Chinese")
+def test_the_prompt_names_the_language(run, tokenizer):
+    (batch,) = run("stage=sft", "max_steps=1").batches
+    want = tokenizer.encode("</sign> \n Translate the sign language into Chinese text. [/INST]")
+    assert prompt_of(batch)[1][:len(want)] == want
+
+
+@does("train.py", "prompt=im {clip} es")
+def test_the_prompt_stands_around_the_frames(run, tokenizer):
+    (batch,) = run("max_steps=1").batches
+    before, after = prompt_of(batch)
+    es, answer = tokenizer.encode("es"), batch.targets.tolist()
+    assert before == [tokenizer.bos_id, *tokenizer.encode("im")]
+    assert after == es + answer[:answer.index(tokenizer.eos_id)]
+
+
+@does("train.py", "lang=zh")
+def test_the_language_s_code_picks_the_tokens_of_bleu_and_rouge(run, world):
+    refs = [texts(world / "data" / "toy", "dev")[i] for i in (0, 2)]
+    hyps = ["heute regnet es im norden"] * 2
+    for lang, cut in (("zh", "char"), ("", "13a")):
+        (entry,) = [e for e in run("max_steps=4", "eval_every=0", f"lang={lang}").log if "dev_bleu" in e]
+        want = sacrebleu.metrics.BLEU(tokenize=cut, force=True).corpus_score(hyps, [refs]).score
+        assert entry["dev_bleu"][3] == pytest.approx(want) and entry["dev_rouge"] == evaluation.rouge(hyps, refs, lang or "de")
+    with pytest.raises(BadInput, match="lang: say the code of Esperanto"):
+        run("language=Esperanto", "lang=")
+
+
+@does("train.py", "label_smoothing=0.2")
+def test_label_smoothing_by_hand_and_none_on_dev(run):
+    saw = run("llm=HOME/llm2", "lr=0", "max_steps=4", "eval_every=0", "eval_clips=0")  # the weights stay what they are
+
+    def losses(batches):
+        with torch.no_grad():
+            logits = torch.cat([saw.model.llm(h=saw.model.embed(b), lens=b.lens, at=b.target_at)[0] for b in batches])
+        log_p, targets = logits.log_softmax(-1), torch.cat([b.targets for b in batches])
+        return -log_p.gather(1, targets[:, None]).mean().item(), -log_p.mean().item()
+
+    one, uniform = losses(saw.batches[:1])
+    assert abs(one - uniform) > 0.1
+    assert saw.log[0]["loss"] == pytest.approx(0.8 * one + 0.2 * uniform, rel=1e-5)
+    assert saw.log[-1]["dev_loss"] == pytest.approx(losses(saw.dev)[0], rel=1e-5)
+
+
+@does("train.py", "grad_accum=3")
+def test_a_step_is_so_many_micro_batches(run, tokenizer):
+    saw, whole = run("max_steps=1"), run("max_steps=1", "grad_accum=1")
+    assert [len(b.lens) for b in saw.batches] == [2, 2, 2] and [len(b.lens) for b in whole.batches] == [6]
+    assert sorted(clips_of(saw.batches, tokenizer)) == sorted(clips_of(whole.batches, tokenizer))
+    assert saw.log[0]["loss"] == pytest.approx(whole.log[0]["loss"], rel=1e-5)
+
+
+@does("train.py", "weight_decay=0.5")
+def test_weight_decay_shrinks_matrices_alone(run):
+    how = ["max_steps=1", "warmup=0"]
+    first, decayed, plain = run(*how, "lr=0").vision, run(*how, "lr=0.01").vision, run(*how, "lr=0.01", "weight_decay=0").vision
+    for name in first:  # AdamW: w -= lr * weight_decay * w, before anything else
+        want = plain[name] - 0.01 * 0.5 * first[name] * (first[name].dim() > 1)
+        assert torch.allclose(decayed[name], want, atol=1e-6), name
+
+
+@does("train.py", "lr=8e-3", "warmup=4")
+def test_the_rate_climbs_to_lr_in_warmup_steps_and_falls_to_a_tenth(run):
+    rates = [e["lr"] for e in run().log]
+    assert rates[:5] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.008])
+    assert rates[6] == pytest.approx(0.008 * 0.55) and rates[7] == pytest.approx(0.008 * (0.55 + 0.45 * math.cos(math.pi * 3 / 4)))
+    assert run("warmup=0", "max_steps=1").log[0]["lr"] == 0.008
+
+
+@does("train.py", "grad_clip=0.01")
+def test_the_gradient_is_clipped(run):
+    """Adam's first moment after one step is a tenth of the gradient that it was given."""
+    given = lambda saw: 10 * math.sqrt(sum(t.square().sum().item() for k, t in saw.moments.items() if k.startswith("exp_avg.")))
+    saw, free = run("max_steps=1"), run("max_steps=1", "grad_clip=0")
+    assert saw.log[0]["grad_norm"] > 0.1 and given(saw) == pytest.approx(0.01, rel=1e-3)
+    assert given(free) == pytest.approx(free.log[0]["grad_norm"], rel=1e-4) and free.log[0]["grad_norm"] == saw.log[0]["grad_norm"]
+
+
+@does("train.py", "epochs=3", "batch_size=7", "max_steps=-1")
+def test_epochs_steps_and_clips(run, world, tokenizer):
+    """20 clips are 7, 7 and 6; every epoch learns from every clip; the rate falls towards the end of the last epoch, wherever the run stops."""
+    saw = run()
+    assert [len(b.lens) for b in saw.batches] == [7, 7, 6] * 3 and saw.logged == [*range(1, 10)]
+    for n in (0, 3, 6):
+        assert sorted(clips_of(saw.batches[n:n + 3], tokenizer)) == sorted(texts(world / "data" / "toy", "train"))
+    assert [e["epoch"] for e in saw.log][2::3] == [1, 2, 3]
+    stopped = {n: run(f"max_steps={n}") for n in (0, 2, 99)}
+    assert {n: s.logged for n, s in stopped.items()} == {0: [1, 2, 3], 2: [1, 2], 99: [*range(1, 10)]}
+    assert [e["lr"] for e in stopped[0].log] == [e["lr"] for e in saw.log[:3]]
+
+
+@does("train.py", "frame_drop=0.5", "max_frames=0")
+def test_a_share_of_the_frames_is_left_out_in_training_alone(run, world, tokenizer):
+    saw = run("max_steps=4", "eval_every=0")
+    store, names = load_file(world / "data" / "toy" / "toycnn" / "train.safetensors"), {r["text"]: r["name"] for r in rows(world / "data" / "toy" / "train.jsonl")}
+    left = dict(zip(clips_of(saw.batches, tokenizer), frames_of(saw.batches)))
+    total = sum(map(len, store.values()))
+    assert len(left) == 20 and abs(sum(map(len, left.values())) / total - 0.5) < 4 * math.sqrt(0.25 / total)
+    for text, some in left.items():  # what is left keeps its order
+        at = [(store[names[text]] == x).all(1).nonzero()[0].item() for x in some]
+        assert at == sorted(set(at))
+    assert sorted(map(len, frames_of(saw.dev))) == sorted(map(len, load_file(world / "data" / "toy" / "toycnn" / "dev.safetensors").values()))
+
+
+def parts(names):
+    """The parts of the model that these parameters belong to."""
+    return {"ltn" if k.startswith(("ltn.", "proj.")) else "adaptor" if k.startswith("adaptor.") else "words" if "tok_embeddings" in k else
+            "lora" if "lora_" in k else k for k in names}
+
+
+@does("train.py", "train_ltn=false", "freeze_llm=true", "train_embeddings=false")
+@pytest.mark.parametrize("stage, own", [("align", {"ltn", "adaptor"}), ("sft", {"adaptor", "lora"})])
+def test_what_learns(run, stage, own):
+    learn = lambda *words: parts(run(f"stage={stage}", "max_steps=1", *words).learns)
+    assert learn() == {"adaptor"}
+    assert learn("train_ltn=true") == {"adaptor", "ltn"}
+    assert learn("freeze_llm=false") == {"adaptor", "lora"}
+    assert learn("train_embeddings=true") == {"adaptor", "words"}
+    assert own == learn(*(f"{key}={value}" for key, value in read_literals(str(ROOT / "train.py"))[stage][0].items()
+                          if key in ("train_ltn", "freeze_llm", "train_embeddings")))
+
+
+@does("train.py", "device=cuda")
+def test_the_device(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BadInput, match="device=cuda: 0 GPU"):
+        run("max_steps=1")
+    assert "on cpu (device=cpu)" in run("max_steps=1", "device=cpu").said and "on cpu (auto: 1 process(es), 0 GPU(s))" in run("max_steps=1", "device=auto").said
+
+
+@does("train.py", "dtype=bfloat16")
+def test_the_type_of_the_frozen_weights(run):
+    for word, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16), ("float32", torch.float32)):
+        saw = run("stage=sft", "max_steps=1", f"dtype={word}")
+        assert {p.dtype for p in saw.model.parameters() if not p.requires_grad} == {dtype} and f"dtype {word} (dtype={word})" in saw.said
+        assert {p.dtype for p in saw.model.parameters() if p.requires_grad} == {torch.float32} and math.isfinite(saw.log[0]["loss"])
+
+
+@does("train.py", "compile=true")
+def test_each_block_is_compiled(run, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled.append((type(self), how)))
+    run("max_steps=1")
+    assert compiled == [(model.Block, {"dynamic": True})] * 4
+    run("max_steps=1", "compile=false")
+    assert len(compiled) == 4
+
+
+@does("train.py", "activation_checkpointing=true")
+def test_blocks_are_computed_again_in_the_backward_pass(run):
+    saw, plain = run("max_steps=3"), run("max_steps=3", "activation_checkpointing=false")
+    assert (saw.blocks, plain.blocks) == (3 * 2 * 4, 3 * 4)
+    assert [e["loss"] for e in saw.log] == [e["loss"] for e in plain.log]
+    assert run("max_steps=4", "eval_every=4", "eval_clips=0").blocks == 4 * 2 * 4 + 4  # the look at dev has no backward pass
+
+
+@does("train.py", "cpu_offload=true")
+def test_parameters_are_kept_on_the_cpu(run, monkeypatch):
+    from torch.distributed import fsdp
+    offloads, real = [], fsdp.fully_shard
+    monkeypatch.setattr(fsdp, "fully_shard", lambda part, **how: offloads.append(type(how.get("offload_policy"))) or real(part, **how))
+    saw = run("max_steps=2")
+    assert offloads == [fsdp.CPUOffloadPolicy] * 5  # the blocks and the root
+    plain = run("max_steps=2", "cpu_offload=false")
+    assert len(offloads) == 5 and [e["loss"] for e in saw.log] == pytest.approx([e["loss"] for e in plain.log])
+
+
+@does("train.py", "log_every=3")
+def test_the_steps_that_are_logged(run):
+    assert run().logged == [3, 6, 8]  # the last step too
+    assert run("log_every=0").logged == [4, 8] and run("log_every=-1").logged == []
+
+
+@does("train.py", "eval_every=3")
+def test_the_steps_after_which_dev_is_looked_at(run):
+    saw = run()
+    assert saw.scored == [3, 6, 8] and len(saw.dev) == len(saw.decoded) == 3 and (saw.folder / "best" / "state.json").exists()
+    assert run("eval_every=0").scored == [4, 8]
+    never = run("eval_every=-1")
+    assert never.scored == [] and not never.dev and not (never.folder / "best").exists()
+
+
+@does("train.py", "eval_clips=3", "beam=5")
+def test_how_many_dev_clips_are_decoded_and_how(run, world):
+    dev, names = load_file(world / "data" / "toy" / "toycnn" / "dev.safetensors"), [r["name"] for r in rows(world / "data" / "toy" / "dev.jsonl")]
+    for n, chosen in ((3, [0, 1, 2]), (2, [0, 2]), (1, [0]), (-1, [0, 1, 2, 3]), (9, [0, 1, 2, 3])):
+        (given,) = run("max_steps=4", "eval_every=4", f"eval_clips={n}").decoded
+        assert given["beam"] == 5
+        assert sorted(x[-1].sum().item() for x in given["features"]) == sorted(dev[names[i]][-1].sum().item() for i in chosen)
+    saw = run("max_steps=4", "eval_every=4", "eval_clips=0")
+    assert not saw.decoded and "dev_bleu" not in saw.log[-1] and saw.scored == [4] and (saw.folder / "best").exists()
+    assert run("max_steps=4", "eval_every=4", "beam=1").decoded[0]["beam"] == 1
+
+
+@does("train.py", "save_every=3", "keep=9")
+def test_the_steps_after_which_is_saved_and_how_many_are_kept(run):
+    kept = lambda *words: [json.load(open(p / "state.json"))["step"] for p in sorted(run(*words).folder.glob("last*"))]  # last, last.1, last.2
+    assert kept() == [8, 6, 3]
+    assert kept("save_every=0") == [8, 4] and kept("save_every=-1") == [8]
+    assert kept("keep=2") == [8, 6] and kept("keep=1") == kept("keep=0") == [8]
+
+
+@does("train.py", "max_skips=3")
+def test_so_many_skipped_steps_in_a_row_are_the_end(run, monkeypatch):
+    real, calls = SLLaMA.forward, []
+    monkeypatch.setattr(SLLaMA, "forward", lambda self, batch: calls.append(1) or (real(self, batch)[0] * float("nan"), 1))
+    with pytest.raises(BadInput, match="max_skips=3 steps in a row"):
+        run()
+    assert len(calls) == 3
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run that goes on, and sft on an align run: each variable is changed in turn
+
+CHANGES = dict(
+    stage="sft", dataset="mine", data_dir="HOME/moved", backbone="loud", llm="HOME/llm2", out_dir="HOME/going2", run="tries", init_from="HOME/base/toy/align", resume="false",
+    estimate="true", seed="5", bos_id="7", eos_id="9", ltn="false", ltn_dim="48", ltn_layers="3", ltn_heads="4", window="4", adaptor="linear", lora_rank="4", lora_alpha="8",
+    lora_dropout="0.1", lora_targets="wq", max_clips="7", max_frames="10", language="Chinese", lang="en", label_smoothing="0.1", grad_accum="2", weight_decay="0.1", warmup="3",
+    grad_clip="2", max_steps="5", device="cpu", dtype="bfloat16", compile="true", activation_checkpointing="true", cpu_offload="true", log_every="2", eval_every="2",
+    eval_clips="1", beam="2", save_every="2", keep="2", max_skips="3", epochs="3", batch_size="5", lr="1e-4", frame_drop="0.2", prompt="im {clip}", train_ltn="false",
+    freeze_llm="false", train_embeddings="true")
+PLACES = {"out_dir", "run", "data_dir", "init_from", "resume"}  # the same run, moved
+MACHINE = {"device", "dtype", "compile", "activation_checkpointing", "cpu_offload", "grad_accum", "estimate"}  # what carries it
+LOOKS = {"max_steps", "log_every", "eval_every", "save_every", "keep", "max_skips"}  # how it is watched and when it stops
+GOES_ON = PLACES | MACHINE | LOOKS
+NETWORK = {"ltn", "ltn_dim", "ltn_layers", "ltn_heads", "window", "adaptor", "backbone", "llm"}  # what the weights of the align run fit
+
+
+class Reached(Exception):
+    """The program has accepted its starting point and begins to build the model."""
+
+
+@pytest.fixture
+def reach(world, train_here, monkeypatch):
+    """A function of (out, *words): train.main() up to where the model is built. What is not accepted is a BadInput."""
+    def built(*args):
+        raise Reached
+
+    def go(out, *words):
+        with monkeypatch.context() as m, pytest.raises(Reached):
+            m.setattr(SLLaMA, "__init__", built)
+            train_here(out, f"llm={world}/data/toy/llm", *[word.replace("HOME", str(world)) for word in words])
+    return go
+
+
+def test_every_variable_is_changed():
+    assert CHANGES.keys() == variables("train.py")
+
+
+@pytest.fixture(scope="module")
+def going(world):
+    """An align run of one step, in the folder where it was made and in those where the changes of its places look for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        call(patch, train.main, f"data_dir={world}/data", f"out_dir={world}/going", f"llm={world}/data/toy/llm", *SMALL, "eval_every=-1", "max_steps=1")
+    for place in ("going2/toy/align", "going/toy/tries/align", "going/mine/align", "going/toy/sft"):
+        shutil.copytree(world / "going" / "toy" / "align", world / place)
+    shutil.copytree(world / "data" / "toy", world / "moved" / "toy")
+
+
+@pytest.mark.parametrize("variable", CHANGES)
+def test_a_resumed_run_refuses_what_would_make_it_another(going, reach, variable):
+    words = ["resume=true", "eval_every=-1", f"{variable}={CHANGES[variable]}"]
+    if variable == "stage":
+        words += ["freeze_llm=true", "train_ltn=true", "prompt={clip}"]  # the stage's name is then all that differs
+    if variable in GOES_ON:
+        reach("going", *words)
+    else:
+        with pytest.raises(BadInput, match=f"was trained with {variable}=.*, this run says {variable}="):
+            reach("going", *words)
+
+
+@pytest.mark.parametrize("variable", sorted(CHANGES.keys() - {"stage"}))
+def test_sft_must_have_the_network_of_its_align_run(runs, reach, variable):
+    words = ["stage=sft", f"init_from={runs}/align", f"{variable}={CHANGES[variable]}"]
+    if variable in NETWORK:
+        with pytest.raises(BadInput, match=f"base/toy/align/last: was trained with {variable}=.*, this run says {variable}="):
+            reach(f"on-{variable}", *words)
+    else:
+        reach(f"on-{variable}", *words)
+
+
+def test_the_same_llm_by_another_path_is_the_same(world, runs, reach):
+    os.symlink(world / "data" / "toy" / "llm", world / "link")
+    reach("linked", "stage=sft", f"init_from={runs}/align", "llm=HOME/link")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# eval.py, with an sft run of three steps: greedy and three tokens an answer where a test does not say otherwise
+
+
+@pytest.fixture
+def score(request, world, runs, monkeypatch, capsys):
+    """A function of words: eval.main() with the test's words and these -> what was decoded, and how."""
+    def go(*words, answer=None):
+        saw = SimpleNamespace(calls=[], steps=[], streams=[], world=world)
+
+        def translate(*args, real=evaluation.translate, **more):
+            given = inspect.signature(real).bind(*args, **more).arguments
+            saw.calls.append(given)
+            saw.sllama = given["sllama"]
+            return answer(given) if answer else real(*args, **more)
+
+        def forward(self, *args, real=LLaMA.forward, **more):
+            if more.get("pos") is not None:
+                saw.steps.append(tuple(more["h"].shape[:2]))  # (clips, beams) of a cached step
+            return real(self, *args, **more)
+
+        def embed(self, batch, real=SLLaMA.embed):
+            saw.streams.append(batch)
+            return real(self, batch)
+
+        words = [word.replace("HOME", str(world)) for word in (*request.function.words, *words)]
+        run = [] if any(word.startswith(("out_dir=", "ckpt=")) for word in words) else [f"ckpt={world}/base/toy/sft"]
+        capsys.readouterr()
+        with monkeypatch.context() as m:
+            m.setattr(evaluation, "translate", translate), m.setattr(LLaMA, "forward", forward), m.setattr(SLLaMA, "embed", embed)
+            call(m, evaluation.main, *run, "beam=1", "max_new_tokens=3", *words)
+        saw.out, saw.err = capsys.readouterr()
+        return saw
+    return go
+
+
+@pytest.fixture
+def result(world):
+    """What eval.py wrote: a mark in the file's names -> (scores, lines)."""
+    def read(mark="", run="base/toy/sft"):
+        return json.load(open(world / run / f"scores{mark}.json")), rows(world / run / f"hyps{mark}.jsonl")
+    return read
+
+
+def likes(monkeypatch, **chances):
+    """An LLM to which the next token is always the same: these ids with these chances."""
+    def forward(self, tokens=None, h=None, lens=None, pos=None, cache=None, at=None):
+        logits = torch.full((640,), -30.0)
+        for token, chance in chances.items():
+            logits[int(token.removeprefix("id"))] = math.log(chance)
+        return logits.expand(*((1, len(at)) if pos is None else pos.shape), 640)
+
+    monkeypatch.setattr(LLaMA, "forward", forward)
+
+
+@does("eval.py", "ckpt=HOME/base/toy/sft/last")
+def test_which_checkpoint(score, result, world):
+    score()
+    assert result()[0]["checkpoint"] == f"{world}/base/toy/sft/last" and result()[0]["step"] == 3
+    score("ckpt=HOME/base/toy/sft")
+    assert result()[0]["checkpoint"] == f"{world}/base/toy/sft/best" and result()[0]["step"] == 2
+
+
+@does("eval.py", "out_dir=HOME/several")
+def test_without_ckpt_it_is_the_newest_sft_run(score, world):
+    for n, name in enumerate(("a/toy/sft", "c/toy/sft", "b/toy/sft", "d/toy/align")):
+        shutil.copytree(world / "base" / "toy" / "sft" / "best", world / "several" / name / "best")
+        os.utime(world / "several" / name / "best" / "state.json", (1000 + n, 1000 + n))
+    score()
+    assert [str(p.parent.relative_to(world / "several")) for p in (world / "several").rglob("scores.json")] == ["b/toy/sft"]
+
+
+@does("eval.py", "split=dev")
+def test_the_split(score, result, world):
+    for split, mark, n in (("dev", ".dev", 4), ("test", "", 4), ("train", ".train", 20)):
+        score(f"split={split}")
+        scores, lines = result(mark)
+        assert scores["split"] == split and scores["clips"] == n
+        assert [(r["name"], r["ref"]) for r in lines] == [(r["name"], r["text"]) for r in rows(world / "data" / "toy" / f"{split}.jsonl")]
+
+
+@does("eval.py", "beam=3", "max_new_tokens=5", "batch_size=3")
+def test_beams_tokens_and_clips_at_once(score, result, monkeypatch):
+    likes(monkeypatch, id300=0.5, id301=0.3)  # nothing ever ends
+    saw = score()
+    assert saw.steps == [(3, 3)] * 4 + [(1, 3)] * 4 and [len(s.lens) for s in saw.streams] == [3, 1]
+    assert {k: result()[0]["decoding"][k] for k in ("beam", "max_new_tokens", "batch_size")} == {"beam": 3, "max_new_tokens": 5, "batch_size": 3}
+    assert score("max_new_tokens=2", "batch_size=16", "beam=1").steps == [(4, 1)] and "4 of 4 answers did not end within max_new_tokens=5" in saw.err
+
+
+@does("eval.py", "length_penalty=10", "eos_id=9")
+def test_length_penalty_and_eos_by_hand(score, result, monkeypatch, tokenizer):
+    """Of two beams one ends at once, log .5, and one after a token, log .4 + log .5, which is divided by (7/6)**length_penalty."""
+    likes(monkeypatch, id9=0.5, id300=0.4)
+    score("beam=2")
+    assert [r["hyp"] for r in result()[1]] == [tokenizer.decode([300]).strip()] * 4 != [""] * 4
+    for penalty in (0, 1):
+        score("beam=2", f"length_penalty={penalty}")
+        assert [r["hyp"] for r in result()[1]] == [""] * 4
+    score("eos_id=300")  # and now 9 is a token like others
+    assert [r["hyp"] for r in result()[1]] == [tokenizer.decode([9, 9, 9]).strip()] * 4
+
+
+@does("eval.py", "bos_id=7")
+def test_sequences_begin_with_bos(score):
+    assert score().streams[0].tokens[0] == 7 and score("bos_id=0").streams[0].tokens[0] == 0 and score("bos_id=-1").streams[0].tokens[0] == 1
+
+
+@does("eval.py", "beams=1,2", "length_penalties=0,3")
+def test_beams_and_penalties_are_chosen_on_dev(score, result, world):
+    dev, test = (load_file(world / "data" / "toy" / "toycnn" / f"{split}.safetensors") for split in ("dev", "test"))
+    refs = texts(world / "data" / "toy", "dev")
+
+    def answer(given):  # only a beam of 2 without a penalty is right, and on dev alone
+        right = (given["beam"], given["length_penalty"]) == (2, 0) and len(given["features"]) == 4
+        return refs if right else ["falsch"] * len(given["features"])
+
+    calls = score(answer=answer).calls
+    assert [(c["beam"], c["length_penalty"]) for c in calls] == [(1, 0), (1, 3), (2, 0), (2, 3), (2, 0)]
+    last = lambda store: sorted(t[-1].sum().item() for t in store.values())
+    assert [sorted(x[-1].sum().item() for x in c["features"]) for c in calls] == [last(dev)] * 4 + [last(test)]
+    scores = result()[0]
+    assert [s["dev_bleu4"] > 99 for s in scores["sweep"]] == [False, False, True, False]
+    assert (scores["decoding"]["beam"], scores["decoding"]["length_penalty"], scores["split"]) == (2, 0, "test")
+    assert [c["beam"] for c in score("length_penalties=", answer=answer).calls] == [1, 2, 1]  # as good as each other: the first
+
+
+@does("eval.py", "control=all", "seed=5")
+def test_controls(score, result):
+    saw = score()
+    real, shuffled, blank, noise = (c["features"] for c in saw.calls)
+    at = [[torch.equal(x, y) for y in real].index(True) for x in shuffled]
+    assert sorted(at) == [0, 1, 2, 3] and all(i != k for i, k in enumerate(at))
+    assert all(not x.any() and x.shape == y.shape for x, y in zip(blank, real))
+    assert all(x.shape == y.shape and abs(((x - saw.sllama.mean) / saw.sllama.std).std() - 1) < 0.05 for x, y in zip(noise, real))
+    assert [result(f".{c}")[0]["control"] for c in ("shuffle", "blank", "noise")] == ["shuffle", "blank", "noise"] and result()[0]["control"] == "none"
+    same, other = (score("control=noise", *seed).calls for seed in ([], ["seed=6"]))
+    assert len(same) == 1 and torch.equal(same[0]["features"][0], noise[0]) and not torch.equal(other[0]["features"][0], noise[0])
+    orders = set()
+    for n in range(6):
+        (given,) = score("control=shuffle", f"seed={n}").calls
+        orders.add(tuple([torch.equal(x, y) for y in real].index(True) for x in given["features"]))
+    assert len(orders) > 1 and len(score("control=none").calls) == 1
+
+
+@does("eval.py", "video=HOME/data/toy/clips/00024.mp4")
+def test_a_video_is_the_same_as_its_features(score, result, world):
+    """The first clip of test, as its split is decoded: thinned out to max_frames as in training."""
+    split = score("video=")
+    saw = score()
+    assert saw.out == " ".join(result()[1][0]["hyp"].split()) + "\n"
+    (one,) = saw.calls[0]["features"]
+    assert [len(x) for x in split.calls[0]["features"]] == [12] * 4 and torch.equal(one, split.calls[0]["features"][0])
+    assert "thinned out evenly to max_frames=12" in saw.err and "4 of 4 test clips are longer than max_frames=12" in split.out
+
+
+@does("eval.py", "videos=HOME/some")
+def test_a_folder_of_videos(score, result, world):
+    (world / "some").mkdir()
+    for name in ("00025.mp4", "00024.mp4"):
+        shutil.copy(world / "data" / "toy" / "clips" / name, world / "some")
+    score("videos=")
+    said = [" ".join(row["hyp"].split()) for row in result()[1]]
+    assert score().out == f"00024.mp4\t{said[0]}\n00025.mp4\t{said[1]}\n"
+
+
+@does("eval.py", "weights=HOME/other.pth", "video=HOME/data/toy/clips/00024.mp4")
+def test_a_video_s_cnn_has_other_weights(score, monkeypatch):
+    made, real = [], Extractor.__init__
+    monkeypatch.setattr(Extractor, "__init__", lambda self, *args, **more: made.append(inspect.signature(real).bind(self, *args, **more).arguments) or real(self, *args, **more))
+    score(), score("weights=")
+    assert [(m["backbone"], m["weights"], m["fps"]) for m in made] == [("toycnn", f"{score().world}/other.pth", 25.0), ("toycnn", "", 25.0)]
+
+
+def write_hyps(path, hyps, refs):
+    path.write_text("".join(json.dumps({"name": str(i), "hyp": h, "ref": r}) + "\n" for i, (h, r) in enumerate(zip(hyps, refs))))
+
+
+@does("eval.py", "hyps=HOME/A.jsonl", "against=HOME/B.jsonl", "lang=de")
+def test_files_of_hypotheses(score, world):
+    refs = ["heute regnet es im norden nicht", "morgen scheint am rhein wieder die sonne", "am abend weht an der küste der wind"]
+    files = {"A": [refs[0], refs[1][:-6], refs[2]], "B": [refs[1], refs[1], refs[0]]}
+    for name, hyps in files.items():
+        write_hyps(world / f"{name}.jsonl", hyps, refs)
+    bleu = lambda name, cut: f"{sacrebleu.metrics.BLEU(tokenize=cut, force=True).corpus_score(files[name], [refs]).score:6.2f}"
+    line = lambda saw, start: next(row for row in saw.out.splitlines() if row.startswith(start))
+    saw = score()
+    assert bleu("A", "13a") in line(saw, "A.jsonl") and bleu("B", "13a") in line(saw, "against B.jsonl") and "paired bootstrap" in line(saw, "BLEU-4")
+    alone = score("against=", "lang=zh")
+    assert bleu("A", "char") in line(alone, "A.jsonl") and "against" not in alone.out and bleu("A", "char") != bleu("A", "13a")
+
+
+@does("eval.py", "lang=en")
+def test_the_language_is_the_run_s_or_another(score, result):
+    score()
+    assert result()[0]["lang"] == "en"
+    score("lang=")
+    assert result()[0]["lang"] == "de"
+    score("lang=", "ckpt=HOME/zh/toy/sft")
+    assert result(run="zh/toy/sft")[0]["lang"] == "zh" and "tok:char" in result(run="zh/toy/sft")[0]["signature"]["bleu"]
+
+
+@does("eval.py", "dataset=mine", "data_dir=HOME/other", "backbone=loud")
+def test_other_data(score, result, world):
+    plain = score("dataset=", "data_dir=", "backbone=").calls[0]["features"]
+    mine, other, loud = (score(*(word for word in ("dataset=", "data_dir=", "backbone=") if not word.startswith(but))) for but in ("dataset", "data_dir", "backbone"))
+    assert [len(saw.calls[0]["features"]) for saw in (mine, other, loud)] == [3, 2, 4]
+    assert all(torch.equal(x, 2 * y) for x, y in zip(loud.calls[0]["features"], plain))
+    assert result(".mine")[0]["dataset"] == "mine" and [r["ref"] for r in result(".mine")[1]] == texts(world / "data" / "mine", "test")
+
+
+@does("eval.py", "llm=HOME/llm2")
+def test_an_llm_that_has_moved(score, result, world):
+    words = lambda saw: saw.sllama.llm.tok_embeddings.weight
+    assert torch.equal(words(score()), 2 * words(score("llm="))) and "llm2" not in result()[0]["llm"]
+    score()
+    assert f"{world}/llm2" in result()[0]["llm"]
+
+
+@does("eval.py", "dtype=bfloat16", "device=cuda")
+def test_type_and_device(score, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BadInput, match="device=cuda: 0 GPU"):
+        score()
+    for word, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32), ("auto", torch.float32)):
+        sllama = score("device=cpu", f"dtype={word}").sllama
+        assert {p.dtype for k, p in sllama.named_parameters() if "lora_" not in k} == {dtype} and sllama.mean.dtype == torch.float32 and not sllama.training
+
+# ---------------------------------------------------------------------------------------------------------------------
+# lora.py
+
+
+@does("lora.py", "ckpt=HOME/base/toy/sft/last", "to=HOME/merged", "llm=HOME/llm2")
+def test_merging_adds_the_run_s_lora_to_the_llm(request, world, runs, monkeypatch):
+    words = [word.replace("HOME", str(world)) for word in request.function.words]
+    for to, llm, checkpoint in (("merged", "llm2", "last"), ("merged_best", "data/toy/llm", "best")):
+        more = [] if to == "merged" else [f"ckpt={world}/base/toy/sft", f"to={world}/{to}", "llm="]
+        call(monkeypatch, lora.main, "merge", *words, *more)
+        delta = load_file(world / "base" / "toy" / "sft" / checkpoint / "adapter_model.safetensors")
+        a, b = (delta[f"base_model.model.model.layers.1.self_attn.v_proj.lora_{m}.weight"] for m in "AB")
+        before, after = (LLaMA.from_pretrained(str(world / f)).layers[1].attention.wv.weight for f in (llm, to))
+        assert torch.allclose(after, before + 16 / 8 * b @ a, atol=1e-6) and not torch.equal(after, before)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py, on three clips of ten frames at 25 a second
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    root = tmp_path_factory.mktemp("films")
+    for n, name in enumerate("abc"):
+        write_mp4(str(root / f"{name}.mp4"), np.random.default_rng(n).integers(0, 256, (10, 48, 48, 3), np.uint8))
+    (root / "clips.tsv").write_text("file\ttext\tsplit\na.mp4\tja\ttrain\nb.mp4\tnein\tdev\nc.mp4\tdoch\ttest\n")
+    return root
+
+
+@pytest.fixture
+def make(request, films, tmp_path, monkeypatch, capsys):
+    """A function of words: data.main() with the test's words and these -> what lies in data_dir/own."""
+    def go(*words):
+        words = [word.replace("HERE", str(tmp_path)) for word in (*request.function.words, *words)]
+        call(monkeypatch, data.main, "dataset=own", f"root={films}", f"data_dir={tmp_path}/data", "workers=0", *words)
+        return tmp_path / "data" / "own"
+    return go
+
+
+def settings(folder, backbone="toycnn", split="train"):
+    return json.loads(Store(str(folder / backbone / f"{split}.safetensors")).metadata["settings"])
+
+
+def films_of(root, name, texts):
+    """A folder of own clips with no column split: folders of one picture each."""
+    from PIL import Image
+    root.mkdir()
+    for n, text in enumerate(texts):
+        (root / f"{name}{n}").mkdir()
+        Image.fromarray(np.full((16, 16, 3), n, np.uint8)).save(root / f"{name}{n}" / "1.png")
+    (root / "clips.tsv").write_text("file\ttext\n" + "".join(f"{name}{n}\t{text}\n" for n, text in enumerate(texts)))
+
+
+@does("data.py", "dataset=mine", "data_dir=HERE/elsewhere", "root=HERE/root")
+def test_where_the_common_form_comes_from_and_goes_to(make, tmp_path):
+    films_of(tmp_path / "root", "x", ["ja"])
+    make()
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()].count("data") == 0 and [p.name for p in (tmp_path / "elsewhere").iterdir()] == ["mine"]
+    assert [(r["name"], r["text"]) for r in rows(tmp_path / "elsewhere" / "mine" / "train.jsonl")] == [("x0", "ja")]
+
+
+@does("data.py", "ratio=0.5,0.3,0.2")
+def test_shares_of_the_splits(make, tmp_path):
+    films_of(tmp_path / "root", "x", ["ja"] * 20)
+    count = lambda folder: [len(rows(folder / f"{split}.jsonl")) for split in ("train", "dev", "test")]
+    assert count(make("root=HERE/root")) == [10, 6, 4] and count(make("root=HERE/root", "ratio=0.8,0.1,0.1")) == [16, 2, 2]
+
+
+@does("data.py", "strict=false")
+def test_broken_clips(make, films, tmp_path):
+    shutil.copytree(films, tmp_path / "root")
+    table = (films / "clips.tsv").read_text()
+    (tmp_path / "root" / "clips.tsv").write_text(table + "d.mp4\tweg\ttrain\n")
+    with pytest.raises(BadInput, match="1 clip"):
+        make("root=HERE/root", "strict=true")
+    folder = make("root=HERE/root")
+    assert [r["name"] for r in rows(folder / "train.jsonl")] == ["a"] and "clip d: " in (folder / "problems.txt").read_text()
+    (tmp_path / "root" / "d.mp4").write_bytes(b"no video")
+    with pytest.raises(BadInput, match="d.mp4"):  # that is only noticed when it is decoded
+        make("root=HERE/root", "strict=true")
+    assert [r["name"] for r in rows(make("root=HERE/root") / "train.jsonl")] == ["a"]
+
+
+@does("data.py", "backbone=googlenet", "weights=HERE/cnn.safetensors")
+def test_the_cnn_and_its_weights(make, tmp_path, monkeypatch):
+    nets = []
+    monkeypatch.setattr(Extractor, "compute", lambda self, batch: nets.append(self.cnn) or np.zeros((len(batch), 4), np.float16))  # it would take a second
+    want = model.he_init(model.GoogLeNet(), seed=7).state_dict()
+    save_file(want, tmp_path / "cnn.safetensors")
+    folder = make()
+    assert all(torch.equal(t, want[k]) for k, t in nets[-1].state_dict().items()) and settings(folder, "googlenet")["weights"] == f"{tmp_path}/cnn.safetensors"
+    make("weights=random")
+    assert not torch.equal(nets[-1].conv1.conv.weight, want["conv1.conv.weight"])
+    make("backbone=toycnn", "weights=")
+    assert type(nets[-1]) is model.RandomCNN
+
+
+@does("data.py", "fps=12.5")
+def test_clips_are_resampled(make):
+    folder = make()
+    assert rows(folder / "train.jsonl")[0]["frames"] == 5 and settings(folder)["fps"] == 12.5
+    folder = make("fps=0")
+    assert rows(folder / "train.jsonl")[0]["frames"] == 10 and settings(folder)["fps"] == 25
+
+
+@does("data.py", "features=HERE/ready/{split}")
+def test_ready_features(make, tmp_path):
+    x = {s: np.random.default_rng(n).standard_normal((10, 6)).astype(np.float32) for n, s in enumerate(("train", "dev", "test"))}
+    for split, name in (("train", "a"), ("dev", "b"), ("test", "c")):
+        (tmp_path / "ready" / split).mkdir(parents=True)
+        np.save(tmp_path / "ready" / split / f"{name}.npy", x[split])
+    for label, words in (("imported", ()), ("theirs", ["backbone=theirs"])):
+        folder = make(*words)
+        assert torch.equal(load_file(folder / label / "dev.safetensors")["b"], torch.tensor(x["dev"]).half()) and settings(folder, label)["imported"]
+    assert not (folder / "toycnn").exists()
+
+
+@does("data.py", "reader=slt", "sigma=2")
+def test_the_reader_and_the_noise_of_stand_ins(make, tmp_path):
+    for split in ("train", "dev", "test"):
+        entry = {"name": f"{split}/a{split}", "signer": "S", "gloss": "JA", "text": "ja .", "sign": torch.zeros(3, 5), "alignments": {f"pami{i}": "1 1 2" for i in range(3)}}
+        (tmp_path / f"phoenix14t.pami0.{split}").write_bytes(gzip.compress(pickle.dumps([entry])))
+    how = ["root=HERE", "features=states"]
+    two, one, none = (load_file(make(*how, f"backbone=s{s}", f"sigma={s}") / f"s{s}" / "train.safetensors")["atrain"].float() for s in (2, 1, 0))
+    assert torch.allclose(two - none, 2 * (one - none), atol=0.02) and torch.equal(none[0], none[1]) and abs((one - none).std() - 1) < 0.05
+    assert "sigma=2" in settings(make(*how), "standin")["standin"]
+    assert rows(make(*how) / "train.jsonl")[0]["text"] == "ja"
+    with pytest.raises(BadInput, match="clips.tsv"):
+        make("root=HERE", "reader=")  # dataset=own is the name of no form
+
+
+@does("data.py", "workers=2")
+def test_processes_that_decode(make, monkeypatch):
+    started, real = [], torch.utils.data.DataLoader.__init__
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", lambda self, *args, **how: started.append(how["num_workers"]) or real(self, *args, **how))
+    make(), make("workers=0", "fps=5")
+    assert started == [2, 0]
+
+
+@does("data.py", "device=cuda")
+def test_where_the_cnn_runs(make, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BadInput, match="device=cuda: 0 GPU"):
+        make()
+    assert make("device=cpu").exists() and make("device=auto").exists()
+
+
+@does("data.py", "reader=phoenix14t")
+@pytest.mark.parametrize("reader, rate", [("phoenix14t", 25.0), ("csl_daily", 30.0)])
+def test_the_rate_of_folders_of_frames_is_the_data_set_s(make, tmp_path, reader, rate):
+    """Frames in a folder carry no times: the store must say how fast they were filmed, and half of that halves them."""
+    films_of(tmp_path / "frames", "f", ["ja"])
+    labels, name = tmp_path / "root", "S000000_P0000_T00"
+    clip = labels / ("features/fullFrame-210x260px/train" if reader == "phoenix14t" else "sentence/frames_512x512") / name
+    clip.mkdir(parents=True)
+    for n in range(6):
+        shutil.copy(tmp_path / "frames" / "f0" / "1.png", clip / f"{n}.png")
+    if reader == "phoenix14t":
+        (labels / "annotations/manual").mkdir(parents=True)
+        (labels / "annotations/manual/PHOENIX-2014-T.train.corpus.csv").write_text(f"name|video|start|end|speaker|orth|translation\n{name}|x|-1|-1|S|JA|ja\n")
+    else:
+        (labels / "sentence_label").mkdir()
+        (labels / "sentence_label/csl2020ct_v2.pkl").write_bytes(pickle.dumps({"info": [{"name": name, "label_char": ["好"], "label_gloss": ["好"], "length": 6}]}))
+        (labels / "sentence_label/split_1.txt").write_text(f"name|split\n{name}|train\n")
+    folder = make("root=HERE/root", f"reader={reader}")
+    assert settings(folder)["fps"] == rate and rows(folder / "train.jsonl")[0]["frames"] == 6
+    assert rows(make("root=HERE/root", f"reader={reader}", f"fps={rate / 2}") / "train.jsonl")[0]["frames"] == 3
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The paper's settings, and what `auto` means
+
+
+@pytest.mark.parametrize("dataset, language", [("phoenix14t", "German"), ("csl_daily", "Chinese")])
+def test_a_data_set_s_settings_differ_by_the_llm_alone(dataset, language):
+    small, large, german = ({k: v for k, (v, _) in read_literals(str(ROOT / "config" / f"{name}.py"), strict=True).items()}
+                            for name in (f"{dataset}_7b", f"{dataset}_13b", "phoenix14t_7b"))
+    assert (small["dataset"], small["language"], small["llm"]) == (dataset, language, "weights/llama-2-7b")
+    assert large == small | {"llm": "weights/llama-2-13b", "activation_checkpointing": True}
+    assert small == german | {"dataset": dataset, "language": language}
+
+
+@pytest.mark.parametrize("gpus, processes, auto, cuda", [(0, 1, "cpu", None), (1, 1, "cuda:0", "cuda:0"), (1, 2, "cpu", None), (2, 1, "cuda:0", "cuda:0"), (2, 2, "cuda:1", "cuda:1")])
+def test_a_gpu_is_taken_where_there_is_one_for_each_process(monkeypatch, gpus, processes, auto, cuda):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes)), monkeypatch.setenv("LOCAL_RANK", str(processes - 1))
+    assert str(pick_device("auto")[0]) == auto and pick_device("cpu")[0] == torch.device("cpu")
+    if cuda:
+        assert str(pick_device("cuda")[0]) == cuda
+    else:
+        with pytest.raises(BadInput, match=rf"device=cuda: {gpus} GPU\(s\) for {processes} process"):
+            pick_device("cuda")
+
+
+def test_bfloat16_is_taken_where_the_gpu_has_it_itself(monkeypatch):
+    """An older GPU emulates it, more slowly than float32."""
+    has = {"itself": False, "emulated": True}
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has["itself"] or (including_emulation and has["emulated"]))
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert pick_dtype("auto", gpu)[0] == torch.float32
+    has["itself"] = True
+    assert pick_dtype("auto", gpu)[0] == torch.bfloat16 and pick_dtype("auto", cpu)[0] == torch.float32
+    assert [pick_dtype(d, cpu)[0] for d in ("float32", "bfloat16", "float16")] == [torch.float32, torch.bfloat16, torch.float16]
