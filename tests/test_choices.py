@@ -47,6 +47,11 @@ def without(n):
     return lambda text: " ".join(text.split()[:-n] + ["x"] * n)
 
 
+def shorter(n):
+    """A sentence that lacks its last n words."""
+    return lambda text: " ".join(text.split()[:-n])
+
+
 def backwards(text):
     """BLEU-1 takes it for perfect, BLEU-4 for worthless."""
     return " ".join(reversed(text.split()))
@@ -77,7 +82,7 @@ class Oracle:
 
 def test_best_is_the_step_of_the_best_bleu_4(train_here, home, monkeypatch):
     """Among better BLEU-1, equal scores and later steps; and a resumed run remembers it."""
-    said = {1: without(3), 2: without(1), 3: without(1), 4: backwards, 5: without(2), 6: str}
+    said = {1: shorter(4), 2: without(1), 3: without(1), 4: backwards, 5: without(2), 6: str}
     oracle = Oracle(home / "data" / "toy", lambda row, how: said[len(oracle.calls)](row["text"]))
     monkeypatch.setattr(train, "translate", oracle)
     args = ["eval_clips=3", "eval_every=1", "save_every=1", "beam=3"]
@@ -99,7 +104,7 @@ def test_best_is_the_step_of_the_best_bleu_4(train_here, home, monkeypatch):
     assert [e["dev_bleu"] for e in log(run)] == [pytest.approx(by_hand[step]) for step in said]
     assert log(run)[0]["dev_rouge"] == pytest.approx(rouge([said[1](r) for r in refs], refs, "de"))
 
-    # how it was decoded: greedily only by default, no further than twice the longest sentence of dev
+    # how it was decoded: beam= wide, and no further than twice the longest sentence of dev
     words = train.Tokenizer(f"{home}/data/toy/llm")
     longest = max(len(words.encode(row["text"])) for row in rows(home / "data" / "toy", "dev"))
     assert {(call.beam, call.max_new_tokens, *sorted(call.names)) for call in oracle.calls} == {(3, 2 * longest, "00020", "00021", "00022")}
@@ -143,9 +148,15 @@ def test_nothing_takes_its_place_before_it_is_on_the_disk(train_here, home, monk
     So a power cut at any moment leaves a whole one.
     """
     train_here("disk", "stage=align", "max_steps=1")
-    done = []
-    real = {(os, "fsync"): lambda f: ("sync", os.readlink(f"/proc/self/fd/{f}")), (os, "rename"): lambda a, b: ("move", a, b),
-            (os, "replace"): lambda a, b: ("move", a, b), (shutil, "rmtree"): lambda path, **k: ("gone", path)}
+    done, sizes = [], {}
+
+    def sync(f):
+        path = os.readlink(f"/proc/self/fd/{f}")
+        sizes[path.replace(".part", "")] = os.fstat(f).st_size  # what of it has left the buffers
+        return "sync", path
+
+    real = {(os, "fsync"): sync, (os, "rename"): lambda a, b: ("move", a, b), (os, "replace"): lambda a, b: ("move", a, b),
+            (shutil, "rmtree"): lambda path, **k: ("gone", path)}
     for (module, name), event in real.items():
         def recorded(*args, call=getattr(module, name), event=event, **kwargs):
             if os.path.exists(args[0]) if isinstance(args[0], str) else True:
@@ -160,6 +171,7 @@ def test_nothing_takes_its_place_before_it_is_on_the_disk(train_here, home, monk
         assert done[i - 1:i + 2] == [("sync", done[i][1]), done[i], ("sync", str(run))]
     files = {"vision.safetensors", "adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "state.json"}
     assert {p.name for p in (run / "last").iterdir()} == files
+    assert all(sizes[str(p)] == p.stat().st_size for p in [run / "config.json", *(run / "last").iterdir()])
     first, second = done[at[1] + 2:at[2] + 2], done[at[2] + 2:]
     assert set(first[:5]) == {("sync", f"{run}/last.part/{f}") for f in files}  # no moment and no adapter is forgotten
     part = ("sync", f"{run}/last.part") if first[5][1] == f"{run}/last.part" else ("sync", f"{run}/last.part/")
@@ -178,6 +190,11 @@ def test_what_a_checkpoint_says_of_itself(train_here, home):
     store = load_file(home / "data" / "toy" / "toycnn" / "train.safetensors")
     assert found["clips"] == f"20 clips of {sum(map(len, store.values()))} frames"
     assert found["extractor"]["backbone"] == "toycnn" and found["extractor"]["fps"] == 25
+
+    shutil.rmtree(run / "last.1")
+    os.rename(run / "last", run / "last.1")  # a kill between two renames
+    train_here("says", "max_steps=3", "keep=0", "eval_every=-1", "resume=true")
+    assert [e["step"] for e in log(run)] == [1, 2, 3] and state(run / "last")["step"] == 3 and not (run / "last.1").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -497,7 +514,7 @@ class Chain:
     """
 
     def __init__(self, next_p, vocab=4):
-        self.next_p, self.vocab, self.clips, self.parts = next_p, vocab, {}, []
+        self.next_p, self.vocab, self.clips, self.parts, self.beams = next_p, vocab, {}, [], 0
         self.tok_embeddings = lambda token: token[..., None].float()
 
     def logits(self, clip, step, token):
@@ -512,8 +529,9 @@ class Chain:
             mine = h[0, at, 0].int().tolist()
             assert [len(set(part[:, 0].tolist())) for part in h[0].split(lens)] == [1] * len(lens)
             clips += zip(mine, lens)
-            self.parts.append(len(lens))
+            self.parts.append(lens)
             return torch.stack([self.logits(clip, 0, None) for clip in mine])[None]
+        self.beams = h.shape[1]
         # positions go on from where the prefix ended; the cache counts from there
         assert [set(p.tolist()) for p in pos] == [{n + cache.step} for _, n in clips]
         return torch.stack([torch.stack([self.logits(clip, cache.step + 1, int(t)) for t in row]) for (clip, _), row in zip(clips, h[..., 0])])
@@ -577,25 +595,54 @@ def test_a_search_ends_when_as_many_hypotheses_as_beams_have_ended():
     late = lambda clip, step, token: [{END: 0.3, A: 0.5, B: 0.2}, {A: 0.9, B: 0.1} if token == A else {END: 1.0}, {END: 1.0}][step]
     assert generate(Chain(late), prefix(0), [END], beam=2, length_penalty=9.0, max_new_tokens=3) == [([B], True)]
     assert generate(Chain(late), prefix(0), [END], beam=3, length_penalty=9.0, max_new_tokens=3) == [([A, A], True)]
+    # nor does it take more while another clip beside it goes on
+    beside = lambda clip, step, token: late(clip, step, token) if clip == 0 else {A: 0.9, B: 0.1} if step < 2 else {END: 1.0}
+    assert generate(Chain(beside), prefix(0, 1), [END], beam=2, length_penalty=9.0, max_new_tokens=3) == [([B], True), ([A, A], True)]
+
+
+def test_as_many_go_on_as_there_are_beams_however_many_end():
+    """The second best that goes on, B B, is only the fifth best of all, behind three ends; and it wins."""
+    def crowd(clip, step, token):
+        after = {None: {A: 0.5, B: 0.5}, A: {A: 0.6, END: 0.39}, B: {END: 0.35, END2: 0.33, B: 0.32} if step == 1 else {END: 1.0}}
+        return after[token]
+    found = generate(Chain(crowd), prefix(0), [END, END2], beam=2, length_penalty=9.0, max_new_tokens=3)
+    assert found == [([B, B], True)]
 
 
 class Words:
-    """A tokenizer of numbers."""
-    bos_id, eos_ids = -1, [END]
+    """A tokenizer of numbers, of which two end an answer."""
+    bos_id, eos_ids = -1, [END, END2]
+    encode = staticmethod(lambda text: [int(w) for w in text.split()])
     decode = staticmethod(lambda ids: " " + " ".join(map(str, ids)) + " ")
+
+
+def seeing(llm):
+    """A model that reads a clip's number for every token of the prompt 7 {clip} 8."""
+    def embed(batch):
+        parts = batch.tokens.split(batch.lens)
+        assert all(part[0] == 7 and part[-1] == 8 and not part[1:-1].any() for part in parts)
+        return torch.cat([batch.features[batch.clip == i][:1].expand(len(part), 1) for i, part in enumerate(parts)])[None]
+    return SimpleNamespace(prompt="7 {clip} 8", mean=torch.zeros(1), embed=embed, llm=llm)
 
 
 def test_translate_by_hand(capsys):
     """Answers in the order of the clips, decoded by likeness of length; those that did not end are counted, not one at the very end."""
-    llm = Chain(lambda clip, step, token: {END: 1.0} if step == clip else {10 + clip: 1.0, 30: 0.01}, vocab=31)
-    sllama = SimpleNamespace(prompt="{clip}", mean=torch.zeros(1), embed=lambda batch: batch.features[None], llm=llm)
+    llm = Chain(lambda clip, step, token: {END2 if clip % 2 else END: 1.0} if step == clip else {10 + clip: 1.0, 30: 0.01}, vocab=31)
     lens = [5, 9, 2, 7, 1, 3]
     features, done = [torch.full((n, 1), float(clip)) for clip, n in enumerate(lens)], []
     expected = ["", "11", "12 12", "13 13 13", "14 14 14 14", "15 15 15 15"]
     for beam, size in ((1, 4), (2, 4), (3, 16), (1, 1)):
-        assert translate(sllama, features, Words, beam, max_new_tokens=4, batch_size=size, progress=done.append) == expected
+        assert translate(seeing(llm), features, Words, beam, max_new_tokens=4, batch_size=size, progress=done.append) == expected
         assert capsys.readouterr().err == "2 of 6 answers did not end within max_new_tokens=4 and were cut there\n"
-    assert done == [4, 6, 4, 6, 6, 1, 2, 3, 4, 5, 6] and llm.parts == [4, 2, 4, 2, 6, *[1] * 6]
-    assert translate(sllama, features, Words, max_new_tokens=4, warn=False) == expected
-    assert translate(sllama, features, Words, max_new_tokens=6) == [*expected[:5], "15 15 15 15 15"]
-    assert translate(sllama, [], Words) == [] and not capsys.readouterr().err
+    assert done == [4, 6, 4, 6, 6, 1, 2, 3, 4, 5, 6]
+    assert llm.parts == [[3, 4, 5, 7], [9, 11]] * 2 + [[3, 4, 5, 7, 9, 11]] + [[n] for n in (3, 4, 5, 7, 9, 11)]  # the prompt's two tokens with each
+    assert translate(seeing(llm), features, Words, max_new_tokens=4, warn=False) == expected and llm.beams == 4
+    assert translate(seeing(llm), features, Words, max_new_tokens=6) == [*expected[:5], "15 15 15 15 15"]
+    assert translate(seeing(llm), [], Words) == [] and not capsys.readouterr().err
+
+
+def test_translate_passes_the_length_penalty_on():
+    for p, penalty, longer in ((0.575, 1.0, False), (0.565, 1.0, True), (0.565, 0.0, False)):
+        (found,) = translate(seeing(Chain(short_or_long(p))), [torch.zeros(3, 1)], Words, beam=2, length_penalty=penalty, max_new_tokens=4)
+        assert found == ("1 1 1" if longer else "")
+    assert translate(seeing(Chain(short_or_long(0.565))), [torch.zeros(3, 1)], Words, beam=2, max_new_tokens=4) == ["1 1 1"]
