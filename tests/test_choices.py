@@ -581,6 +581,13 @@ def test_greedy_takes_the_garden_path_and_two_beams_do_not():
         assert generate(llm, prefix(0), [END], beam=beam, length_penalty=0.0) == [([B], True)]
 
 
+def test_a_beam_that_overtakes_takes_its_words_along():
+    """B comes second, B B first: each of A's three ways to go on has less than 0.6 * 0.35, B B has 0.4 * 0.9."""
+    ways = {None: {A: 0.6, B: 0.4}, A: {A: 0.34, B: 0.33, END2: 0.33}, B: {B: 0.9, END: 0.1}}
+    llm = Chain(lambda clip, step, token: {END: 1.0} if step == 2 else ways[token])
+    assert generate(llm, prefix(0), [END], beam=2, length_penalty=0.0) == [([B, B], True)]
+
+
 def test_each_end_is_a_hypothesis_of_its_own():
     """Of two tokens that end an answer each counts with its own probability, and none of them is part of it."""
     ends = lambda clip, step, token: {END: 0.26, END2: 0.3, A: 0.44} if step == 0 else {END2: 0.5, A: 0.3, B: 0.2}
@@ -604,7 +611,7 @@ def test_as_many_go_on_as_there_are_beams_however_many_end():
     """The second best that goes on, B B, is only the fifth best of all, behind three ends; and it wins."""
     def crowd(clip, step, token):
         after = {None: {A: 0.5, B: 0.5}, A: {A: 0.6, END: 0.39}, B: {END: 0.35, END2: 0.33, B: 0.32} if step == 1 else {END: 1.0}}
-        return after[token]
+        return after.get(token, {A: 1.0})
     found = generate(Chain(crowd), prefix(0), [END, END2], beam=2, length_penalty=9.0, max_new_tokens=3)
     assert found == [([B, B], True)]
 
