@@ -502,6 +502,39 @@ def test_clips_are_shared_out_among_processes(evaluate, run, home, monkeypatch, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Two files of sentences
+
+def test_two_files_are_compared_clip_by_clip_in_their_language(tmp_path, monkeypatch, capsys):
+    """The other file's clips may come in another order; only the first process speaks."""
+    refs = [f"{chr(0x4e00 + i)}天气晴朗{chr(0x4f00 + i)}风很大{chr(0x5000 + i)}" for i in range(12)]
+    systems = {"mine": [r[:-2] for r in refs], "theirs": [r[:-5] for r in refs]}
+    for name, hyps in systems.items():
+        lines = [json.dumps({"name": str(i), "hyp": h, "ref": r}) + "\n" for i, (h, r) in enumerate(zip(hyps, refs))]
+        (tmp_path / name).write_text("".join(lines if name == "mine" else reversed(lines)))
+    monkeypatch.setattr(sys, "argv", ["eval.py", f"hyps={tmp_path}/mine", f"against={tmp_path}/theirs", "lang=zh"])
+    with monkeypatch.context() as m:
+        m.setenv("RANK", "1")
+        evaluation.main()
+    assert capsys.readouterr().out == ""
+    evaluation.main()
+    said = capsys.readouterr().out
+    mine, theirs = (bleu4(hyps, refs, tokenize="char") for hyps in systems.values())
+    mine_f, theirs_f = (sacrebleu.corpus_chrf(hyps, [refs]).score for hyps in systems.values())
+    table = {line.rsplit(maxsplit=6)[0]: line.split()[-3:] for line in said.splitlines()[2:7]}
+    assert table["mine"][0] == f"{mine:.2f}" and table["against theirs"] == [f"{theirs:.2f}", f"{rouge(systems['theirs'], refs, 'zh'):.2f}", f"{theirs_f:.2f}"]
+    assert f"BLEU-4 {mine - theirs:+.2f}, p = 0.00" in said and f"chrF   {mine_f - theirs_f:+.2f}, p = 0.00" in said and said.count(": significant") == 2
+    assert "12 clips, " in said and "0 % exact" in said  # a part of a sentence is not the sentence
+
+
+def test_the_interval_is_that_of_these_hypotheses_against_these_references():
+    refs = [f"a{i} b{i} c{i} d e f g h i j k l{' m n o' * (i % 3)}" for i in range(12)]
+    hyps = [" ".join(r.split()[:5]) for r in refs]
+    found = report(hyps, refs, "en")
+    low, high = found["bleu4_95"]
+    assert low < found["bleu"][3] < high and not low < bleu4(refs, hyps) < high
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Decoding by hand
 
 END, A, B, END2 = range(4)
