@@ -92,7 +92,7 @@ def test_takes_the_defaults_type(call, arg, key, value):
 
 
 @pytest.mark.parametrize("arg, key", [
-    ("count=1.5", "count"), ("count=many", "count"), ("count=", "count"), ("count=nan", "count"), ("count=inf", "count"), ("count=1e999", "count"),
+    ("count=1.5", "count"), ("count=-1.5", "count"), ("count=many", "count"), ("count=", "count"), ("count=nan", "count"), ("count=inf", "count"), ("count=1e999", "count"),
     ("rate=fast", "rate"), ("rate=nan", "rate"), ("rate=inf", "rate"), ("rate=-inf", "rate"), ("rate=true", "rate"),
     ("flag=yes", "flag"), ("flag=2", "flag"), ("flag=", "flag"), ("mode=slo", "mode"), ("stage=three", "stage"), ("epochs=x", "epochs")])
 def test_bad_value_names_the_variable(call, capsys, arg, key):
