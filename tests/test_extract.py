@@ -465,6 +465,7 @@ def test_timm_is_asked_for_a_model_without_classifier(fake_timm, capsys):
     first, again = (Extractor("timm/fake", "random", "cpu").cnn for _ in range(2))
     assert torch.equal(first.stem.weight, again.stem.weight)  # random weights are the same for everybody
     assert not first.training and not any(p.requires_grad for p in first.parameters())
+    torch.manual_seed(5)
     before = torch.get_rng_state()
     Extractor("timm/fake", "", "cpu")
     assert torch.equal(before, torch.get_rng_state()) and "downloads" in capsys.readouterr().out
@@ -536,6 +537,22 @@ def test_what_is_cut_off_is_refused(tmp_path, name, codec, pix_fmt):
             Extractor("toycnn", device="cpu")(str(path))
     path.write_bytes(raw + b"\0\n")  # some programs write a little more
     assert len(list(video.frames(str(path)))) == 100
+
+
+def test_sound_may_be_longer_than_the_picture(tmp_path):
+    """A clip of one second with four seconds of sound is whole."""
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        picture, sound = container.add_stream("h264", rate=25), container.add_stream("aac", rate=16000)
+        picture.height, picture.width, picture.pix_fmt = 48, 40, "yuv420p"
+        for frame in noise(25):
+            container.mux(picture.encode(av.VideoFrame.from_ndarray(frame)))
+        container.mux(picture.encode())
+        for n in range(63):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            frame.sample_rate, frame.pts = 16000, 1024 * n
+            container.mux(sound.encode(frame))
+        container.mux(sound.encode())
+    assert len(list(video.frames(str(tmp_path / "a.mp4")))) == 25
 
 
 @pytest.mark.parametrize("turn, matrix", [(90, (0, 1, -1, 0)), (180, (-1, 0, 0, -1)), (270, (0, -1, 1, 0))])

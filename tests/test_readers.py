@@ -867,6 +867,29 @@ def test_a_name_twice_says_where_it_stood(tmp_path):
     assert problems == [f"{s}: clip a: stands there already, in train ({tmp_path}/a.mp4)" for s in ("dev", "test")]
 
 
+def test_frames_beside_their_labels(tmp_path):
+    """Fewer frames than the labels say are a note, and so are more; half a character is a problem in a text as in a name."""
+    for n in range(3):
+        (tmp_path / f"{n}.png").touch()
+    row = lambda name, text="x", **more: {"name": name, "text": text, "video": str(tmp_path)} | more
+    good, problems, notes, *_ = check({"train": [row("a", frames=2), row("b", frames=3), row("c", frames=4), row("d"), row("e", "x\ud800")], "dev": [], "test": []})
+    assert notes[:2] == ["train: clip a: 3 frames, its labels say 2", "train: clip c: 3 frames, its labels say 4"] and len(notes) == 4
+    assert [r["name"] for r in good["train"]] == ["a", "b", "c", "d"] and problems == ["train: clip e: its text has half a character"]
+
+
+def test_frame_folders_of_known_data_sets_have_their_rate(tmp_path, monkeypatch):
+    """PHOENIX-2014T was filmed at 25 frames a second, CSL-Daily at 30; their folders of frames cannot say so, and fps= resamples from there."""
+    make_phoenix(tmp_path / "phoenix", {"train": {"a": "eins"}}, frames=10)
+    make_csl(tmp_path / "csl")
+    for image in (tmp_path / "csl").rglob("*.jpg"):
+        write_image(image, shades(90)[0])
+    for form, rate in (("phoenix14t", 25), ("csl_daily", 30)):
+        folder = run(monkeypatch, tmp_path, f"reader={form}", f"root={tmp_path / form.split('14')[0].split('_')[0]}", "workers=0", "device=cpu")
+        assert json.loads(Store(str(folder / "toycnn/train.safetensors")).metadata["settings"])["fps"] == rate
+    folder = run(monkeypatch, tmp_path, "reader=phoenix14t", f"root={tmp_path / 'phoenix'}", "workers=0", "device=cpu", "fps=12.5")
+    assert rows_of(folder, "train")[0]["frames"] == 5
+
+
 def test_problems_that_are_mended_are_forgotten(tmp_path, monkeypatch):
     """problems.txt speaks of the last look alone."""
     (tmp_path / "clips.tsv").write_text("file\ttext\na.npy\tja\nb.npy\tja\n")
