@@ -3,14 +3,20 @@ The key=value rule on a small program, on every file in config/ and on every pro
 
     python -m pytest tests/test_config.py
 """
+import errno
+import io
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from config import BadInput, configure, read_literals
+import config
+from config import BadInput, Progress, configure, launch, read_literals, whole
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = {"train.py": ["train.py"], "eval.py": ["eval.py"], "data.py": ["data.py"], "lora.py": ["lora.py"], "scripts/toy.py": ["-m", "scripts.toy"]}
@@ -86,7 +92,7 @@ def test_takes_the_defaults_type(call, arg, key, value):
 
 
 @pytest.mark.parametrize("arg, key", [
-    ("count=1.5", "count"), ("count=many", "count"), ("count=", "count"), ("count=nan", "count"), ("count=inf", "count"), ("count=1e999", "count"),
+    ("count=1.5", "count"), ("count=-1.5", "count"), ("count=many", "count"), ("count=", "count"), ("count=nan", "count"), ("count=inf", "count"), ("count=1e999", "count"),
     ("rate=fast", "rate"), ("rate=nan", "rate"), ("rate=inf", "rate"), ("rate=-inf", "rate"), ("rate=true", "rate"),
     ("flag=yes", "flag"), ("flag=2", "flag"), ("flag=", "flag"), ("mode=slo", "mode"), ("stage=three", "stage"), ("epochs=x", "epochs")])
 def test_bad_value_names_the_variable(call, capsys, arg, key):
@@ -244,3 +250,192 @@ def test_programs_unknown_key(name):
     done = program(name, "xyzzy=1")
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.count("\n") == 1 and done.stderr.startswith(Path(name).name + ": ") and "xyzzy" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["phoenix14t", "csl_daily"])
+def test_the_large_setting_is_the_small_one_with_another_llm(name):
+    """The paper's 13B rows differ from its 7B rows in the LLM alone; checkpointing changes the memory and not the numbers."""
+    small, large = ({k: v for k, (v, _) in read_literals(str(ROOT / "config" / f"{name}_{size}.py"), strict=True).items()} for size in ("7b", "13b"))
+    assert large == small | {"llm": "weights/llama-2-13b", "activation_checkpointing": True} and small["llm"] == "weights/llama-2-7b"
+    assert (small["dataset"], small["language"]) == (name, {"phoenix14t": "German", "csl_daily": "Chinese"}[name])
+
+
+# ---- files in full or not at all
+
+@pytest.fixture
+def disk(monkeypatch):
+    """What reaches the disk, in order: ("sync", path) and ("rename", from, to)."""
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda f: done.append(("sync", os.readlink(f"/proc/self/fd/{f}"), os.fstat(f).st_size)) or fsync(f))
+    monkeypatch.setattr(os, "replace", lambda a, b: done.append(("rename", a, b)) or replace(a, b))
+    return done
+
+
+def test_a_file_outlives_a_power_cut(tmp_path, disk):
+    """All its bytes are on the disk before it takes its name, and the name is on the disk before anybody goes on."""
+    path = str(tmp_path / "a.txt")
+    with whole(path) as f:
+        f.write("für alle")
+        assert not os.path.exists(path)  # nobody sees half a file
+    part = path + ".part"
+    assert [d[:2] for d in disk] == [("sync", part), ("rename", part), ("sync", str(tmp_path))] and disk[0][2] == 9  # bytes
+    assert open(path, encoding="utf-8").read() == "für alle" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_file_in_the_working_folder(tmp_path, disk, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with whole("a.bin", "wb") as f:
+        f.write(b"\xff")
+    assert (tmp_path / "a.bin").read_bytes() == b"\xff" and disk[-1][:2] == ("sync", str(tmp_path))
+
+
+@pytest.mark.parametrize("trouble", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, trouble):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(type(trouble)), whole(str(path)) as f:
+        f.write("new")
+        raise trouble
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]  # and a full disk has its room back
+
+
+# ---- what a program says while it runs, and how it ends
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that is set by hand: clock[0] = seconds."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    return now
+
+
+def test_progress_in_a_log_file(clock, capsys):
+    """A line every ten seconds, with rate and time left by rule of three; the last one whenever it comes."""
+    show = Progress("features", 40)
+    for at, done in ((1009, 9), (1010, 10), (1015, 15), (1019.9, 19), (1020, 20), (1021, 40)):
+        clock[0] = at
+        show(done)
+    assert capsys.readouterr().err.splitlines() == ["features: 10/40, 1.00 clips/s, 30 s left", "features: 20/40, 1.00 clips/s, 20 s left", "features: 40/40, 1.90 clips/s, 0 s left"]
+    show = Progress("epoch", 2.0)
+    clock[0] += 20
+    show(0.5, 5000, "tokens")
+    show(2.0, 250, "tokens")
+    show(0)
+    assert capsys.readouterr().err.splitlines() == ["epoch: 0.50/2.00, 250 tokens/s, 60 s left", "epoch: 2.00/2.00, 12 tokens/s, 0 s left"]
+
+
+def test_progress_of_nothing_yet(clock, capsys):
+    show = Progress("clips", 3)
+    clock[0] += 10
+    show(0)
+    assert capsys.readouterr().err == "clips: 0/3, 0.00 clips/s, 30 s left\n"
+
+
+def test_progress_on_a_terminal(clock, monkeypatch):
+    """One line that is written over, five times a second at most, and only its end ends it."""
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    show = Progress("clips", 4)
+    for at, done in ((1000.1, 1), (1000.25, 2), (1000.4, 3), (1002, 4)):
+        clock[0] = at
+        show(done)
+    first, second = screen.getvalue().split("\r")[1:]
+    assert first == "clips: 2/4, 8.00 clips/s, 0 s left".ljust(78) and second == "clips: 4/4, 2.00 clips/s, 0 s left".ljust(78) + "\n"
+
+
+def test_progress_of_another_process_is_silent(clock, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    Progress("clips", 1)(1)
+    assert capsys.readouterr().err == ""
+
+
+class End(BaseException):
+    """os._exit, as far as a test can bear it."""
+
+
+@pytest.fixture
+def ends(monkeypatch, capsys):
+    """A function of what main() does and of the environment -> (exit code or None, lines on stderr, seconds slept)."""
+    slept = []
+
+    def leave(code):
+        raise End(code)
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/train.py"])
+
+    def call(what, **env):
+        def main():
+            if what:
+                raise what
+        slept.clear()
+        with monkeypatch.context() as m:
+            for key, value in env.items():
+                m.setenv(key, value)
+            try:
+                launch(main)
+                code = None
+            except End as e:
+                code = e.args[0]
+        return code, capsys.readouterr().err.splitlines(), sum(slept)
+    return call
+
+
+def test_how_a_program_ends(ends):
+    """What the user can mend is one line; a mistake of ours has its traceback before the line; each with the exit code that shells expect."""
+    assert ends(None) == (None, [], 0)
+    assert ends(BadInput("llm=x: is\nabsent")) == (1, ["train.py: llm=x: is absent"], 0)
+    code, (line,), _ = ends(FileNotFoundError(2, "No such file or directory", "x.txt"))
+    assert code == 1 and line == "train.py: [Errno 2] No such file or directory: 'x.txt'"
+    assert ends(KeyboardInterrupt()) == (130, ["train.py: interrupted; what was saved is there"], 0)
+    for mistake, said in ((KeyError("lr"), "train.py: KeyError: 'lr'"), (RuntimeError("Connection refused"), "train.py: RuntimeError: Connection refused")):
+        code, lines, slept = ends(mistake)
+        assert code == 1 and lines[0].startswith("Traceback") and lines[-1] == said and not slept
+    with pytest.raises(SystemExit):
+        ends(SystemExit(2))
+
+
+def test_how_a_program_ends_under_torchrun(ends):
+    """The process that went wrong speaks first; one that merely lost it waits for that, and says so."""
+    assert ends(None, RANK="0") == (0, [], 0)
+    assert ends(BadInput("x"), RANK="0") == (1, ["train.py: x"], 0)
+    assert ends(BadInput("x"), RANK="1") == (1, ["train.py: process 1: x"], 2)
+    for said in ("Connection closed by peer", "Broken pipe", "NCCL error", "Connection reset"):
+        assert ends(RuntimeError(said), RANK="0") == (1, [f"train.py: lost the other processes, their error is the one that counts ({said})"], 10)
+    code, lines, slept = ends(ValueError("peer"), RANK="2")  # a mistake of its own
+    assert code == 1 and lines[0].startswith("Traceback") and lines[-1] == "train.py: process 2: ValueError: peer" and slept == 2
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # torchrun ends the others with it
+
+
+def test_rank_and_world(monkeypatch):
+    for key in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(key, raising=False)
+    assert (config.rank(), config.world()) == (0, 1)
+    monkeypatch.setenv("RANK", "3"), monkeypatch.setenv("WORLD_SIZE", "4")
+    assert (config.rank(), config.world()) == (3, 4)
+
+
+# ---- more of the key=value rule
+
+def test_words_for_true_and_false_in_a_file(call, file):
+    assert call(file("flag = 1\ncount = 4.0\nrate = 2"))["flag"] is True and call(file("flag = 'FALSE'"))["flag"] is False
+    assert type(call(file("count = 4.0"))["count"]) is int and type(call(file("rate = 2"))["rate"]) is float
+
+
+def test_a_stage_dict_is_not_heard_where_it_changes_nothing(call, file, capsys):
+    """A file's own line that says what its stage says anyway is no surprise; nor is one that the command line overrules."""
+    assert call(file("epochs = 10"))["epochs"] == 10
+    assert call(file("lr = 7\none = {'lr': 7}"))["lr"] == 7
+    assert call("lr=3", file("lr = 7"))["lr"] == 3
+    assert capsys.readouterr().err == ""
+    assert call(file("epochs = 99\nstage = 'two'"))["epochs"] == 5
+    assert capsys.readouterr().err == f"{file('')}: epochs = 99 gives way to two's 5; write it into two = {{...}}\n"
+
+
+def test_only_names_that_are_near_are_named(call, capsys):
+    assert "did you mean" not in (said := refused(capsys, call, "xyzzy=1")) and "`program.py help` lists them" in said

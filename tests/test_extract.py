@@ -6,20 +6,24 @@ Extraction at work: processes that decode and die, batches across clips, broken 
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import video
 from config import BadInput
 from data import Clips
+from model import GoogLeNet, RandomCNN
 from readers import SPLITS, read_clips
 from scripts import bench
 from scripts.bench import TABLE5
@@ -233,7 +237,7 @@ def shades(path, times, fps=1000):
         stream = container.add_stream("h264", rate=fps, options={"crf": "10", "preset": "ultrafast", "bf": "0"})
         stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
         for t in times:
-            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), round(100 * t), np.uint8))
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), round(100 * t) % 256, np.uint8))
             frame.pts = round(t * fps)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -376,3 +380,273 @@ def test_without_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(BadInput, match="pip install timm"):
         Extractor("timm/resnet18", "random", "cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a CNN is given, by hand
+
+def write_png(path, rgb):
+    with av.open(str(path), "w", options={"update": "1"}) as container:
+        stream = container.add_stream("png", rate=25)
+        stream.height, stream.width, stream.pix_fmt = *rgb.shape[:2], "rgb24"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(rgb)))
+        container.mux(stream.encode())
+
+
+def checks(number):
+    """A frame of 300 x 400 that no two ways to squeeze it leave the same: hard edges, no two channels alike, no symmetry."""
+    y, x = np.mgrid[:300, :400]
+    light = ((x // 7 + y // 5 + number) % 2 + x / 400) / 2
+    return (255 * light[..., None] * (1, 0.8, 0.6)).astype(np.uint8)
+
+
+def squeezed(rgb, size, mode):
+    """The textbook's interpolation, from further around where the picture becomes smaller: PIL's, and torch's with antialias."""
+    x = torch.from_numpy(rgb).permute(2, 0, 1)[None].float()
+    return F.interpolate(x, (size, size), mode=mode, antialias=True)[0].clamp(0, 255)
+
+
+class Fake(torch.nn.Module):
+    """One of timm's models, as far as it is asked: a projection of the frame's mean colour, without the classifier."""
+    pretrained_cfg = {"classifier": "head"}
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Linear(3, 8)
+
+    def forward(self, x):
+        return self.stem(x.mean((2, 3)))
+
+
+FAKE = {"input_size": (3, 56, 56), "crop_pct": 0.875, "interpolation": "bicubic", "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+
+
+@pytest.fixture
+def fake_timm(monkeypatch):
+    """The few names of timm that are used, with one small model; .asked: how it was asked for."""
+    asked, how = [], dict(FAKE)
+
+    def create_model(name, **kwargs):
+        asked.append((name, kwargs))
+        return Fake()
+    fake = SimpleNamespace(__version__="0", is_model=lambda name: name == "fake", create_model=create_model, how=how, asked=asked,
+                           data=SimpleNamespace(resolve_model_data_config=lambda model: how))
+    monkeypatch.setitem(sys.modules, "timm", fake)
+    return fake
+
+
+@pytest.mark.parametrize("backbone, weights, size, crop, mode, mean, std", [
+    ("toycnn", "", 64, 64, "bilinear", (0.5,) * 3, (0.5,) * 3), ("googlenet", "random", 256, 224, "bilinear", (0.5,) * 3, (0.5,) * 3),
+    ("timm/fake", "random", 64, 56, "bicubic", FAKE["mean"], FAKE["std"])])
+def test_what_the_cnn_sees(fake_timm, tmp_path, monkeypatch, backbone, weights, size, crop, mode, mean, std):
+    """The whole frame squeezed to a square, its middle, normalised: each CNN with its own sizes, interpolation, mean and deviation."""
+    for n in range(2):
+        write_png(tmp_path / f"{n}.png", checks(n))
+    for cnn, name in ((RandomCNN, "features"), (GoogLeNet, "features"), (Fake, "forward")):
+        monkeypatch.setattr(cnn, name, lambda self, x: x.flatten(1))  # a CNN that hands on what it sees
+    seen = torch.from_numpy(Extractor(backbone, weights, "cpu")(str(tmp_path))).float().view(2, 3, crop, crop)
+    low = (size - crop) // 2
+    for n in range(2):
+        want = squeezed(checks(n), size, mode)[:, low:low + crop, low:low + crop]
+        pixels = 255 * (seen[n] * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1))
+        assert (pixels - want).abs().mean() < 1  # the two interpolations differ by four times as much
+
+
+def test_the_two_interpolations_differ():
+    """The test above can fail: a bicubic frame is no bilinear one, nor is the next frame, nor another crop."""
+    for size in (64, 256):
+        a, b = squeezed(checks(0), size, "bicubic"), squeezed(checks(0), size, "bilinear")
+        assert (a - b).abs().mean() > 3.5
+        for other in (squeezed(checks(1), size, "bicubic"), a.flip(0), a.roll(1, 1), a.roll(1, 2)):
+            assert (a - other).abs().mean() > 20
+
+
+def test_timm_is_asked_for_a_model_without_classifier(fake_timm, capsys):
+    first, again = (Extractor("timm/fake", "random", "cpu").cnn for _ in range(2))
+    assert torch.equal(first.stem.weight, again.stem.weight)  # random weights are the same for everybody
+    assert not first.training and not any(p.requires_grad for p in first.parameters())
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    Extractor("timm/fake", "", "cpu")
+    assert torch.equal(before, torch.get_rng_state()) and "downloads" in capsys.readouterr().out
+    assert fake_timm.asked == [("fake", {"pretrained": not w, "num_classes": 0}) for w in ("random", "random", "")]
+    with pytest.raises(BadInput, match="no model of this name"):
+        Extractor("timm/other", "random", "cpu")
+    fake_timm.how["input_size"] = (3, 56, 60)
+    with pytest.raises(BadInput, match="60x56"):
+        Extractor("timm/fake", "random", "cpu")
+
+
+def test_new_weights_are_new_features(fake_timm, root, tmp_path, capsys):
+    """The file of weights is replaced under its old name: what it made is made anew. Left alone, it is not."""
+    def weigh(seed):
+        torch.manual_seed(seed)
+        cnn = Fake()
+        save_file(cnn.state_dict() | {"head.weight": torch.zeros(2, 8)}, tmp_path / "weights.safetensors")
+        os.utime(tmp_path / "weights.safetensors", (seed, seed))
+        return cnn
+
+    def extract():
+        prepare("own", read_clips(str(root))[0], str(tmp_path / "data"), Extractor("timm/fake", f"{tmp_path}/weights.safetensors", "cpu"))
+        path = tmp_path / "data/own/timm/fake/dev.safetensors"
+        return Store(str(path))["b"], path.read_bytes(), "7 of 7 clips are there" in capsys.readouterr().out
+
+    for seed, kept in ((1, False), (1, True), (2, False)):
+        cnn = weigh(seed)
+        features, content, there = extract()
+        (frame,) = video.frames(str(root / "b.mp4"), 64, "BICUBIC")
+        colour = torch.from_numpy(frame[4:60, 4:60].copy()).float().mean((0, 1)) / 255
+        want = cnn.stem((colour - torch.tensor(FAKE["mean"])) / torch.tensor(FAKE["std"]))
+        torch.testing.assert_close(features[0].float(), want.detach(), rtol=2e-3, atol=2e-3)
+        assert there == kept
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# More of decoding
+
+def encodes(codec):
+    try:
+        return bool(av.codec.Codec(codec, "w"))
+    except av.codec.codec.UnknownCodecError:
+        return False
+
+
+def written(path, n, codec, pix_fmt, rate=25):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width, stream.pix_fmt = 48, 40, pix_fmt
+        for frame in noise(n):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("name, codec, pix_fmt", [("a.webm", "libvpx", "yuv420p"), ("a.gif", "gif", "rgb8")])
+def test_what_is_cut_off_is_refused(tmp_path, name, codec, pix_fmt):
+    """The decoder gives the frames up to the cut and says nothing: half a clip must not pass for a whole one."""
+    if not encodes(codec):
+        pytest.skip(f"this build of av cannot write {codec}")
+    path = written(tmp_path / name, 100, codec, pix_fmt)
+    raw = path.read_bytes()
+    assert len(list(video.frames(str(path)))) == 100
+    for share in (0.3, 0.6):
+        path.write_bytes(raw[:int(share * len(raw))])
+        with pytest.raises(BadInput, match=f"{name}: is cut off"):
+            list(video.frames(str(path)))
+        with pytest.raises(BadInput, match=f"{name}: is cut off"):
+            Extractor("toycnn", device="cpu")(str(path))
+    path.write_bytes(raw + b"\0\n")  # some programs write a little more
+    assert len(list(video.frames(str(path)))) == 100
+
+
+def test_sound_may_be_longer_than_the_picture(tmp_path):
+    """A clip of one second with four seconds of sound is whole."""
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        picture, sound = container.add_stream("h264", rate=25), container.add_stream("aac", rate=16000)
+        picture.height, picture.width, picture.pix_fmt = 48, 40, "yuv420p"
+        for frame in noise(25):
+            container.mux(picture.encode(av.VideoFrame.from_ndarray(frame)))
+        container.mux(picture.encode())
+        for n in range(63):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            frame.sample_rate, frame.pts = 16000, 1024 * n
+            container.mux(sound.encode(frame))
+        container.mux(sound.encode())
+    assert len(list(video.frames(str(tmp_path / "a.mp4")))) == 25
+
+
+@pytest.mark.parametrize("turn, matrix", [(90, (0, 1, -1, 0)), (180, (-1, 0, 0, -1)), (270, (0, -1, 1, 0))])
+def test_a_turned_phone(tmp_path, turn, matrix):
+    """The track's header says by how much a picture is to be turned clockwise; squeezed or not, the light corner goes with it."""
+    corner = np.full((3, 48, 64, 3), 20, np.uint8)
+    corner[:, :24, :32] = 220  # above, left
+    write_mp4(str(tmp_path / "a.mp4"), corner)
+    raw = (tmp_path / "a.mp4").read_bytes()
+    at = raw.index(b"tkhd") + 44
+    a, b, c, d = (v << 16 for v in matrix)
+    (tmp_path / "a.mp4").write_bytes(raw[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + raw[at + 36:])
+    for size in (None, 32):
+        for frame in video.frames(str(tmp_path / "a.mp4"), size):
+            h, w = frame.shape[:2]
+            assert (h, w) == ((32, 32) if size else (48, 64) if turn == 180 else (64, 48))
+            corners = [frame[i:i + h // 2 - 4, j:j + w // 2 - 4].mean() > 120 for i, j in ((0, 0), (0, w // 2 + 4), (h // 2 + 4, w // 2 + 4), (h // 2 + 4, 0))]  # clockwise
+            assert corners == [k == turn // 90 for k in range(4)]
+
+
+def test_times_begin_where_the_clip_begins(tmp_path):
+    """A clip that was cut out of a longer one may begin at any time; and 2 % beside fps is another rate."""
+    path = shades(tmp_path / "a.mkv", [0.8 + k / 50 for k in range(40)])
+    assert filmed(path, fps=25) == pytest.approx([0.8 + k / 25 for k in range(20)], abs=0.03)
+    near = shades(tmp_path / "b.mp4", [k / 24.5 for k in range(49)])
+    assert len(filmed(near, fps=25)) == 50 and len(filmed(near)) == 49
+
+
+def test_odd_rates_are_no_rates(tmp_path):
+    assert video.rate_of(shades(tmp_path / "slow.mp4", [0, 2, 4, 6])) == 0  # half a frame a second: a slide show
+    assert video.rate_of(shades(tmp_path / "one.mp4", [k for k in range(5)])) == pytest.approx(1)
+    assert video.rate_of(shades(tmp_path / "fast.mp4", [k / 200 for k in range(20)])) == pytest.approx(200)
+    assert video.rate_of(shades(tmp_path / "faster.mp4", [k / 500 for k in range(20)])) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# More of the store
+
+class Counter:
+    """Stands in for a CNN: a clip of n bytes becomes n frames of zeros; rates: what its files are filmed at."""
+
+    def __init__(self, rates=(25.0,), fps=0.0):
+        self.settings, self.rates, self.workers, self.seen = {"backbone": "counter", "weights": "", "fps": fps}, rates, 0, []
+
+    def stream(self, paths, workers=0):
+        for i, path in enumerate(paths):
+            self.seen.append(os.path.basename(path))
+            size = sum(f.stat().st_size for f in os.scandir(path)) if os.path.isdir(path) else os.path.getsize(path)
+            yield i, np.zeros((size, 4), np.float16), self.rates[i % len(self.rates)]
+
+
+@pytest.mark.parametrize("rates, fps, says", [((25.0, 25.0, 25.2), 25.0, None), ((29.97, 29.97), 29.97, None), ((25.0, 25.5), 0, "from 25 to 25.5 frames a second:"),
+                                              ((0.0, 30.0, 24.0), 0, "from 24 to 30 frames a second, 1 of unknown rate:"), ((25.0, 25.0, 0.0), 0, "25 to 25 frames a second, 1 of"),
+                                              ((0.0, 0.0), 0, None)])
+def test_the_rate_that_all_clips_share(tmp_path, capsys, rates, fps, says):
+    for i in range(len(rates)):
+        (tmp_path / f"{i}.bin").write_bytes(b"x")
+    rows = [{"name": str(i), "text": "ja", "video": str(tmp_path / f"{i}.bin")} for i in range(len(rates))]
+    prepare("own", {"train": rows, "dev": [], "test": []}, str(tmp_path / "data"), Counter(rates))
+    store = Store(str(tmp_path / "data/own/counter/train.safetensors"))
+    assert json.loads(store.metadata["settings"])["fps"] == fps and json.loads(store.metadata["rates"]) == {str(i): r for i, r in enumerate(rates)}
+    said = capsys.readouterr().out
+    assert says in said if says else "frames a second" not in said
+
+
+def test_a_changed_frame_of_a_folder(tmp_path):
+    """Features of a folder are made anew when one of its frames has changed, has come or has gone; not when none has."""
+    folder, home = tmp_path / "clip", str(tmp_path / "data")
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.png").write_bytes(b"xx")
+        os.utime(folder / f"{i}.png", (100 + i, 100 + i))
+    row = {"name": "a", "text": "ja", "video": str(folder)}
+
+    def seen():
+        counter = Counter()
+        prepare("own", {"train": [row], "dev": [], "test": []}, home, counter)
+        return counter.seen
+    assert seen() == ["clip"] and seen() == []
+    os.utime(folder / "1.png", (200, 200))  # another picture of the same size
+    assert seen() == ["clip"] and seen() == []
+    (folder / "3.png").write_bytes(b"")
+    os.utime(folder / "3.png", (50, 50))
+    assert seen() == ["clip"]
+    (folder / "2.png").write_bytes(b"xxx")
+    os.utime(folder / "2.png", (102, 102))
+    assert seen() == ["clip"] and seen() == []
+    assert Clips(home, "own", "counter", "train").lengths == [7]
+
+
+def test_a_store_begins_its_numbers_at_eight_bytes(root, want):
+    """safetensors' own writer does, and so readers may map the file as it lies; its header names the clips in the rows' order."""
+    raw = want["own/toycnn/train.safetensors"]
+    n = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:8 + n])
+    assert n % 8 == 0 and [k for k in header if k != "__metadata__"] == ["a", "d", "e", "f", "g"]
+    assert [header[k]["data_offsets"][0] for k in "adefg"] == [2 * 1024 * m for m in (0, 40, 110, 115, 179)] and len(raw) == 8 + n + 2 * 1024 * 188
