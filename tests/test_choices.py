@@ -523,7 +523,7 @@ def test_two_files_are_compared_clip_by_clip_in_their_language(tmp_path, monkeyp
     table = {line.rsplit(maxsplit=6)[0]: line.split()[-3:] for line in said.splitlines()[2:7]}
     assert table["mine"][0] == f"{mine:.2f}" and table["against theirs"] == [f"{theirs:.2f}", f"{rouge(systems['theirs'], refs, 'zh'):.2f}", f"{theirs_f:.2f}"]
     assert f"BLEU-4 {mine - theirs:+.2f}, p = 0.00" in said and f"chrF   {mine_f - theirs_f:+.2f}, p = 0.00" in said and said.count(": significant") == 2
-    assert "12 clips, " in said and "0 % exact" in said  # a part of a sentence is not the sentence
+    assert "12 clips, " in said and "), 0 % exact" in said  # a part of a sentence is not the sentence
 
 
 def test_the_interval_is_that_of_these_hypotheses_against_these_references():
