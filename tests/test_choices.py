@@ -180,7 +180,7 @@ def test_nothing_takes_its_place_before_it_is_on_the_disk(train_here, home, monk
     assert second[5:] == [part, ("move", f"{run}/last", f"{run}/last.1"), first[6], ("sync", str(run)), ("gone", f"{run}/last.1")]
 
 
-def test_what_a_checkpoint_says_of_itself(train_here, home):
+def test_what_a_checkpoint_says_of_itself(train_here, home, capsys):
     run = train_here("says", "max_steps=2", "keep=2", "save_every=1", "eval_every=-1") / "align"
     assert {p.name for p in run.iterdir()} == {"config.json", "last", "last.1", "log.jsonl"} and state(run / "last.1")["step"] == 1
     found, config = state(run / "last"), json.load(open(run / "config.json"))
@@ -194,6 +194,7 @@ def test_what_a_checkpoint_says_of_itself(train_here, home):
     shutil.rmtree(run / "last.1")
     os.rename(run / "last", run / "last.1")  # a kill between two renames
     train_here("says", "max_steps=3", "keep=0", "eval_every=-1", "resume=true")
+    assert "going on at step 2" in capsys.readouterr().out
     assert [e["step"] for e in log(run)] == [1, 2, 3] and state(run / "last")["step"] == 3 and not (run / "last.1").exists()
 
 
@@ -451,6 +452,22 @@ def test_baselines_by_hand(evaluate, run, home):
     for name, hyps in (("nearest training clip", nearest), ("most frequent sentence", frequent)):
         assert found[name]["bleu"] == pytest.approx([bleu4(hyps, refs, n) for n in (1, 2, 3, 4)])
         assert found[name]["rouge"] == pytest.approx(rouge(hyps, refs, "de")) and found[name]["chrf"] == pytest.approx(sacrebleu.corpus_chrf(hyps, [refs]).score)
+
+
+def test_the_nearest_clip_is_so_by_its_mean_however_long_it_is():
+    class Few:
+        """Clips as data.Clips shows them, of one feature a frame."""
+
+        def __init__(self, *features):
+            self.rows = [{"name": str(f), "text": str(f[0])} for f in features]
+            self.features = lambda i: torch.tensor(features[i])[:, None]
+
+        def __len__(self):
+            return len(self.rows)
+
+    train, test = Few([1.0], [4.0, 4.0]), Few([1.0, 1.0, 1.0, 1.1], [4.1])
+    model = SimpleNamespace(mean=torch.zeros(1), std=torch.ones(1))
+    assert evaluation.baselines(test, train, model)["nearest training clip"] == ["1.0", "4.0"]
 
 
 def test_stand_in_features_are_named_beside_every_score(evaluate, run, home, capsys):
