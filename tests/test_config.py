@@ -92,7 +92,8 @@ def test_takes_the_defaults_type(call, arg, key, value):
 
 
 @pytest.mark.parametrize("arg, key", [
-    ("count=1.5", "count"), ("count=-1.5", "count"), ("count=many", "count"), ("count=", "count"), ("count=nan", "count"), ("count=inf", "count"), ("count=1e999", "count"),
+    ("count=-1.5", "count"),
+    ("count=1.5", "count"), ("count=many", "count"), ("count=", "count"), ("count=nan", "count"), ("count=inf", "count"), ("count=1e999", "count"),
     ("rate=fast", "rate"), ("rate=nan", "rate"), ("rate=inf", "rate"), ("rate=-inf", "rate"), ("rate=true", "rate"),
     ("flag=yes", "flag"), ("flag=2", "flag"), ("flag=", "flag"), ("mode=slo", "mode"), ("stage=three", "stage"), ("epochs=x", "epochs")])
 def test_bad_value_names_the_variable(call, capsys, arg, key):
@@ -254,19 +255,31 @@ def test_programs_unknown_key(name):
 
 @pytest.mark.parametrize("name", ["phoenix14t", "csl_daily"])
 def test_the_large_setting_is_the_small_one_with_another_llm(name):
-    """The paper's 13B rows differ from its 7B rows in the LLM alone; checkpointing changes the memory and not the numbers."""
-    small, large = ({k: v for k, (v, _) in read_literals(str(ROOT / "config" / f"{name}_{size}.py"), strict=True).items()} for size in ("7b", "13b"))
-    assert large == small | {"llm": "weights/llama-2-13b", "activation_checkpointing": True} and small["llm"] == "weights/llama-2-7b"
+    """
+    The paper's 13B rows differ from its 7B rows in the LLM alone; checkpointing changes the memory and not the
+    numbers.
+    """
+    small, large = (
+        {k: v for k, (v, _) in read_literals(str(ROOT / "config" / f"{name}_{size}.py"), strict=True).items()}
+        for size in ("7b", "13b")
+    )
+    assert (
+        large == small | {"llm": "weights/llama-2-13b", "activation_checkpointing": True}
+        and small["llm"] == "weights/llama-2-7b"
+    )
     assert (small["dataset"], small["language"]) == (name, {"phoenix14t": "German", "csl_daily": "Chinese"}[name])
 
 
 # ---- files in full or not at all
 
+
 @pytest.fixture
 def disk(monkeypatch):
     """What reaches the disk, in order: ("sync", path) and ("rename", from, to)."""
     done, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda f: done.append(("sync", os.readlink(f"/proc/self/fd/{f}"), os.fstat(f).st_size)) or fsync(f))
+    monkeypatch.setattr(
+        os, "fsync", lambda f: done.append(("sync", os.readlink(f"/proc/self/fd/{f}"), os.fstat(f).st_size)) or fsync(f)
+    )
     monkeypatch.setattr(os, "replace", lambda a, b: done.append(("rename", a, b)) or replace(a, b))
     return done
 
@@ -278,7 +291,9 @@ def test_a_file_outlives_a_power_cut(tmp_path, disk):
         f.write("für alle")
         assert not os.path.exists(path)  # nobody sees half a file
     part = path + ".part"
-    assert [d[:2] for d in disk] == [("sync", part), ("rename", part), ("sync", str(tmp_path))] and disk[0][2] == 9  # bytes
+    assert [d[:2] for d in disk] == [("sync", part), ("rename", part), ("sync", str(tmp_path))] and disk[0][
+        2
+    ] == 9  # bytes
     assert open(path, encoding="utf-8").read() == "für alle" and os.listdir(tmp_path) == ["a.txt"]
 
 
@@ -301,6 +316,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, trouble):
 
 # ---- what a program says while it runs, and how it ends
 
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
@@ -320,13 +336,20 @@ def test_progress_in_a_log_file(clock, capsys):
     for at, done in ((1009, 9), (1010, 10), (1015, 15), (1019.9, 19), (1020, 20), (1021, 40)):
         clock[0] = at
         show(done)
-    assert capsys.readouterr().err.splitlines() == ["features: 10/40, 1.00 clips/s, 30 s left", "features: 20/40, 1.00 clips/s, 20 s left", "features: 40/40, 1.90 clips/s, 0 s left"]
+    assert capsys.readouterr().err.splitlines() == [
+        "features: 10/40, 1.00 clips/s, 30 s left",
+        "features: 20/40, 1.00 clips/s, 20 s left",
+        "features: 40/40, 1.90 clips/s, 0 s left",
+    ]
     show = Progress("epoch", 2.0)
     clock[0] += 20
     show(0.5, 5000, "tokens")
     show(2.0, 250, "tokens")
     show(0)
-    assert capsys.readouterr().err.splitlines() == ["epoch: 0.50/2.00, 250 tokens/s, 60 s left", "epoch: 2.00/2.00, 12 tokens/s, 0 s left"]
+    assert capsys.readouterr().err.splitlines() == [
+        "epoch: 0.50/2.00, 250 tokens/s, 60 s left",
+        "epoch: 2.00/2.00, 12 tokens/s, 0 s left",
+    ]
 
 
 def test_progress_of_nothing_yet(clock, capsys):
@@ -345,7 +368,10 @@ def test_progress_on_a_terminal(clock, monkeypatch):
         clock[0] = at
         show(done)
     first, second = screen.getvalue().split("\r")[1:]
-    assert first == "clips: 2/4, 8.00 clips/s, 0 s left".ljust(78) and second == "clips: 4/4, 2.00 clips/s, 0 s left".ljust(78) + "\n"
+    assert (
+        first == "clips: 2/4, 8.00 clips/s, 0 s left".ljust(78)
+        and second == "clips: 4/4, 2.00 clips/s, 0 s left".ljust(78) + "\n"
+    )
 
 
 def test_progress_of_another_process_is_silent(clock, capsys, monkeypatch):
@@ -365,6 +391,7 @@ def ends(monkeypatch, capsys):
 
     def leave(code):
         raise End(code)
+
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(time, "sleep", slept.append)
     monkeypatch.setattr(sys, "argv", ["/somewhere/train.py"])
@@ -373,6 +400,7 @@ def ends(monkeypatch, capsys):
         def main():
             if what:
                 raise what
+
         slept.clear()
         with monkeypatch.context() as m:
             for key, value in env.items():
@@ -383,17 +411,24 @@ def ends(monkeypatch, capsys):
             except End as e:
                 code = e.args[0]
         return code, capsys.readouterr().err.splitlines(), sum(slept)
+
     return call
 
 
 def test_how_a_program_ends(ends):
-    """What the user can mend is one line; a mistake of ours has its traceback before the line; each with the exit code that shells expect."""
+    """
+    What the user can mend is one line; a mistake of ours has its traceback before the line; each with the exit code
+    that shells expect.
+    """
     assert ends(None) == (None, [], 0)
     assert ends(BadInput("llm=x: is\nabsent")) == (1, ["train.py: llm=x: is absent"], 0)
     code, (line,), _ = ends(FileNotFoundError(2, "No such file or directory", "x.txt"))
     assert code == 1 and line == "train.py: [Errno 2] No such file or directory: 'x.txt'"
     assert ends(KeyboardInterrupt()) == (130, ["train.py: interrupted; what was saved is there"], 0)
-    for mistake, said in ((KeyError("lr"), "train.py: KeyError: 'lr'"), (RuntimeError("Connection refused"), "train.py: RuntimeError: Connection refused")):
+    for mistake, said in (
+        (KeyError("lr"), "train.py: KeyError: 'lr'"),
+        (RuntimeError("Connection refused"), "train.py: RuntimeError: Connection refused"),
+    ):
         code, lines, slept = ends(mistake)
         assert code == 1 and lines[0].startswith("Traceback") and lines[-1] == said and not slept
     with pytest.raises(SystemExit):
@@ -406,9 +441,18 @@ def test_how_a_program_ends_under_torchrun(ends):
     assert ends(BadInput("x"), RANK="0") == (1, ["train.py: x"], 0)
     assert ends(BadInput("x"), RANK="1") == (1, ["train.py: process 1: x"], 2)
     for said in ("Connection closed by peer", "Broken pipe", "NCCL error", "Connection reset"):
-        assert ends(RuntimeError(said), RANK="0") == (1, [f"train.py: lost the other processes, their error is the one that counts ({said})"], 10)
+        assert ends(RuntimeError(said), RANK="0") == (
+            1,
+            [f"train.py: lost the other processes, their error is the one that counts ({said})"],
+            10,
+        )
     code, lines, slept = ends(ValueError("peer"), RANK="2")  # a mistake of its own
-    assert code == 1 and lines[0].startswith("Traceback") and lines[-1] == "train.py: process 2: ValueError: peer" and slept == 2
+    assert (
+        code == 1
+        and lines[0].startswith("Traceback")
+        and lines[-1] == "train.py: process 2: ValueError: peer"
+        and slept == 2
+    )
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # torchrun ends the others with it
 
 
@@ -422,13 +466,19 @@ def test_rank_and_world(monkeypatch):
 
 # ---- more of the key=value rule
 
+
 def test_words_for_true_and_false_in_a_file(call, file):
-    assert call(file("flag = 1\ncount = 4.0\nrate = 2"))["flag"] is True and call(file("flag = 'FALSE'"))["flag"] is False
+    assert (
+        call(file("flag = 1\ncount = 4.0\nrate = 2"))["flag"] is True and call(file("flag = 'FALSE'"))["flag"] is False
+    )
     assert type(call(file("count = 4.0"))["count"]) is int and type(call(file("rate = 2"))["rate"]) is float
 
 
 def test_a_stage_dict_is_not_heard_where_it_changes_nothing(call, file, capsys):
-    """A file's own line that says what its stage says anyway is no surprise; nor is one that the command line overrules."""
+    """
+    A file's own line that says what its stage says anyway is no surprise; nor is one that the command line
+    overrules.
+    """
     assert call(file("epochs = 10"))["epochs"] == 10
     assert call(file("lr = 7\none = {'lr': 7}"))["lr"] == 7
     assert call("lr=3", file("lr = 7"))["lr"] == 3

@@ -385,6 +385,7 @@ def test_without_timm(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # What a CNN is given, by hand
 
+
 def write_png(path, rgb):
     with av.open(str(path), "w", options={"update": "1"}) as container:
         stream = container.add_stream("png", rate=25)
@@ -394,20 +395,27 @@ def write_png(path, rgb):
 
 
 def checks(number):
-    """A frame of 300 x 400 that no two ways to squeeze it leave the same: hard edges, no two channels alike, no symmetry."""
+    """
+    A frame of 300 x 400 that no two ways to squeeze it leave the same: hard edges, no two channels alike, no
+    symmetry.
+    """
     y, x = np.mgrid[:300, :400]
     light = ((x // 7 + y // 5 + number) % 2 + x / 400) / 2
     return (255 * light[..., None] * (1, 0.8, 0.6)).astype(np.uint8)
 
 
 def squeezed(rgb, size, mode):
-    """The textbook's interpolation, from further around where the picture becomes smaller: PIL's, and torch's with antialias."""
+    """
+    The textbook's interpolation, from further around where the picture becomes smaller: PIL's, and torch's with
+    antialias.
+    """
     x = torch.from_numpy(rgb).permute(2, 0, 1)[None].float()
     return F.interpolate(x, (size, size), mode=mode, antialias=True)[0].clamp(0, 255)
 
 
 class Fake(torch.nn.Module):
     """One of timm's models, as far as it is asked: a projection of the frame's mean colour, without the classifier."""
+
     pretrained_cfg = {"classifier": "head"}
 
     def __init__(self):
@@ -418,7 +426,13 @@ class Fake(torch.nn.Module):
         return self.stem(x.mean((2, 3)))
 
 
-FAKE = {"input_size": (3, 56, 56), "crop_pct": 0.875, "interpolation": "bicubic", "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+FAKE = {
+    "input_size": (3, 56, 56),
+    "crop_pct": 0.875,
+    "interpolation": "bicubic",
+    "mean": (0.5, 0.4, 0.3),
+    "std": (0.2, 0.3, 0.4),
+}
 
 
 @pytest.fixture
@@ -429,17 +443,32 @@ def fake_timm(monkeypatch):
     def create_model(name, **kwargs):
         asked.append((name, kwargs))
         return Fake()
-    fake = SimpleNamespace(__version__="0", is_model=lambda name: name == "fake", create_model=create_model, how=how, asked=asked,
-                           data=SimpleNamespace(resolve_model_data_config=lambda model: how))
+
+    fake = SimpleNamespace(
+        __version__="0",
+        is_model=lambda name: name == "fake",
+        create_model=create_model,
+        how=how,
+        asked=asked,
+        data=SimpleNamespace(resolve_model_data_config=lambda model: how),
+    )
     monkeypatch.setitem(sys.modules, "timm", fake)
     return fake
 
 
-@pytest.mark.parametrize("backbone, weights, size, crop, mode, mean, std", [
-    ("toycnn", "", 64, 64, "bilinear", (0.5,) * 3, (0.5,) * 3), ("googlenet", "random", 256, 224, "bilinear", (0.5,) * 3, (0.5,) * 3),
-    ("timm/fake", "random", 64, 56, "bicubic", FAKE["mean"], FAKE["std"])])
+@pytest.mark.parametrize(
+    "backbone, weights, size, crop, mode, mean, std",
+    [
+        ("toycnn", "", 64, 64, "bilinear", (0.5,) * 3, (0.5,) * 3),
+        ("googlenet", "random", 256, 224, "bilinear", (0.5,) * 3, (0.5,) * 3),
+        ("timm/fake", "random", 64, 56, "bicubic", FAKE["mean"], FAKE["std"]),
+    ],
+)
 def test_what_the_cnn_sees(fake_timm, tmp_path, monkeypatch, backbone, weights, size, crop, mode, mean, std):
-    """The whole frame squeezed to a square, its middle, normalised: each CNN with its own sizes, interpolation, mean and deviation."""
+    """
+    The whole frame squeezed to a square, its middle, normalised: each CNN with its own sizes, interpolation, mean
+    and deviation.
+    """
     for n in range(2):
         write_png(tmp_path / f"{n}.png", checks(n))
     for cnn, name in ((RandomCNN, "features"), (GoogLeNet, "features"), (Fake, "forward")):
@@ -447,7 +476,7 @@ def test_what_the_cnn_sees(fake_timm, tmp_path, monkeypatch, backbone, weights, 
     seen = torch.from_numpy(Extractor(backbone, weights, "cpu")(str(tmp_path))).float().view(2, 3, crop, crop)
     low = (size - crop) // 2
     for n in range(2):
-        want = squeezed(checks(n), size, mode)[:, low:low + crop, low:low + crop]
+        want = squeezed(checks(n), size, mode)[:, low : low + crop, low : low + crop]
         pixels = 255 * (seen[n] * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1))
         assert (pixels - want).abs().mean() < 1  # the two interpolations differ by four times as much
 
@@ -479,6 +508,7 @@ def test_timm_is_asked_for_a_model_without_classifier(fake_timm, capsys):
 
 def test_new_weights_are_new_features(fake_timm, root, tmp_path, capsys):
     """The file of weights is replaced under its old name: what it made is made anew. Left alone, it is not."""
+
     def weigh(seed):
         torch.manual_seed(seed)
         cnn = Fake()
@@ -487,7 +517,12 @@ def test_new_weights_are_new_features(fake_timm, root, tmp_path, capsys):
         return cnn
 
     def extract():
-        prepare("own", read_clips(str(root))[0], str(tmp_path / "data"), Extractor("timm/fake", f"{tmp_path}/weights.safetensors", "cpu"))
+        prepare(
+            "own",
+            read_clips(str(root))[0],
+            str(tmp_path / "data"),
+            Extractor("timm/fake", f"{tmp_path}/weights.safetensors", "cpu"),
+        )
         path = tmp_path / "data/own/timm/fake/dev.safetensors"
         return Store(str(path))["b"], path.read_bytes(), "7 of 7 clips are there" in capsys.readouterr().out
 
@@ -503,6 +538,7 @@ def test_new_weights_are_new_features(fake_timm, root, tmp_path, capsys):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # More of decoding
+
 
 def encodes(codec):
     try:
@@ -530,7 +566,7 @@ def test_what_is_cut_off_is_refused(tmp_path, name, codec, pix_fmt):
     raw = path.read_bytes()
     assert len(list(video.frames(str(path)))) == 100
     for share in (0.3, 0.6):
-        path.write_bytes(raw[:int(share * len(raw))])
+        path.write_bytes(raw[: int(share * len(raw))])
         with pytest.raises(BadInput, match=f"{name}: is cut off"):
             list(video.frames(str(path)))
         with pytest.raises(BadInput, match=f"{name}: is cut off"):
@@ -557,19 +593,25 @@ def test_sound_may_be_longer_than_the_picture(tmp_path):
 
 @pytest.mark.parametrize("turn, matrix", [(90, (0, 1, -1, 0)), (180, (-1, 0, 0, -1)), (270, (0, -1, 1, 0))])
 def test_a_turned_phone(tmp_path, turn, matrix):
-    """The track's header says by how much a picture is to be turned clockwise; squeezed or not, the light corner goes with it."""
+    """
+    The track's header says by how much a picture is to be turned clockwise; squeezed or not, the light corner goes
+    with it.
+    """
     corner = np.full((3, 48, 64, 3), 20, np.uint8)
     corner[:, :24, :32] = 220  # above, left
     write_mp4(str(tmp_path / "a.mp4"), corner)
     raw = (tmp_path / "a.mp4").read_bytes()
     at = raw.index(b"tkhd") + 44
     a, b, c, d = (v << 16 for v in matrix)
-    (tmp_path / "a.mp4").write_bytes(raw[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + raw[at + 36:])
+    (tmp_path / "a.mp4").write_bytes(raw[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + raw[at + 36 :])
     for size in (None, 32):
         for frame in video.frames(str(tmp_path / "a.mp4"), size):
             h, w = frame.shape[:2]
             assert (h, w) == ((32, 32) if size else (48, 64) if turn == 180 else (64, 48))
-            corners = [frame[i:i + h // 2 - 4, j:j + w // 2 - 4].mean() > 120 for i, j in ((0, 0), (0, w // 2 + 4), (h // 2 + 4, w // 2 + 4), (h // 2 + 4, 0))]  # clockwise
+            corners = [
+                frame[i : i + h // 2 - 4, j : j + w // 2 - 4].mean() > 120
+                for i, j in ((0, 0), (0, w // 2 + 4), (h // 2 + 4, w // 2 + 4), (h // 2 + 4, 0))
+            ]  # clockwise
             assert corners == [k == turn // 90 for k in range(4)]
 
 
@@ -591,11 +633,17 @@ def test_odd_rates_are_no_rates(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # More of the store
 
+
 class Counter:
     """Stands in for a CNN: a clip of n bytes becomes n frames of zeros; rates: what its files are filmed at."""
 
     def __init__(self, rates=(25.0,), fps=0.0):
-        self.settings, self.rates, self.workers, self.seen = {"backbone": "counter", "weights": "", "fps": fps}, rates, 0, []
+        self.settings, self.rates, self.workers, self.seen = (
+            {"backbone": "counter", "weights": "", "fps": fps},
+            rates,
+            0,
+            [],
+        )
 
     def stream(self, paths, workers=0):
         for i, path in enumerate(paths):
@@ -604,22 +652,34 @@ class Counter:
             yield i, np.zeros((size, 4), np.float16), self.rates[i % len(self.rates)]
 
 
-@pytest.mark.parametrize("rates, fps, says", [((25.0, 25.0, 25.2), 25.0, None), ((29.97, 29.97), 29.97, None), ((25.0, 25.5), 0, "from 25 to 25.5 frames a second:"),
-                                              ((0.0, 30.0, 24.0), 0, "from 24 to 30 frames a second, 1 of unknown rate:"), ((25.0, 25.0, 0.0), 0, "25 to 25 frames a second, 1 of"),
-                                              ((0.0, 0.0), 0, None)])
+@pytest.mark.parametrize(
+    "rates, fps, says",
+    [
+        ((25.0, 25.0, 25.2), 25.0, None),
+        ((29.97, 29.97), 29.97, None),
+        ((25.0, 25.5), 0, "from 25 to 25.5 frames a second:"),
+        ((0.0, 30.0, 24.0), 0, "from 24 to 30 frames a second, 1 of unknown rate:"),
+        ((25.0, 25.0, 0.0), 0, "25 to 25 frames a second, 1 of"),
+        ((0.0, 0.0), 0, None),
+    ],
+)
 def test_the_rate_that_all_clips_share(tmp_path, capsys, rates, fps, says):
     for i in range(len(rates)):
         (tmp_path / f"{i}.bin").write_bytes(b"x")
     rows = [{"name": str(i), "text": "ja", "video": str(tmp_path / f"{i}.bin")} for i in range(len(rates))]
     prepare("own", {"train": rows, "dev": [], "test": []}, str(tmp_path / "data"), Counter(rates))
     store = Store(str(tmp_path / "data/own/counter/train.safetensors"))
-    assert json.loads(store.metadata["settings"])["fps"] == fps and json.loads(store.metadata["rates"]) == {str(i): r for i, r in enumerate(rates)}
+    assert json.loads(store.metadata["settings"])["fps"] == fps and json.loads(store.metadata["rates"]) == {
+        str(i): r for i, r in enumerate(rates)
+    }
     said = capsys.readouterr().out
     assert says in said if says else "frames a second" not in said
 
 
 def test_a_changed_frame_of_a_folder(tmp_path):
-    """Features of a folder are made anew when one of its frames has changed, has come or has gone; not when none has."""
+    """
+    Features of a folder are made anew when one of its frames has changed, has come or has gone; not when none has.
+    """
     folder, home = tmp_path / "clip", str(tmp_path / "data")
     folder.mkdir()
     for i in range(3):
@@ -631,6 +691,7 @@ def test_a_changed_frame_of_a_folder(tmp_path):
         counter = Counter()
         prepare("own", {"train": [row], "dev": [], "test": []}, home, counter)
         return counter.seen
+
     assert seen() == ["clip"] and seen() == []
     os.utime(folder / "1.png", (200, 200))  # another picture of the same size
     assert seen() == ["clip"] and seen() == []
@@ -644,9 +705,14 @@ def test_a_changed_frame_of_a_folder(tmp_path):
 
 
 def test_a_store_begins_its_numbers_at_eight_bytes(root, want):
-    """safetensors' own writer does, and so readers may map the file as it lies; its header names the clips in the rows' order."""
+    """
+    safetensors' own writer does, and so readers may map the file as it lies; its header names the clips in the
+    rows' order.
+    """
     raw = want["own/toycnn/train.safetensors"]
     n = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:8 + n])
+    header = json.loads(raw[8 : 8 + n])
     assert n % 8 == 0 and [k for k in header if k != "__metadata__"] == ["a", "d", "e", "f", "g"]
-    assert [header[k]["data_offsets"][0] for k in "adefg"] == [2 * 1024 * m for m in (0, 40, 110, 115, 179)] and len(raw) == 8 + n + 2 * 1024 * 188
+    assert [header[k]["data_offsets"][0] for k in "adefg"] == [2 * 1024 * m for m in (0, 40, 110, 115, 179)] and len(
+        raw
+    ) == 8 + n + 2 * 1024 * 188

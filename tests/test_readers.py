@@ -784,11 +784,19 @@ def test_every_reader_is_there():
 # ---------------------------------------------------------------------------------------------------------------------
 # More of the readers
 
+
 def test_the_end_of_a_text_of_neccam(tmp_path):
-    """" ." goes once from the end and nothing else does: a text may end in points of its own."""
+    """ " ." goes once from the end and nothing else does: a text may end in points of its own."""
     texts = ["regen am abend .", "usw. .", "regen . .", "ende.", ". .", "sonne .."]
     write_pickle(tmp_path / "phoenix14t.pami0.train", [{"name": f"train/{i}", "text": t} for i, t in enumerate(texts)])
-    assert [r["text"] for r in read_slt(str(tmp_path))[0]["train"]] == ["regen am abend", "usw.", "regen .", "ende.", ".", "sonne .."]
+    assert [r["text"] for r in read_slt(str(tmp_path))[0]["train"]] == [
+        "regen am abend",
+        "usw.",
+        "regen .",
+        "ende.",
+        ".",
+        "sonne ..",
+    ]
 
 
 def test_a_clip_that_lies_in_two_folders(tmp_path):
@@ -799,18 +807,26 @@ def test_a_clip_that_lies_in_two_folders(tmp_path):
     header = "SENTENCE_NAME\tSENTENCE\n"
     (tmp_path / "how2sign_realigned_val.csv").write_text(header + "a\there\nb\there\nc\there\nd\there\n")
     (tmp_path / "val/how2sign_realigned_val.csv").write_text(header + "a\tthere\n")
-    for name, folders in (("a", (".", raw, "raw_videos")), ("b", (".", "val_raw_videos", "val")), ("c", (".", "raw_videos"))):
+    for name, folders in (
+        ("a", (".", raw, "raw_videos")),
+        ("b", (".", "val_raw_videos", "val")),
+        ("c", (".", "raw_videos")),
+    ):
         for folder in folders:
             (tmp_path / folder / f"{name}.mp4").write_text("video")
     rows = read_how2sign(str(tmp_path))[0]["dev"]
     assert [(r["name"], r["text"]) for r in rows] == [(n, "here") for n in "abcd"]
-    assert [os.path.normpath(r["video"]) for r in rows] == [str(tmp_path / f) for f in (f"{raw}/a.mp4", "val_raw_videos/b.mp4", "raw_videos/c.mp4", "d.mp4")]
+    assert [os.path.normpath(r["video"]) for r in rows] == [
+        str(tmp_path / f) for f in (f"{raw}/a.mp4", "val_raw_videos/b.mp4", "raw_videos/c.mp4", "d.mp4")
+    ]
     (tmp_path / "openasl-v1.0.tsv").write_text("vid\traw-text\tsplit\na\tone\ttrain\nb\ttwo\tval\nx:y\tthree\ttest\n")
     (tmp_path / "clips").mkdir()
     for name in ("a", "b", "x%y"):
         (tmp_path / "clips" / f"{name}.mp4").write_text("video")
     splits = read_openasl(str(tmp_path))[0]
-    assert [os.path.normpath(splits[s][0]["video"]) for s in SPLITS] == [str(tmp_path / f) for f in ("a.mp4", "b.mp4", "clips/x%y.mp4")]
+    assert [os.path.normpath(splits[s][0]["video"]) for s in SPLITS] == [
+        str(tmp_path / f) for f in ("a.mp4", "b.mp4", "clips/x%y.mp4")
+    ]
     (tmp_path / "openasl-v1.0.tsv").write_text("vid\traw-text\tsplit\na\tone\tdev1\n")
     with bad("openasl-v1.0.tsv:2", "clip a", "dev1"):
         read_openasl(str(tmp_path))
@@ -840,20 +856,30 @@ def test_csl_daily_cells_have_spaces_and_numbers(tmp_path):
     write_pickle(tmp_path / "sentence_label/csl2020ct_v2.pkl", {"info": info}, zipped=False)
     (tmp_path / "sentence_label/split_1.txt").write_text("name|split\n S000000_P0000_T00 | test \n")
     splits = read_csl_daily(str(tmp_path))[0]
-    assert [r | {"video": ""} for r in splits["test"]] == [{"name": "S000000_P0000_T00", "text": "3个人", "video": "", "signer": 0, "frames": 2}] and not splits["train"]
+    assert [r | {"video": ""} for r in splits["test"]] == [
+        {"name": "S000000_P0000_T00", "text": "3个人", "video": "", "signer": 0, "frames": 2}
+    ] and not splits["train"]
 
 
 def test_gfslt_videos(tmp_path):
-    """The kin of labels.train for CSL-Daily: a video_path, which goes before the name; a clip may lie under its split; what is empty is left out."""
-    clips = {"a": {"name": "a", "text": "ja", "gloss": ["A", "B"], "video_path": "x/one.mp4", "signer": ""}, "train/b": {"name": "train/b", "text": "nein", "gloss": "", "num_frames": 7}}
+    """
+    The kin of labels.train for CSL-Daily: a video_path, which goes before the name; a clip may lie under its split;
+    what is empty is left out.
+    """
+    clips = {
+        "a": {"name": "a", "text": "ja", "gloss": ["A", "B"], "video_path": "x/one.mp4", "signer": ""},
+        "train/b": {"name": "train/b", "text": "nein", "gloss": "", "num_frames": 7},
+    }
     write_pickle(tmp_path / "csl_daily.labels.train", clips)
     (tmp_path / "sentence-crop/x").mkdir(parents=True)
     (tmp_path / "sentence-crop/x/one.mp4").write_text("video")
     (tmp_path / "fullFrame-210x260px/train/b").mkdir(parents=True)
     for root in (tmp_path, f"{tmp_path}/csl_daily.labels.{{split}}"):
         splits, dealt = read_gfslt(str(root))
-        assert dealt and splits["train"] == [{"name": "a", "text": "ja", "video": f"{tmp_path}/sentence-crop/x/one.mp4", "gloss": "A B"},
-                                             {"name": "b", "text": "nein", "video": f"{tmp_path}/fullFrame-210x260px/train/b", "frames": 7}]
+        assert dealt and splits["train"] == [
+            {"name": "a", "text": "ja", "video": f"{tmp_path}/sentence-crop/x/one.mp4", "gloss": "A B"},
+            {"name": "b", "text": "nein", "video": f"{tmp_path}/fullFrame-210x260px/train/b", "frames": 7},
+        ]
 
 
 def test_the_order_of_dealing_out():
@@ -867,14 +893,25 @@ def test_the_order_of_dealing_out():
 # ---------------------------------------------------------------------------------------------------------------------
 # More of the check
 
-@pytest.mark.parametrize("form, counts", [("{:02}April_2010_Thursday_heute-{}", (7096, 519, 642)), ("S{1:06}_P{0:04}_T01", (18401, 1077, 1176))])
+
+@pytest.mark.parametrize(
+    "form, counts",
+    [("{:02}April_2010_Thursday_heute-{}", (7096, 519, 642)), ("S{1:06}_P{0:04}_T01", (18401, 1077, 1176))],
+)
 def test_published_numbers_of_clips(form, counts):
-    """As many as the authors published: no note. One less: a note that says both, and the table says what was published."""
+    """
+    As many as the authors published: no note. One less: a note that says both, and the table says what was
+    published.
+    """
     clips = [{"name": form.format(i % 100, i), "text": "x", "video": "absent.mp4"} for i in range(sum(counts))]
     train, dev, test = counts
-    splits = {"train": clips[:train], "dev": clips[train:train + dev], "test": clips[train + dev:]}
+    splits = {"train": clips[:train], "dev": clips[train : train + dev], "test": clips[train + dev :]}
     _, problems, notes, table, _ = check(splits)
-    assert not notes and len(problems) == sum(counts) and [line.split()[:4] for line in table[1:]] == [[s, str(n), str(n), str(n)] for s, n in zip(SPLITS, counts)]
+    assert (
+        not notes
+        and len(problems) == sum(counts)
+        and [line.split()[:4] for line in table[1:]] == [[s, str(n), str(n), str(n)] for s, n in zip(SPLITS, counts)]
+    )
     for split in SPLITS:
         (note,) = check(splits | {split: splits[split][1:]})[2]
         less = tuple(n - (s == split) for s, n in zip(SPLITS, counts))
@@ -884,11 +921,28 @@ def test_published_numbers_of_clips(form, counts):
 def test_the_table_of_the_check(tmp_path):
     """Clips, problems, and how many texts of a split stand in train, each counted by hand."""
     (tmp_path / "a.mp4").write_text("full")
-    row = lambda name, text: {"name": name, "text": text, "video": str(tmp_path / ("a.mp4" if name[0] != "x" else "absent.mp4"))}
-    splits = {"train": [row("a", "eins"), row("b", "zwei"), row("xc", "drei")], "dev": [row("d", "eins"), row("e", "eins"), row("xf", "drei"), row("g", "vier")], "test": []}
+    row = lambda name, text: {
+        "name": name,
+        "text": text,
+        "video": str(tmp_path / ("a.mp4" if name[0] != "x" else "absent.mp4")),
+    }
+    splits = {
+        "train": [row("a", "eins"), row("b", "zwei"), row("xc", "drei")],
+        "dev": [row("d", "eins"), row("e", "eins"), row("xf", "drei"), row("g", "vier")],
+        "test": [],
+    }
     good, problems, notes, table, shapes = check(splits)
-    assert [line.split() for line in table[1:]] == [["train", "3", "1"], ["dev", "4", "1", "3"], ["test", "0", "0", "0"]]
-    assert [len(good[s]) for s in SPLITS] == [2, 3, 0] and len(problems) == 2 and notes == ["test: no clips"] and shapes == {}
+    assert [line.split() for line in table[1:]] == [
+        ["train", "3", "1"],
+        ["dev", "4", "1", "3"],
+        ["test", "0", "0", "0"],
+    ]
+    assert (
+        [len(good[s]) for s in SPLITS] == [2, 3, 0]
+        and len(problems) == 2
+        and notes == ["test: no clips"]
+        and shapes == {}
+    )
 
 
 def test_a_name_twice_says_where_it_stood(tmp_path):
@@ -900,25 +954,57 @@ def test_a_name_twice_says_where_it_stood(tmp_path):
 
 
 def test_frames_beside_their_labels(tmp_path):
-    """Fewer frames than the labels say are a note, and so are more; half a character is a problem in a text as in a name."""
+    """
+    Fewer frames than the labels say are a note, and so are more; half a character is a problem in a text as in a
+    name.
+    """
     for n in range(3):
         (tmp_path / f"{n}.png").touch()
     row = lambda name, text="x", **more: {"name": name, "text": text, "video": str(tmp_path)} | more
-    good, problems, notes, *_ = check({"train": [row("a", frames=2), row("b", frames=3), row("c", frames=4), row("d"), row("e", "x\ud800")], "dev": [], "test": []})
-    assert notes[:2] == ["train: clip a: 3 frames, its labels say 2", "train: clip c: 3 frames, its labels say 4"] and len(notes) == 4
-    assert [r["name"] for r in good["train"]] == ["a", "b", "c", "d"] and problems == ["train: clip e: its text has half a character"]
+    good, problems, notes, *_ = check(
+        {
+            "train": [row("a", frames=2), row("b", frames=3), row("c", frames=4), row("d"), row("e", "x\ud800")],
+            "dev": [],
+            "test": [],
+        }
+    )
+    assert (
+        notes[:2] == ["train: clip a: 3 frames, its labels say 2", "train: clip c: 3 frames, its labels say 4"]
+        and len(notes) == 4
+    )
+    assert [r["name"] for r in good["train"]] == ["a", "b", "c", "d"] and problems == [
+        "train: clip e: its text has half a character"
+    ]
 
 
 def test_frame_folders_of_known_data_sets_have_their_rate(tmp_path, monkeypatch):
-    """PHOENIX-2014T was filmed at 25 frames a second, CSL-Daily at 30; their folders of frames cannot say so, and fps= resamples from there."""
+    """
+    PHOENIX-2014T was filmed at 25 frames a second, CSL-Daily at 30; their folders of frames cannot say so, and fps=
+    resamples from there.
+    """
     make_phoenix(tmp_path / "phoenix", {"train": {"a": "eins"}}, frames=10)
     make_csl(tmp_path / "csl")
     for image in (tmp_path / "csl").rglob("*.jpg"):
         write_image(image, shades(90)[0])
     for form, rate in (("phoenix14t", 25), ("csl_daily", 30)):
-        folder = run(monkeypatch, tmp_path, f"reader={form}", f"root={tmp_path / form.split('14')[0].split('_')[0]}", "workers=0", "device=cpu")
+        folder = run(
+            monkeypatch,
+            tmp_path,
+            f"reader={form}",
+            f"root={tmp_path / form.split('14')[0].split('_')[0]}",
+            "workers=0",
+            "device=cpu",
+        )
         assert json.loads(Store(str(folder / "toycnn/train.safetensors")).metadata["settings"])["fps"] == rate
-    folder = run(monkeypatch, tmp_path, "reader=phoenix14t", f"root={tmp_path / 'phoenix'}", "workers=0", "device=cpu", "fps=12.5")
+    folder = run(
+        monkeypatch,
+        tmp_path,
+        "reader=phoenix14t",
+        f"root={tmp_path / 'phoenix'}",
+        "workers=0",
+        "device=cpu",
+        "fps=12.5",
+    )
     assert rows_of(folder, "train")[0]["frames"] == 5
 
 
@@ -936,7 +1022,10 @@ def test_problems_that_are_mended_are_forgotten(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # More of ready features
 
-@pytest.mark.parametrize("dtype, fine", [("f2", True), ("f8", True), ("i8", True), ("u1", True), ("?", False), ("c8", False), ("S3", False)])
+
+@pytest.mark.parametrize(
+    "dtype, fine", [("f2", True), ("f8", True), ("i8", True), ("u1", True), ("?", False), ("c8", False), ("S3", False)]
+)
 def test_features_are_numbers(tmp_path, monkeypatch, dtype, fine):
     """Floats and whole numbers are features; yes and no, complex numbers and texts are a mistake."""
     x = np.array([[1, 0], [0, 1], [1, 1]]).astype(dtype)
@@ -953,21 +1042,48 @@ def test_features_are_numbers(tmp_path, monkeypatch, dtype, fine):
 def test_features_whose_dev_split_is_called_val(tmp_path, monkeypatch):
     made = make_slt(tmp_path / "slt", width=2, seed=9)
     for split, name in (("train", "train"), ("dev", "val"), ("test", "test")):
-        write_pickle(tmp_path / f"f.{name}", {e["name"]: np.full((len(e["sign"]), 3), ord(name[0]), np.float32) for e in made[split]})
-    folder = run(monkeypatch, tmp_path, "reader=slt", f"root={tmp_path / 'slt'}", f"features={tmp_path}/f.{{split}}", "backbone=x")
+        write_pickle(
+            tmp_path / f"f.{name}",
+            {e["name"]: np.full((len(e["sign"]), 3), ord(name[0]), np.float32) for e in made[split]},
+        )
+    folder = run(
+        monkeypatch,
+        tmp_path,
+        "reader=slt",
+        f"root={tmp_path / 'slt'}",
+        f"features={tmp_path}/f.{{split}}",
+        "backbone=x",
+    )
     for split, letter in (("train", "t"), ("dev", "v"), ("test", "t")):
         store = Store(str(folder / "x" / f"{split}.safetensors"))
-        assert all((store[e["name"].split("/")[1]] == ord(letter)).all() and len(store[e["name"].split("/")[1]]) == len(e["sign"]) for e in made[split])
+        assert all(
+            (store[e["name"].split("/")[1]] == ord(letter)).all()
+            and len(store[e["name"].split("/")[1]]) == len(e["sign"])
+            for e in made[split]
+        )
 
 
 def test_standins_by_hand(tmp_path, monkeypatch):
-    """A state's vector follows from its stream and number, a clip's noise from its name: everybody's stand-ins are the same."""
+    """
+    A state's vector follows from its stream and number, a clip's noise from its name: everybody's stand-ins are the
+    same.
+    """
     streams = {"pami0": [4, 4, 7], "pami1": [0, 2, 2], "pami2": [9, 9, 9]}
     clip = {"name": "train/a", "text": "ja .", "alignments": {k: " ".join(map(str, v)) for k, v in streams.items()}}
-    odd = [{"name": "train/b", "alignments": clip["alignments"] | {"pami1": "1 2"}}, {"name": "train/c", "alignments": clip["alignments"] | {"pami2": "1 x 2"}}, {"name": "train/d"}]
+    odd = [
+        {"name": "train/b", "alignments": clip["alignments"] | {"pami1": "1 2"}},
+        {"name": "train/c", "alignments": clip["alignments"] | {"pami2": "1 x 2"}},
+        {"name": "train/d"},
+    ]
     write_pickle(tmp_path / "neccam.phoenix14t.train", [clip] + [{"text": "x ."} | e for e in odd])
-    folder = run(monkeypatch, tmp_path, "reader=slt", f"root={tmp_path}", "features=states", "sigma=0.5", "strict=false")
-    assert [line.split(":")[1] for line in (folder / "problems.txt").read_text().splitlines()] == [" clip b", " clip c", " clip d"]
+    folder = run(
+        monkeypatch, tmp_path, "reader=slt", f"root={tmp_path}", "features=states", "sigma=0.5", "strict=false"
+    )
+    assert [line.split(":")[1] for line in (folder / "problems.txt").read_text().splitlines()] == [
+        " clip b",
+        " clip c",
+        " clip d",
+    ]
     vector = lambda *key: np.random.default_rng([*key]).standard_normal(1024, np.float32)
     clean = np.stack([vector(0, a) + 0.5 * vector(1, b) + 0.5 * vector(2, c) for a, b, c in zip(*streams.values())])
     noise = np.random.default_rng([3, *b"a"]).standard_normal((3, 1024), np.float32)

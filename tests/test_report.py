@@ -248,13 +248,31 @@ def rewrite(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-MADE_WITH = {"checkpoint": "out/tiny/sft/best", "step": 8, "split": "test", "decoding": {"beam": 4, "length_penalty": 1.0}, "sha256": {"features": "aa", "llm": "bb"}}
+MADE_WITH = {
+    "checkpoint": "out/tiny/sft/best",
+    "step": 8,
+    "split": "test",
+    "decoding": {"beam": 4, "length_penalty": 1.0},
+    "sha256": {"features": "aa", "llm": "bb"},
+}
 
 
-@pytest.mark.parametrize("key, value", [("", ""), ("checkpoint", "out/tiny/sft/last"), ("step", 7), ("split", "dev"), ("decoding", {"beam": 1, "length_penalty": 1.0}),
-                                        ("sha256", {"features": "cc", "llm": "bb"})])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("", ""),
+        ("checkpoint", "out/tiny/sft/last"),
+        ("step", 7),
+        ("split", "dev"),
+        ("decoding", {"beam": 1, "length_penalty": 1.0}),
+        ("sha256", {"features": "cc", "llm": "bb"}),
+    ],
+)
 def test_a_control_of_something_else_is_marked(other, monkeypatch, key, value):
-    """Another checkpoint, step, split, decoding, or other features: such a control is none for these scores, and a star says so."""
+    """
+    Another checkpoint, step, split, decoding, or other features: such a control is none for these scores, and a
+    star says so.
+    """
     for name in ("scores", "scores.shuffle", "scores.noise"):
         rewrite(other / f"{name}.json", **MADE_WITH | ({key: value} if key and name == "scores.noise" else {}))
     page = page_of(other, monkeypatch, "clips=0")
@@ -266,38 +284,89 @@ def test_a_control_of_something_else_is_marked(other, monkeypatch, key, value):
 def test_what_the_score_table_says(other, monkeypatch):
     for name in ("scores", "scores.shuffle", "scores.noise"):
         rewrite(other / f"{name}.json", **MADE_WITH)
-    rewrite(other / "scores.json", bleu=[51, 41, 31, 21.25], rouge=33.333, chrf=44.446, bleu4_95=[19.0, 23.5], exact=40.4, variants={"greedy": {"bleu": [1, 2, 3, 4], "rouge": 5, "chrf": 6}})
+    rewrite(
+        other / "scores.json",
+        bleu=[51, 41, 31, 21.25],
+        rouge=33.333,
+        chrf=44.446,
+        bleu4_95=[19.0, 23.5],
+        exact=40.4,
+        variants={"greedy": {"bleu": [1, 2, 3, 4], "rouge": 5, "chrf": 6}},
+    )
     page = page_of(other, monkeypatch, "clips=0")
-    cells = {re.sub("<.*?>", "", row[0]): row[1:] for row in (re.split("<td.*?>", r) for r in re.findall(r"<tr>(<th scope=.row.>.*?)(?=<tr>|</table>)", page, re.S))}
-    assert cells["the model"] == ["51.00", "41.00", "31.00", "21.25", "33.33", "44.45"] and cells["greedy"] == ["1.00", "2.00", "3.00", "4.00", "5.00", "6.00"]
-    assert cells["control: another clip&#x27;s video"][3] == "3.00" and cells["nearest training clip, no LLM"] == ["9.00", "8.00", "7.00", "6.00", "5.00", "4.00"]
+    cells = {
+        re.sub("<.*?>", "", row[0]): row[1:]
+        for row in (
+            re.split("<td.*?>", r) for r in re.findall(r"<tr>(<th scope=.row.>.*?)(?=<tr>|</table>)", page, re.S)
+        )
+    }
+    assert cells["the model"] == ["51.00", "41.00", "31.00", "21.25", "33.33", "44.45"] and cells["greedy"] == [
+        "1.00",
+        "2.00",
+        "3.00",
+        "4.00",
+        "5.00",
+        "6.00",
+    ]
+    assert cells["control: another clip&#x27;s video"][3] == "3.00" and cells["nearest training clip, no LLM"] == [
+        "9.00",
+        "8.00",
+        "7.00",
+        "6.00",
+        "5.00",
+        "4.00",
+    ]
     text = Reader(page).text
-    assert "5 test clips, BLEU-4 19.00 to 23.50 (95 %, bootstrap); 40 % of the sentences are exact. Decoded with beam=4, length_penalty=1." in text
+    assert (
+        "5 test clips, BLEU-4 19.00 to 23.50 (95 %, bootstrap); 40 % of the sentences are exact. "
+        "Decoded with beam=4, length_penalty=1."
+        in text
+    )
     assert "the gap of 18.25" in text
 
 
 def steps_of(svg):
     """Step -> place, from the named steps of a chart's axis."""
-    (x0, s0), *_, (x1, s1) = [(float(x), float(s)) for x, s in re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle">([\d.]+)</text>', svg)]
+    (x0, s0), *_, (x1, s1) = [
+        (float(x), float(s))
+        for x, s in re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle">([\d.]+)</text>', svg)
+    ]
     return lambda step: x0 + (x1 - x0) * (step - s0) / (s1 - s0)
 
 
 def test_curves_stand_at_their_steps(other, monkeypatch):
-    """Whatever log_every was: align's 12 steps and then sft's 8, each value at its own step, the second stage from the first one's last."""
+    """
+    Whatever log_every was: align's 12 steps and then sft's 8, each value at its own step, the second stage from the
+    first one's last.
+    """
     for folder, steps in ((other.parent / "align", (2, 4, 6, 8, 10, 12)), (other, (4, 8))):
-        lines = [{"step": s, "epoch": s / 4, "loss": 3 / s, "dev_loss": 4 / s, "dev_bleu": [40, 30, 20, 10 + s]} for s in steps]
+        lines = [
+            {"step": s, "epoch": s / 4, "loss": 3 / s, "dev_loss": 4 / s, "dev_bleu": [40, 30, 20, 10 + s]}
+            for s in steps
+        ]
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     loss, bleu = re.findall("<svg.*?</svg>", page_of(other, monkeypatch, "clips=0"), re.S)
     want = [("align", s, s) for s in (2, 4, 6, 8, 10, 12)] + [("sft", s, 12 + s) for s in (4, 8)]
-    for svg, kind, hints in ((loss, "train", [f"{stage}, step {s}: train loss {3 / s:.4f}" for stage, s, _ in want]), (loss, "dev", [f"{stage}, step {s}: dev loss {4 / s:.4f}" for stage, s, _ in want]),
-                             (bleu, "dev", [f"{stage}, step {s}: dev BLEU-4 {10 + s:.2f}" for stage, s, _ in want])):
-        place, dots = steps_of(svg), re.findall(rf'<circle class="{kind}" cx="([\d.]+)" cy="([\d.]+)" r="[\d.]+"><title>(.*?)</title>', svg)
+    for svg, kind, hints in (
+        (loss, "train", [f"{stage}, step {s}: train loss {3 / s:.4f}" for stage, s, _ in want]),
+        (loss, "dev", [f"{stage}, step {s}: dev loss {4 / s:.4f}" for stage, s, _ in want]),
+        (bleu, "dev", [f"{stage}, step {s}: dev BLEU-4 {10 + s:.2f}" for stage, s, _ in want]),
+    ):
+        place, dots = (
+            steps_of(svg),
+            re.findall(rf'<circle class="{kind}" cx="([\d.]+)" cy="([\d.]+)" r="[\d.]+"><title>(.*?)</title>', svg),
+        )
         assert [hint for *_, hint in dots] == hints
         assert [float(x) for x, *_ in dots] == pytest.approx([place(s) for *_, s in want], abs=0.2)
         lines = re.findall(rf'<path class="{kind}" d="M(.*?)"', svg)
-        assert [len(line.split("L")) for line in lines] == [6, 2]  # a line of its own for each stage, through its own points
+        assert [len(line.split("L")) for line in lines] == [
+            6,
+            2,
+        ]  # a line of its own for each stage, through its own points
         assert [p for line in lines for p in line.split("L")] == [f"{x} {y}" for x, y, _ in dots]
-        assert [float(x) for x in re.findall(r'<path class="stage" d="M([\d.]+) ', svg)] == pytest.approx([place(0), place(12)], abs=0.2)
+        assert [float(x) for x in re.findall(r'<path class="stage" d="M([\d.]+) ', svg)] == pytest.approx(
+            [place(0), place(12)], abs=0.2
+        )
         down = [float(y) for _, y, _ in dots]
         assert down[:6] == sorted(down[:6], reverse=svg == bleu)  # a larger value stands higher
 

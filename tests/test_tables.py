@@ -70,13 +70,30 @@ def test_write(tmp_path):
 
 
 CLAIMED = {  # what the paper says of its rows: the better one, the worse one, their BLEU-4
-    1: [("SL-LLaMA 13B", "SL-LLaMA 7B", 23.73, 20.86)], 2: [("SL-LLaMA 13B", "SL-LLaMA 7B", 13.42, 11.77)],
-    3: [("7B, MLP with GELU", "7B, linear", 20.86, 18.48), ("7B, MLP with GELU", "7B, MLP without activation", 20.86, 18.06),
-        ("13B, MLP with GELU", "13B, linear", 23.73, 20.42), ("13B, MLP with GELU", "13B, MLP without activation", 23.73, 19.74)],
-    4: [("7B, adaptor, word embeddings, LoRA", "7B, adaptor and word embeddings", 20.86, 16.12), ("13B, adaptor, word embeddings, LoRA", "13B, adaptor and word embeddings", 23.73, 16.42)],
-    5: [], 7: [], 8: [("LoRA rank 8", "LoRA rank 4", 20.86, 18.48)],
-    6: [(f"{llm}, {data}, with the local transformer", f"{llm}, {data}, without the local transformer", a, b) for llm, data, a, b in (
-        ("7B", "PHOENIX-2014T", 20.86, 19.27), ("7B", "CSL-Daily", 11.77, 11.42), ("13B", "PHOENIX-2014T", 23.73, 21.43), ("13B", "CSL-Daily", 13.42, 13.34))],
+    1: [("SL-LLaMA 13B", "SL-LLaMA 7B", 23.73, 20.86)],
+    2: [("SL-LLaMA 13B", "SL-LLaMA 7B", 13.42, 11.77)],
+    3: [
+        ("7B, MLP with GELU", "7B, linear", 20.86, 18.48),
+        ("7B, MLP with GELU", "7B, MLP without activation", 20.86, 18.06),
+        ("13B, MLP with GELU", "13B, linear", 23.73, 20.42),
+        ("13B, MLP with GELU", "13B, MLP without activation", 23.73, 19.74),
+    ],
+    4: [
+        ("7B, adaptor, word embeddings, LoRA", "7B, adaptor and word embeddings", 20.86, 16.12),
+        ("13B, adaptor, word embeddings, LoRA", "13B, adaptor and word embeddings", 23.73, 16.42),
+    ],
+    5: [],
+    7: [],
+    8: [("LoRA rank 8", "LoRA rank 4", 20.86, 18.48)],
+    6: [
+        (f"{llm}, {data}, with the local transformer", f"{llm}, {data}, without the local transformer", a, b)
+        for llm, data, a, b in (
+            ("7B", "PHOENIX-2014T", 20.86, 19.27),
+            ("7B", "CSL-Daily", 11.77, 11.42),
+            ("13B", "PHOENIX-2014T", 23.73, 21.43),
+            ("13B", "CSL-Daily", 13.42, 13.34),
+        )
+    ],
     9: [("window 8", f"window {w}", 20.86, b) for w, b in ((4, 19.64), (12, 20.02), (16, 19.42))],
 }
 
@@ -85,13 +102,24 @@ CLAIMED = {  # what the paper says of its rows: the better one, the worse one, t
 def test_every_claim_compares_the_rows_that_it_names(tmp_path, number):
     """Each row is given a score of its own: a claim's line tells which two it has looked at, and who won."""
     here = {row[0]: 10.0 * i for i, row in enumerate(tables.ROWS[number])}
-    text = tables.write(number, [[{"bleu": [0, 0, 0, b], "rouge": 0}] for b in here.values()], SimpleNamespace(setting="paper", to=str(tmp_path)))
+    text = tables.write(
+        number,
+        [[{"bleu": [0, 0, 0, b], "rouge": 0}] for b in here.values()],
+        SimpleNamespace(setting="paper", to=str(tmp_path)),
+    )
     found = re.findall(r"^- .*: paper ([\d.]+) against ([\d.]+), here ([\d.]+) against ([\d.]+): (\w+)$", text, re.M)
-    assert [tuple(map(float, line[:4])) for line in found] == [(p, q, here[a], here[b]) for a, b, p, q in CLAIMED[number]]
-    assert [line[4] for line in found] == ["agrees" if here[a] > here[b] else "disagrees" for a, b, *_ in CLAIMED[number]]
+    assert [tuple(map(float, line[:4])) for line in found] == [
+        (p, q, here[a], here[b]) for a, b, p, q in CLAIMED[number]
+    ]
+    assert [line[4] for line in found] == [
+        "agrees" if here[a] > here[b] else "disagrees" for a, b, *_ in CLAIMED[number]
+    ]
 
 
-@pytest.mark.parametrize("difference, verdict", [(0.5, "agrees"), (0.4, "no difference (below 0.5)"), (-0.4, "no difference (below 0.5)"), (-0.5, "disagrees")])
+@pytest.mark.parametrize(
+    "difference, verdict",
+    [(0.5, "agrees"), (0.4, "no difference (below 0.5)"), (-0.4, "no difference (below 0.5)"), (-0.5, "disagrees")],
+)
 def test_verdicts(tmp_path, difference, verdict):
     scores = [[{"bleu": [0, 0, 0, b], "rouge": 0}] for b in (20.0, 20 + difference, 0.0, 0.0)]
     assert tables.write(8, scores, SimpleNamespace(setting="paper", to=str(tmp_path))).rstrip().endswith(": " + verdict)
@@ -116,7 +144,10 @@ class Recorder:
 
 @pytest.fixture
 def recorded(tmp_path, monkeypatch):
-    """A function of arguments: tables.main() with every command noted and none run -> those of train.py as dicts, and those of eval.py."""
+    """
+    A function of arguments: tables.main() with every command noted and none run -> those of train.py as dicts, and
+    those of eval.py.
+    """
     monkeypatch.chdir(ROOT)
     run = Recorder()
     monkeypatch.setattr(tables, "run", run)
@@ -124,10 +155,17 @@ def recorded(tmp_path, monkeypatch):
     def call(*args, fails=""):
         run.commands.clear()
         run.fails = fails
-        monkeypatch.setattr("sys.argv", ["tables.py", f"out_dir={tmp_path}/out", f"to={tmp_path}/tables", "jobs=1", *args])
+        monkeypatch.setattr(
+            "sys.argv", ["tables.py", f"out_dir={tmp_path}/out", f"to={tmp_path}/tables", "jobs=1", *args]
+        )
         tables.main()
-        trained = [dict(a.split("=", 1) for a in c[1:] if "=" in a) | {"configs": [a for a in c[1:] if "=" not in a]} for c in run.commands if c[0] == "train.py"]
+        trained = [
+            dict(a.split("=", 1) for a in c[1:] if "=" in a) | {"configs": [a for a in c[1:] if "=" not in a]}
+            for c in run.commands
+            if c[0] == "train.py"
+        ]
         return trained, [c[1] for c in run.commands if c[0] == "eval.py"]
+
     return call
 
 
@@ -135,20 +173,36 @@ def test_rows_that_differ_in_sft_alone_share_their_align_run(recorded, tmp_path)
     """Tables 4 and 8: what learns in the second stage, and LoRA's rank, ask for no first stage of their own."""
     trained, scored = recorded("table=4", "setting=paper", "seeds=2")
     stages = [(c["stage"], c["seed"], c["configs"][0]) for c in trained]
-    assert sorted(s for s in stages if s[0] == "align") == [("align", str(s), f"config/phoenix14t_{n}.py") for s in (1337, 1338) for n in ("13b", "7b")]
+    assert sorted(s for s in stages if s[0] == "align") == [
+        ("align", str(s), f"config/phoenix14t_{n}.py") for s in (1337, 1338) for n in ("13b", "7b")
+    ]
     assert len([s for s in stages if s[0] == "sft"]) == len(set(scored)) == 12
     for c in trained:
-        assert ("freeze_llm" in c) <= (c["stage"] == "sft") and ("train_embeddings" in c) <= (c["stage"] == "sft") and c["resume"] == "true"
+        assert (
+            ("freeze_llm" in c) <= (c["stage"] == "sft")
+            and ("train_embeddings" in c) <= (c["stage"] == "sft")
+            and c["resume"] == "true"
+        )
         if c["stage"] == "sft":
             size = c["configs"][0].removeprefix("config/phoenix14t_").removesuffix(".py").upper()
-            assert c["init_from"] == f"{tmp_path}/out/phoenix14t/tables/paper/{size}/{c['seed']}/align" and c["run"].endswith(f"/{c['seed']}")
+            assert c["init_from"] == f"{tmp_path}/out/phoenix14t/tables/paper/{size}/{c['seed']}/align" and c[
+                "run"
+            ].endswith(f"/{c['seed']}")
             assert f"ckpt={tmp_path}/out/phoenix14t/{c['run']}/sft" in scored
     learns = {(c.get("freeze_llm"), c.get("train_embeddings")) for c in trained if c["stage"] == "sft"}
     assert learns == {("True", "False"), ("True", None), (None, None)}
-    trained, scored = recorded("table=8", "setting=paper", "seeds=2")  # rank 8 is Table 4's best row, and scored already
-    assert sorted(c["lora_rank"] for c in trained if c["stage"] == "sft") == sorted(["4", "16", "32"] * 2) and len(scored) == 6
+    trained, scored = recorded(
+        "table=8", "setting=paper", "seeds=2"
+    )  # rank 8 is Table 4's best row, and scored already
+    assert (
+        sorted(c["lora_rank"] for c in trained if c["stage"] == "sft") == sorted(["4", "16", "32"] * 2)
+        and len(scored) == 6
+    )
     assert sum(c["stage"] == "align" for c in trained) == 2  # train.py itself sees that they are done
-    assert "5.00" in (tmp_path / "tables/table4.md").read_text() and "± 0.00" in (tmp_path / "tables/tables.md").read_text()
+    assert (
+        "5.00" in (tmp_path / "tables/table4.md").read_text()
+        and "± 0.00" in (tmp_path / "tables/tables.md").read_text()
+    )
 
 
 def test_rows_that_differ_before_sft_have_an_align_run_of_their_own(recorded):
@@ -158,14 +212,23 @@ def test_rows_that_differ_before_sft_have_an_align_run_of_their_own(recorded):
     assert len({c["run"] for c in trained}) == len({c.get("init_from") for c in trained if c["stage"] == "sft"}) == 4
     trained, _ = recorded("table=6", "setting=paper")
     assert [(c["configs"][0], c.get("ltn")) for c in trained if c["stage"] == "align"] == [
-        (f"config/{data}_{size}.py", ltn) for size in ("7b", "13b") for data in ("phoenix14t", "csl_daily") for ltn in ("False", None)]
+        (f"config/{data}_{size}.py", ltn)
+        for size in ("7b", "13b")
+        for data in ("phoenix14t", "csl_daily")
+        for ltn in ("False", None)
+    ]
 
 
 def test_a_row_that_fails_loses_no_other(recorded, tmp_path):
     with pytest.raises(BadInput, match="^1 runs failed: lora_rank=16 went wrong"):
         recorded("table=8", "setting=paper", fails="lora_rank=16")
     lines = (tmp_path / "tables/table8.md").read_text().splitlines()
-    assert [line.split("|")[5].strip() for line in lines if line.startswith("| LoRA")] == ["**1.00**", "**1.00**", "failed", "**1.00**"]
+    assert [line.split("|")[5].strip() for line in lines if line.startswith("| LoRA")] == [
+        "**1.00**",
+        "**1.00**",
+        "failed",
+        "**1.00**",
+    ]
 
 
 @pytest.mark.long

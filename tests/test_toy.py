@@ -229,14 +229,22 @@ def test_chinese():
 
 # ---- the table of clips
 
+
 def test_the_table_is_what_was_signed(tmp_path, monkeypatch):
-    """clips.tsv: so many of each split, each sentence with its signs in signing order, the mark on the sign with the head shake."""
-    monkeypatch.setattr(toy, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))  # other processes take seconds to start
+    """
+    clips.tsv: so many of each split, each sentence with its signs in signing order, the mark on the sign with the
+    head shake.
+    """
+    monkeypatch.setattr(
+        toy, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers)
+    )  # other processes take seconds to start
     shown, counts = [], {"train": 6, "dev": 2, "test": 3}
     toy.make_clips(str(tmp_path / "clips"), 1337, "German", counts, 1, shown.append)
     header, *lines = (tmp_path / "clips/clips.tsv").read_text(encoding="utf-8").splitlines()
     rows = [dict(zip(header.split("\t"), line.split("\t"))) for line in lines]
-    assert [r["split"] for r in rows] == ["train"] * 6 + ["dev"] * 2 + ["test"] * 3 and [r["file"] for r in rows] == [f"{i:05}.mp4" for i in range(11)]
+    assert [r["split"] for r in rows] == ["train"] * 6 + ["dev"] * 2 + ["test"] * 3 and [r["file"] for r in rows] == [
+        f"{i:05}.mp4" for i in range(11)
+    ]
     assert shown == list(range(1, 12)) and len({r["text"] for r in rows}) == 11
     for i, (row, (signs, shaken, text)) in enumerate(zip(rows, toy.sentences(1337, 11))):
         assert row["text"] == text
@@ -248,13 +256,22 @@ def test_the_table_is_what_was_signed(tmp_path, monkeypatch):
 
 
 def test_how_much_of_the_language_there_is(every):
-    """8 times, 6 places, 6 kinds of weather with and without head shake, 4 manners and 5 degrees or none: each combination once."""
+    """
+    8 times, 6 places, 6 kinds of weather with and without head shake, 4 manners and 5 degrees or none: each
+    combination once.
+    """
     assert len(every) == 8 * 6 * 6 * 2 * 5 * 6 and len(toy.SIGNS) == len(set(toy.SIGNS)) == 8 + 6 + 6 + 4 + 5
     assert sum(shaken >= 0 for _, shaken, _ in every) == len(every) // 2
     count = lambda sign: sum(sign in signs for signs, *_ in every)
-    assert [count(s) * n for s, n in (("HEUTE", 8), ("RHEIN", 6), ("NEBEL", 6), ("OFT", 5), ("ZEHN", 6))] == [len(every)] * 5
+    assert [count(s) * n for s, n in (("HEUTE", 8), ("RHEIN", 6), ("NEBEL", 6), ("OFT", 5), ("ZEHN", 6))] == [
+        len(every)
+    ] * 5
     german = {g for *_, g in every}
-    for text in ("in der nacht gibt es auf den inseln wieder keinen nebel bei dreißig grad", "am abend weht an der küste oft der wind nicht", "heute scheint im norden die sonne"):
+    for text in (
+        "in der nacht gibt es auf den inseln wieder keinen nebel bei dreißig grad",
+        "am abend weht an der küste oft der wind nicht",
+        "heute scheint im norden die sonne",
+    ):
         assert text in german
     assert toy.GERMAN.keys() == toy.CHINESE.keys() == set(toy.SIGNS)
 
@@ -263,12 +280,25 @@ def test_another_language_is_signed_otherwise(monkeypatch, tmp_path):
     """toy_zh: a seed of its own, so that neither signs nor sentences are toy's, and Chinese sentences."""
     asked = []
     monkeypatch.setattr(toy, "make_clips", lambda root, seed, language, *_: asked.append((seed, language)))
-    monkeypatch.setattr(toy, "train_llama", lambda folder, texts, seed, steps, batch, language, **sizes: asked.append((seed, language, steps, batch, sizes)))
+    monkeypatch.setattr(
+        toy,
+        "train_llama",
+        lambda folder, texts, seed, steps, batch, language, **sizes: asked.append(
+            (seed, language, steps, batch, sizes)
+        ),
+    )
     for name in ("read_clips", "prepare", "Extractor"):
         monkeypatch.setattr(toy, name, lambda *args, **kwargs: [None])
     toy.build(str(tmp_path), "toy_zh", "llm_mistral", seed=7, text_steps=5, text_batch=6)
     assert sorted(asked, key=len) == [(8, "Chinese"), (11, "Chinese", 5, 6, toy.LLMS["llm_mistral"])]
-    assert json.loads((tmp_path / "toy_zh" / "toy.json").read_text()) == {"seed": 7, "n_train": 1000, "n_dev": 100, "n_test": 100, "text_steps": 5, "text_batch": 6}
+    assert json.loads((tmp_path / "toy_zh" / "toy.json").read_text()) == {
+        "seed": 7,
+        "n_train": 1000,
+        "n_dev": 100,
+        "n_test": 100,
+        "text_steps": 5,
+        "text_batch": 6,
+    }
     with pytest.raises(BadInput, match="made with seed=7, not 8"):
         toy.build(str(tmp_path), "toy_zh", "llm", seed=8)
     asked.clear()
@@ -277,7 +307,10 @@ def test_another_language_is_signed_otherwise(monkeypatch, tmp_path):
 
 
 def test_movements_and_hands():
-    """A sign's hand moves around its place, the other hand mirrors it, waits in front of the body or rests, and both come back to rest."""
+    """
+    A sign's hand moves around its place, the other hand mirrors it, waits in front of the body or rests, and both
+    come back to rest.
+    """
     t = np.linspace(0, 1, 9)
     paths = [toy.movement(kind, t) for kind in range(8)]
     assert all(p.shape == (9, 2) and 0.05 < abs(p).max() < 0.25 for p in paths)
@@ -288,4 +321,7 @@ def test_movements_and_hands():
         middle = len(right) // 2
         assert np.allclose(right[[0, -1]], toy.REST[1]) and np.allclose(left[[0, -1]], toy.REST[0]) and not head.any()
         assert np.allclose(left[middle], other if other else right[middle] * (-1, 1))
-        assert tuple(fingers[middle]) == (table[sign][2], table[sign][2] if table[sign][3] else 0) and abs(right[middle] - table[sign][0]).max() < 0.26
+        assert (
+            tuple(fingers[middle]) == (table[sign][2], table[sign][2] if table[sign][3] else 0)
+            and abs(right[middle] - table[sign][0]).max() < 0.26
+        )

@@ -227,7 +227,10 @@ def test_share_deals_out_every_clip_once():
 
 def test_the_loss_is_that_of_the_whole_step(train_here):
     """The logged loss, gradient and weights do not know in how many micro-batches a step was computed."""
-    whole, parts = (train_here(f"in-{n}", "max_steps=2", "eval_every=-1", f"grad_accum={n}", "log_every=1", "frame_drop=0") for n in (1, 3))
+    whole, parts = (
+        train_here(f"in-{n}", "max_steps=2", "eval_every=-1", f"grad_accum={n}", "log_every=1", "frame_drop=0")
+        for n in (1, 3)
+    )
     for key in ("loss", "grad_norm"):
         a, b = ([json.loads(line)[key] for line in open(run / "align" / "log.jsonl")] for run in (whole, parts))
         assert len(a) == 2 and b == pytest.approx(a, rel=1e-4)
@@ -235,15 +238,22 @@ def test_the_loss_is_that_of_the_whole_step(train_here):
 
 
 def test_a_clip_of_another_rate_is_resampled(train_here, home, monkeypatch, capsys):
-    """video=: the model reads the features of the clip at the rate that it has learnt from, and the sentence alone goes to stdout."""
+    """
+    video=: the model reads the features of the clip at the rate that it has learnt from, and the sentence alone
+    goes to stdout.
+    """
     run = train_here("films", "max_steps=1", "eval_every=-1")
     path, seen = str(home / "fast.mp4"), []
     toy.write_mp4(path, np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3), np.uint8), fps=50)
-    monkeypatch.setattr(evaluation, "translate", lambda sllama, features, tokenizer, **how: seen.extend(features) or [" ja \n nein "])
+    monkeypatch.setattr(
+        evaluation, "translate", lambda sllama, features, tokenizer, **how: seen.extend(features) or [" ja \n nein "]
+    )
     monkeypatch.setattr(sys, "argv", ["eval.py", f"ckpt={run}/align", f"video={path}", "device=cpu"])
     capsys.readouterr()
     evaluation.main()
     out, err = capsys.readouterr()
     assert out == "ja nein\n" and "fast.mp4: its 50.0 frames a second are resampled to 25" in err
     (features,) = seen
-    assert len(features) == 20 and torch.equal(features, torch.from_numpy(data.Extractor("toycnn", device="cpu", fps=25.0)(path)))
+    assert len(features) == 20 and torch.equal(
+        features, torch.from_numpy(data.Extractor("toycnn", device="cpu", fps=25.0)(path))
+    )

@@ -55,19 +55,25 @@ def expected(ckpt, clip, eos_id=None, **how):
 
 
 def as_printed(sentence):
-    """A model that has learnt little may write any byte, and a carriage return ends a line where a program's output is read."""
+    """
+    A model that has learnt little may write any byte, and a carriage return ends a line where a program's output is
+    read.
+    """
     return sentence.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def an_ending(run, clip, **how):
     """
-    A token that as EOS makes the model end its sentence, whatever little it has learnt: its own EOS if it has learnt that, else one of those it writes,
-    from the middle of the sentence back to the first: with that one for EOS even the empty sentence is an ending.
+    A token that as EOS makes the model end its sentence, whatever little it has learnt: its own EOS if it has learnt that,
+    else one of those it writes, from the middle of the sentence back to the first. With that one
+    even the empty sentence is an ending.
     """
     _, tokens, _ = expected(run, clip, **how)
     if len(tokens) < how["max_new_tokens"]:
         return load_model(str(run), device="cpu")[1].eos_id
-    return next(i for i in tokens[len(tokens) // 2::-1] if len(expected(run, clip, i, **how)[1]) < how["max_new_tokens"])
+    return next(
+        i for i in tokens[len(tokens) // 2 :: -1] if len(expected(run, clip, i, **how)[1]) < how["max_new_tokens"]
+    )
 
 
 def test_program(walked):
