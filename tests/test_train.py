@@ -79,23 +79,24 @@ def test_both_stages_and_eval_under_torchrun(home, evaluate_here):
     config = json.load(open(run / "sft" / "config.json"))
     assert config["stage"] == "sft" and config["versions"]["processes"] == 2
 
-    said, _ = evaluate_here("out_dir=smoke", "beam=2")
+    how = ["out_dir=smoke", "beam=2", "max_new_tokens=20"]  # it has not learnt to end a sentence
+    said, _ = evaluate_here(*how)
     hyps = [json.loads(line) for line in open(run / "sft" / "hyps.jsonl")]
     scores = json.load(open(run / "sft" / "scores.json"))
     assert len(hyps) == 4 and scores["clips"] == 4 and scores["control"] == "none" and len(scores["bleu"]) == 4
     assert "BLEU-4" in said and scores["signature"]["bleu"] in said
-    in_processes(2, home, "", "out_dir=smoke", "beam=2", program="eval.py")  # sharded: the same sentences
+    in_processes(2, home, "", *how, program="eval.py")  # sharded: the same sentences
     assert [json.loads(line) for line in open(run / "sft" / "hyps.jsonl")] == hyps
-    evaluate_here("out_dir=smoke", "beam=2", "control=shuffle")
+    evaluate_here(*how, "control=shuffle")
     assert json.load(open(run / "sft" / "scores.shuffle.json"))["control"] == "shuffle"
     assert json.load(open(run / "sft" / "scores.json")) == json.load(open(run / "sft" / "scores.json")) and (run / "sft" / "hyps.shuffle.jsonl").exists()
 
     clip = home / "data" / "toy" / "clips" / "00022.mp4"
-    said, beside = evaluate_here(f"ckpt={run / 'sft'}", f"video={clip}")
+    said, beside = evaluate_here(f"ckpt={run / 'sft'}", f"video={clip}", "max_new_tokens=20")
     assert said.count("\n") == 1  # the sentence, and all else on stderr
     assert "resampled" not in beside
     toy.write_mp4(str(home / "fast.mp4"), np.repeat(data.read_video(str(clip)), 2, 0), fps=50)
-    said, beside = evaluate_here(f"ckpt={run / 'sft'}", "video=fast.mp4")
+    said, beside = evaluate_here(f"ckpt={run / 'sft'}", "video=fast.mp4", "max_new_tokens=20")
     assert said.count("\n") == 1 and beside.count("fast.mp4: its 50.0 frames a second are resampled to 25") == 1
 
 
@@ -114,8 +115,8 @@ def test_one_process_is_two_processes_is_accumulation(home, train_here):
 def test_compiled_is_eager(home, train_here):
     """On an LLM of two blocks: the first and the last are compiled apart, and the C++ compiler is what takes the time."""
     sizes = dict(dim=64, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=32, hidden_dim=96, vocab_size=704)
-    faults.random_llm(home / "two", home / "data" / "toy" / "llm" / "tokenizer.model", **sizes)
-    how = [f"llm={home}/two", "batch_size=5", "max_steps=2", "eval_every=1"]  # a block is compiled for each number of clips: here there is one
+    faults.random_llm(home / "two_blocks", home / "data" / "toy" / "llm" / "tokenizer.model", **sizes)
+    how = [f"llm={home}/two_blocks", "batch_size=5", "max_steps=2", "eval_every=1"]  # a block is compiled for each number of clips: here there is one
     eager, compiled = train_here("eager", *how), spawn_train(1, home, "compiled", *how, "compile=true")
     for a, b in zip(open(eager / "align" / "log.jsonl"), open(compiled / "align" / "log.jsonl"), strict=True):
         a, b = json.loads(a), json.loads(b)
