@@ -1,4 +1,7 @@
-"""What the tests share. `python -m pytest tests` runs them all; those that need real weights and clips skip where shared/real is absent."""
+"""
+What the tests share. `python -m pytest tests` runs them all, a process for each core; -n 0 runs them in one, to debug. Any test can run alone, in any process
+and in any order; those of one xdist_group share what is dear to make, so they stay together. What needs real weights and clips skips where shared/real is absent.
+"""
 import fcntl
 import importlib
 import importlib.util
@@ -35,6 +38,11 @@ def import_torchvision():
 
 if importlib.util.find_spec("torchvision"):
     import_torchvision()
+
+
+def pytest_collection_modifyitems(items):
+    """The long ones begin, so that no process ends alone with one of them."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 # two layers of everything, a clip of seven frames or so a sign: seconds, not minutes

@@ -28,6 +28,7 @@ from scripts.toy import write_mp4
 from video import Extractor, Store, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
+LINUX = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="a program's processes are found in Linux's /proc")
 LENGTHS = {"a": 40, "b": 1, "c": 33, "d": 70, "e": 5, "f": 64, "g": 9}  # frames; 222 in all: seven batches of 32, the last one filled up
 
 
@@ -103,6 +104,8 @@ def test_googlenet_does_not_see_a_frame_s_place_in_the_batch():
     assert a.shape == (32, 1024) and np.isfinite(a).all() and a.astype(float).std() > 0.01 and np.array_equal(extractor.compute(np.roll(batch, 5, 0)), np.roll(a, 5, 0))
 
 
+@LINUX
+@pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_program_goes_on(root, want, tmp_path, processes):
     """SIGKILL to everything that is at work, as soon as a clip or two are done; then the same command again."""

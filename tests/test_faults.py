@@ -19,7 +19,7 @@ from conftest import ROOT, SMALL
 from safetensors.torch import load_file, save_file
 
 import train
-from config import BadInput, whole
+from config import BadInput, launch, whole
 from eval import find_checkpoint
 from model import SLLaMA
 from scripts import faults
@@ -53,6 +53,7 @@ def log(folder):
 
 @LINUX
 @pytest.mark.long
+@pytest.mark.xdist_group("unhurt")
 def test_a_killed_run_goes_on_exactly(home, unhurt):
     """SIGKILL at a random moment; many times, in both stages, with two processes and of extraction too: python -m scripts.faults."""
     what, differs = faults.killed_run(home, "sft", 1, random.Random(4))  # after the second step or so
@@ -159,6 +160,21 @@ launch(train.main)
     ours = [line for line in done.stderr.splitlines() if line.startswith("dies.py: ")]
     assert done.returncode and ours == ["dies.py: process 1: clip 00007: is upside down"], done.stderr
     assert time.time() - began < 90
+
+
+def test_a_process_that_was_told_to_end_does_not_speak_of_a_partner_it_has_lost(monkeypatch, capsys):
+    """The partner's end and torchrun's SIGTERM come at the same time, and in either order."""
+    def main():
+        train.note_signals()
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits for {seconds} s"))
+    with pytest.raises(SystemExit, match="1"):
+        launch(main)
+    assert not capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,6 +297,8 @@ def random_llm(home):
 
 
 @LINUX
+@pytest.mark.long
+@pytest.mark.xdist_group("random_llm")
 @pytest.mark.parametrize("env", [{}, {"MALLOC_MMAP_THRESHOLD_": "131072"}], ids=["as it is", "glibc gives back what is free"])
 def test_the_estimate_is_what_a_run_then_holds(home, random_llm, env):
     """Peak of the anonymous memory above the imported program's."""
@@ -293,6 +311,7 @@ def test_the_estimate_is_what_a_run_then_holds(home, random_llm, env):
 # Files
 
 @pytest.mark.long
+@pytest.mark.xdist_group("unhurt")
 def test_damaged_files(home, unhurt):
     count, bad = faults.corruptions(home, 48, seed=0)
     print(dict(count))

@@ -221,7 +221,7 @@ def test_ten_real_clips_on_a_real_llama(real, tmp_path, monkeypatch):
     places = [f"data_dir={tmp_path}/data", f"out_dir={tmp_path}/out"]
     call(data.main, "dataset=isl", f"root={real / 'isl'}", places[0])
     for stage in ("align", "sft"):
-        call(train.main, str(ROOT / "config" / "isl.py"), f"stage={stage}", f"llm={real / 'stories260K'}", *places)
+        call(train.main, str(ROOT / "config" / "isl.py"), "save_every=60", f"stage={stage}", f"llm={real / 'stories260K'}", *places)
     for control, low, high in (("none", 90, 100), ("shuffle", 0, 10)):
         call(evaluation.main, f"ckpt={tmp_path}/out/isl/sft", "split=train", f"control={control}")
         suffix = "" if control == "none" else ".shuffle"
