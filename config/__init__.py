@@ -63,9 +63,11 @@ def launch(main):
         print(f"{name}: interrupted; what was saved is there", file=sys.stderr, flush=True)
         os._exit(130)
     except Exception as e:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun ends the others with it
+        before = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun ends the others with it
         said = " ".join(str(e).split())
         if "RANK" in os.environ and isinstance(e, RuntimeError) and re.search("peer|Broken pipe|Connection|NCCL", said):
+            if getattr(before, "asked", []):
+                os._exit(1)  # it came a moment ago, and train.py has noted it
             time.sleep(10)  # another process has died: its own error is the one to read, and torchrun ends this one meanwhile
             said = f"lost the other processes, their error is the one that counts ({said})"
         elif not isinstance(e, (BadInput, OSError)):

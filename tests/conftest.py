@@ -1,7 +1,12 @@
-"""What the tests share. `python -m pytest tests` runs them all; those that need real weights and clips skip where shared/real is absent."""
+"""
+What the tests share. `python -m pytest tests` runs them all, a process for each core; -n 0 runs them in one, to debug. Any test can run alone, in any process
+and in any order; those of one xdist_group share what is dear to make, so they stay together. What needs real weights and clips skips where shared/real is absent.
+"""
+import fcntl
 import importlib
 import importlib.util
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -35,16 +40,34 @@ if importlib.util.find_spec("torchvision"):
     import_torchvision()
 
 
+def pytest_collection_modifyitems(items):
+    """The long ones begin, so that no process ends alone with one of them."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 # two layers of everything, a clip of seven frames or so a sign: seconds, not minutes
 SMALL = ["ltn_dim=32", "ltn_heads=2", "batch_size=6", "epochs=2", "eval_clips=2", "log_every=1", "warmup=2"]
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder with a toy of 20 clips in data/."""
+@pytest.fixture(scope="session")
+def small_toy(tmp_path_factory):
+    """A toy of 20 + 4 + 4 clips for all to copy. Of the processes that run the tests the first to come builds it; the others wait at its lock."""
     from scripts import toy
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    with open(shared / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        toy.build(str(shared / "data"), n_train=20, n_dev=4, n_test=4, text_steps=3, text_batch=8)  # nothing to do where it is there already
+    return shared / "data" / "toy"
+
+
+@pytest.fixture(scope="module")
+def home(small_toy, tmp_path_factory):
+    """A folder with a toy of 20 clips in data/, a module's own to write into."""
     home = tmp_path_factory.mktemp("home")
-    toy.build(str(home / "data"), n_train=20, n_dev=4, n_test=4, text_steps=3, text_batch=8)
+    shutil.copytree(small_toy, home / "data" / "toy")
+    for table in (home / "data" / "toy").glob("*.jsonl"):
+        table.write_text(table.read_text(encoding="utf-8").replace(f"{small_toy}/", f"{home}/data/toy/"), encoding="utf-8")
     return home
 
 

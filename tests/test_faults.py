@@ -19,16 +19,29 @@ from conftest import ROOT, SMALL
 from safetensors.torch import load_file, save_file
 
 import train
-from config import BadInput, whole
+from config import BadInput, launch, whole
 from eval import find_checkpoint
 from model import SLLaMA
 from scripts import faults
+
+
+LINUX = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="a run's processes and memory are read from Linux's /proc")
 
 
 @pytest.fixture
 def run(train_here):
     """A function of (name, *args): an align run without a look at dev, in this process -> its folder."""
     return lambda out, *args: train_here(out, "eval_every=-1", *args) / "align"
+
+
+@pytest.fixture(scope="module")
+def unhurt(home):
+    """Both stages of a run that nobody kills, where scripts.faults looks for them; made in this process, which is quicker than two starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        for stage in ("align", "sft"):
+            patch.setattr(sys, "argv", ["train.py", *faults.wanted(home, stage, "whole1")])
+            train.main()
 
 
 def log(folder):
@@ -38,8 +51,10 @@ def log(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # Kills and signals
 
+@LINUX
 @pytest.mark.long
-def test_a_killed_run_goes_on_exactly(home):
+@pytest.mark.xdist_group("unhurt")
+def test_a_killed_run_goes_on_exactly(home, unhurt):
     """SIGKILL at a random moment; many times, in both stages, with two processes and of extraction too: python -m scripts.faults."""
     what, differs = faults.killed_run(home, "sft", 1, random.Random(4))  # after the second step or so
     print(what)
@@ -57,6 +72,8 @@ def stop(home, out, number, whom, processes):
     return p.returncode, said, time.time() - began
 
 
+@LINUX
+@pytest.mark.long
 @pytest.mark.parametrize("number, whom", [(signal.SIGINT, "parent"), (signal.SIGTERM, "worker")])
 def test_a_signal_to_torchrun_or_one_of_its_processes_stops_all_after_the_same_step(home, number, whom):
     """The exit code is torchrun's own."""
@@ -120,6 +137,7 @@ def test_a_stop_while_the_dev_set_is_decoded(run, home, monkeypatch):
     assert not faults.same_run(unhurt, hurt)
 
 
+@pytest.mark.long
 def test_a_dead_process_ends_the_run_with_its_own_error(home):
     """Process 1 finds something wrong in the middle; process 0 must neither wait for it nor speak first."""
     (home / "dies.py").write_text(f"""
@@ -137,11 +155,26 @@ train.configure = lambda program, *args, real=train.configure, **more: real(trai
 launch(train.main)
 """)
     began = time.time()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "dies.py", "out_dir=dead", *SMALL, "eval_every=-1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "dies.py", "out_dir=dead", *SMALL, "eval_every=-1"]
     done = subprocess.run(command, cwd=home, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
     ours = [line for line in done.stderr.splitlines() if line.startswith("dies.py: ")]
     assert done.returncode and ours == ["dies.py: process 1: clip 00007: is upside down"], done.stderr
     assert time.time() - began < 90
+
+
+def test_a_process_that_was_told_to_end_does_not_speak_of_a_partner_it_has_lost(monkeypatch, capsys):
+    """The partner's end and torchrun's SIGTERM come at the same time, and in either order."""
+    def main():
+        train.note_signals()
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits for {seconds} s"))
+    with pytest.raises(SystemExit, match="1"):
+        launch(main)
+    assert not capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,13 +288,21 @@ def test_out_of_memory_says_what_lowers_it(run, monkeypatch):
         run("memory")
 
 
+@pytest.fixture(scope="module")
+def random_llm(home):
+    """A LLaMA of 47 million random numbers."""
+    sizes = dict(dim=512, n_layers=10, n_heads=8, n_kv_heads=4, head_dim=64, hidden_dim=1408, vocab_size=32000)
+    faults.random_llm(home / "random", home / "data" / "toy" / "llm" / "tokenizer.model", **sizes)
+    return home / "random"
+
+
+@LINUX
+@pytest.mark.long
+@pytest.mark.xdist_group("random_llm")
 @pytest.mark.parametrize("env", [{}, {"MALLOC_MMAP_THRESHOLD_": "131072"}], ids=["as it is", "glibc gives back what is free"])
-def test_the_estimate_is_what_a_run_then_holds(home, env):
+def test_the_estimate_is_what_a_run_then_holds(home, random_llm, env):
     """Peak of the anonymous memory above the imported program's."""
-    shutil.rmtree(home / "random", ignore_errors=True)
-    llm = home / "random"
-    faults.random_llm(llm, home / "data" / "toy" / "llm" / "tokenizer.model", dim=512, n_layers=10, n_heads=8, n_kv_heads=4, head_dim=64, hidden_dim=1408, vocab_size=32000)
-    said, held = faults.peak(home, f"llm={llm}", "max_steps=1", "batch_size=16", "eval_every=-1", **env)
+    said, held = faults.peak(home, f"llm={random_llm}", "max_steps=1", "batch_size=16", "eval_every=-1", **env)
     print(f"estimate {said:.3f} GB, held {held:.3f} GB")
     assert abs(said - held) < 0.15 * held
 
@@ -270,7 +311,8 @@ def test_the_estimate_is_what_a_run_then_holds(home, env):
 # Files
 
 @pytest.mark.long
-def test_damaged_files(home):
+@pytest.mark.xdist_group("unhurt")
+def test_damaged_files(home, unhurt):
     count, bad = faults.corruptions(home, 48, seed=0)
     print(dict(count))
     assert not bad and count["refused"] > 20 and count.total() == 48

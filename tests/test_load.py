@@ -1,5 +1,5 @@
 """
-What a sharded load holds in memory: two processes together little more than the model once. A model of 3 GB on the disk, for a minute.
+What a sharded load holds in memory: two processes together little more than the model once. A model of 0.75 GB on the disk, for a moment.
 
     python -m pytest tests/test_load.py
 """
@@ -18,40 +18,40 @@ from model import LLaMA, ModelArgs
 from weights import to_hf
 
 ROOT = Path(__file__).parent.parent
-SIZE = dict(dim=2048, n_layers=14, n_heads=16, n_kv_heads=16, hidden_dim=5632, vocab_size=8000, head_dim=128)
+SIZE = dict(dim=1024, n_layers=14, n_heads=8, n_kv_heads=8, hidden_dim=2816, vocab_size=4000, head_dim=128)
 LOAD = """
 import sys, time, torch
 import train
 from config import configure
 from model import open_llm
-from scripts.memory import watch
+from scripts.memory import held, watch
 
 cfg = configure(train.__file__, [f"llm={sys.argv[1]}", "stage=sft"], stages=("align", "sft"))
 device = torch.device("cpu")
 train.setup(device)
-peak = watch()
 raw = open_llm(cfg.llm)
-model = train.build(cfg, raw.args, 64, device, torch.float32)
+model = train.build(cfg, raw.args, 64, device, torch.float32)  # on the meta device: what is held now is the program
+program, peak = held(), watch()
 model.load(raw, device, 0)
 assert not any(p.is_meta for p in model.parameters())
 time.sleep(0.05)
-print("HELD", peak[0], sum(p.to_local().double().sum().item() for k, p in model.named_parameters() if k.startswith("llm.") and "lora_" not in k), flush=True)
+print("HELD", peak[0] - program, sum(p.to_local().double().sum().item() for k, p in model.named_parameters() if k.startswith("llm.") and "lora_" not in k), flush=True)
 """
 
 
 def write(folder, layout):
-    """A model of 3 GB in fp32, its layers all alike to be quick -> (bytes, sum of all its numbers)."""
+    """A model of 0.75 GB in fp32, its layers all alike to be quick -> (bytes, sum of all its numbers)."""
     with torch.device("meta"):
         shapes = {k: p.shape for k, p in LLaMA(ModelArgs(**SIZE)).named_parameters()}
     kinds = {s: torch.randn(s) for s in set(shapes.values())}
     if layout == "hf":
-        c = dict(model_type="llama", hidden_size=2048, num_hidden_layers=14, num_attention_heads=16, intermediate_size=5632, vocab_size=8000, rms_norm_eps=1e-5)
+        c = dict(model_type="llama", hidden_size=1024, num_hidden_layers=14, num_attention_heads=8, intermediate_size=2816, vocab_size=4000, rms_norm_eps=1e-5)
         (folder / "config.json").write_text(json.dumps(c))
         names = sorted(shapes)
         for i in range(3):
             save_file({to_hf(n): kinds[shapes[n]].clone() for n in names[i::3]}, folder / f"model-{i}.safetensors")
     else:
-        (folder / "params.json").write_text(json.dumps(dict(dim=2048, n_layers=14, n_heads=16, norm_eps=1e-5, vocab_size=-1)))
+        (folder / "params.json").write_text(json.dumps(dict(dim=1024, n_layers=14, n_heads=8, norm_eps=1e-5, vocab_size=-1)))
         for i in range(2):
             cut = lambda n, w: w if w.dim() == 1 else w.chunk(2, 1 if n.split(".")[-2] in ("wo", "w2", "tok_embeddings") else 0)[i]
             torch.save({n: cut(n, kinds[s]).clone() for n, s in shapes.items()}, folder / f"consolidated.{i:02d}.pth")
@@ -60,18 +60,19 @@ def write(folder, layout):
 
 @pytest.mark.parametrize("layout", ["hf", "meta"])
 @pytest.mark.long
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="what a process holds is read from Linux's /proc")
 def test_two_processes_hold_little_more_than_the_model(tmp_path, layout):
-    if shutil.disk_usage(tmp_path).free < 8e9:
-        pytest.skip("needs 8 GB of disk")
+    if shutil.disk_usage(tmp_path).free < 2e9:
+        pytest.skip("needs 2 GB of disk")
     size, total = write(tmp_path, layout)
     (tmp_path / "load.py").write_text(LOAD)
-    command = [Path(sys.executable).with_name("torchrun"), "--nproc_per_node=2", tmp_path / "load.py", tmp_path]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "load.py", tmp_path]
     out = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert out.returncode == 0, out.stderr[-2000:]
     held = [line.split()[1:] for line in out.stdout.splitlines() if line.startswith("HELD")]
     together = sum(int(h[0]) for h in held)
-    print(f"{size / 1e9:.2f} GB, two processes together {together / 1e9:.2f} GB, {together / size:.2f} x")
-    assert len(held) == 2 and 2.9e9 < size < 3.1e9
-    assert size < together < 1.4 * size
+    print(f"{layout}: {size / 1e9:.2f} GB, two processes together {together / 1e9:.2f} GB, {together / size:.2f} x")
+    assert len(held) == 2 and 0.7e9 < size < 0.8e9
+    assert size < together < 1.2 * size
     assert abs(sum(float(h[1]) for h in held) - total) < 1e-6 * abs(total)  # and every number has arrived, once
     assert "loading" in out.stderr and "GB/s" in out.stderr

@@ -558,7 +558,7 @@ def test_arrays_by_hand_are_arrays(tmp_path):
 
 
 def test_gzip_bomb(tmp_path, monkeypatch):
-    bomb = b"\x80\x04\x8e" + struct.pack("<Q", 600 << 20) + b"\0" * (600 << 20)
+    bomb = b"\x80\x04\x8e" + struct.pack("<Q", 300 << 20) + b"\0" * (300 << 20)
     path = write_pickle(tmp_path / "p", bomb)
     del bomb
     assert os.path.getsize(path) < 3 << 20

@@ -8,7 +8,6 @@ import io
 import re
 import runpy
 import shlex
-import shutil
 import signal
 import sys
 import tokenize
@@ -27,6 +26,8 @@ from test_train import in_processes
 import config
 from config import configure
 from model import GoogLeNet
+from scripts.toy import write_mp4
+from video import read_video
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -90,10 +91,14 @@ def there(home):
     """What the README takes for granted, under the names that it uses: a toy (of 28 clips), FOLDER, FEATS, LLAMA, GoogLeNet's weights, clip.mp4."""
     (home / "config").symlink_to(ROOT / "config")
     (home / "LLAMA").symlink_to(home / "data" / "toy" / "llm")
-    clips, folder = home / "data" / "toy" / "clips", home / "FOLDER"
+    folder = home / "FOLDER"
     torch.save(GoogLeNet().state_dict(), home / "googlenet-1378be20.pth")
-    for copy in ("clip.mp4", "data/toy/clips/01100.mp4"):
-        shutil.copy(clips / "00022.mp4", home / copy)
+
+    def clip(number, path):
+        """The first eight frames of a clip of the toy, all together one batch for GoogLeNet."""
+        write_mp4(str(home / path), read_video(str(home / "data" / "toy" / "clips" / f"{number:05}.mp4"))[:8])
+
+    clip(22, "clip.mp4"), clip(23, "data/toy/clips/01100.mp4")
     # FOLDER is all data sets in one: neccam's pickles, which hold alignments too, PHOENIX-2014T's and CSL-Daily's frames, own clips
     made = make_slt(folder)
     for split, entries in made.items():
@@ -105,7 +110,7 @@ def there(home):
     for image in make_csl(folder).glob("sentence/frames_512x512/*/*.jpg"):
         write_image(image, shades(50)[0])
     for i, split in enumerate(("train", "train", "dev", "test")):
-        shutil.copy(clips / f"{i:05}.mp4", folder)
+        clip(i, f"FOLDER/{i:05}.mp4")
         with open(folder / "clips.tsv", "a") as f:
             f.write("file\ttext\tsplit\n" * (i == 0) + f"{i:05}.mp4\train is coming\t{split}\n")
     for split, arrays in features.items():
@@ -156,6 +161,7 @@ def run(command, home, monkeypatch, capsys):
         assert (home / leaves.format(**vars(cfg))).exists()
 
 
+@pytest.mark.xdist_group("the README's commands")
 @pytest.mark.filterwarnings("ignore:__array__")  # what matplotlib says of tensors
 @pytest.mark.parametrize("number", range(len(OURS)), ids=OURS)
 def test_commands_run(number, there, ran, monkeypatch, capsys):

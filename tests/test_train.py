@@ -21,15 +21,14 @@ import eval as evaluation
 import train
 from config import BadInput
 from model import LLaMA
-from scripts import toy
+from scripts import faults, toy
 
 
 def in_processes(n, home, out, *args, program="train.py", check=True):
-    start = ["torchrun", f"--nproc_per_node={n}"] if n > 1 else [sys.executable]
+    """Run a program in a folder, under torchrun where n > 1: each such start costs some four seconds, so what one process can do the tests do in their own."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] * (n > 1)  # standalone: at a free port, several can run at once
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if start[0] == "torchrun":
-        start = [sys.executable, "-m", "torch.distributed.run", *start[1:]]
-    done = subprocess.run([*start, str(ROOT / program), *args], cwd=home, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *torchrun, str(ROOT / program), *args], cwd=home, env=env, capture_output=True, text=True, timeout=300)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -37,6 +36,18 @@ def in_processes(n, home, out, *args, program="train.py", check=True):
 def spawn_train(n, home, out, *args):
     in_processes(n, home, out, f"out_dir={out}", *SMALL, *args)
     return home / out / "toy"
+
+
+@pytest.fixture
+def evaluate_here(home, monkeypatch, capfd):
+    """A function of (*args): eval.main() in this process and in the module's folder -> (stdout, stderr)."""
+    def run(*args):
+        monkeypatch.chdir(home)
+        monkeypatch.setattr(sys, "argv", ["eval.py", *args])
+        capfd.readouterr()
+        evaluation.main()
+        return capfd.readouterr()
+    return run
 
 
 def losses(run):
@@ -54,7 +65,7 @@ def same(a, b, tolerance=0.0):
 
 
 @pytest.mark.long
-def test_both_stages_and_eval_under_torchrun(home):
+def test_both_stages_and_eval_under_torchrun(home, evaluate_here):
     run = spawn_train(2, home, "smoke", "stage=align")
     spawn_train(2, home, "smoke", "stage=sft")
     assert {p.name for p in (run / "sft" / "last").iterdir()} == {
@@ -68,34 +79,32 @@ def test_both_stages_and_eval_under_torchrun(home):
     config = json.load(open(run / "sft" / "config.json"))
     assert config["stage"] == "sft" and config["versions"]["processes"] == 2
 
-    one = in_processes(1, home, "", "out_dir=smoke", "beam=2", program="eval.py")
+    how = ["out_dir=smoke", "beam=2", "max_new_tokens=20"]  # it has not learnt to end a sentence
+    said, _ = evaluate_here(*how)
     hyps = [json.loads(line) for line in open(run / "sft" / "hyps.jsonl")]
     scores = json.load(open(run / "sft" / "scores.json"))
     assert len(hyps) == 4 and scores["clips"] == 4 and scores["control"] == "none" and len(scores["bleu"]) == 4
-    assert "BLEU-4" in one.stdout and scores["signature"]["bleu"] in one.stdout
-    in_processes(2, home, "", "out_dir=smoke", "beam=2", program="eval.py")  # sharded: the same sentences
+    assert "BLEU-4" in said and scores["signature"]["bleu"] in said
+    in_processes(2, home, "", *how, program="eval.py")  # sharded: the same sentences
     assert [json.loads(line) for line in open(run / "sft" / "hyps.jsonl")] == hyps
-    in_processes(1, home, "", "out_dir=smoke", "beam=2", "control=shuffle", program="eval.py")
+    evaluate_here(*how, "control=shuffle")
     assert json.load(open(run / "sft" / "scores.shuffle.json"))["control"] == "shuffle"
     assert json.load(open(run / "sft" / "scores.json")) == json.load(open(run / "sft" / "scores.json")) and (run / "sft" / "hyps.shuffle.jsonl").exists()
 
     clip = home / "data" / "toy" / "clips" / "00022.mp4"
-    said = in_processes(1, home, "", f"ckpt={run / 'sft'}", f"video={clip}", program="eval.py")
-    assert said.stdout.count("\n") == 1  # the sentence, and all else on stderr
-    assert "resampled" not in said.stderr
+    said, beside = evaluate_here(f"ckpt={run / 'sft'}", f"video={clip}", "max_new_tokens=20")
+    assert said.count("\n") == 1  # the sentence, and all else on stderr
+    assert "resampled" not in beside
     toy.write_mp4(str(home / "fast.mp4"), np.repeat(data.read_video(str(clip)), 2, 0), fps=50)
-    said = in_processes(1, home, "", f"ckpt={run / 'sft'}", "video=fast.mp4", program="eval.py")
-    assert said.stdout.count("\n") == 1 and said.stderr.count("fast.mp4: its 50.0 frames a second are resampled to 25") == 1
-
-
-def test_fewer_dev_clips_than_processes(home):
-    """A process with nothing to decode must not leave the others hanging in the next backward pass."""
-    spawn_train(2, home, "few", "eval_clips=1", "eval_every=2", "max_steps=5")
+    said, beside = evaluate_here(f"ckpt={run / 'sft'}", "video=fast.mp4", "max_new_tokens=20")
+    assert said.count("\n") == 1 and beside.count("fast.mp4: its 50.0 frames a second are resampled to 25") == 1
 
 
 @pytest.mark.long
-def test_one_process_is_two_processes_is_accumulation(home):
-    runs = [spawn_train(1, home, "one", "max_steps=4"), spawn_train(2, home, "two", "max_steps=4"), spawn_train(1, home, "three", "max_steps=4", "grad_accum=3")]
+def test_one_process_is_two_processes_is_accumulation(home, train_here):
+    """With one dev clip: a process that has none to decode must not leave the other hanging in the next backward pass."""
+    how = ["max_steps=4", "eval_clips=1", "eval_every=2"]
+    runs = [train_here("one", *how), spawn_train(2, home, "two", *how), train_here("three", *how, "grad_accum=3")]
     for other in runs[1:]:
         assert losses(other / "align") == pytest.approx(losses(runs[0] / "align"), rel=1e-4)
         same(weights(runs[0], "align"), weights(other, "align"), 2e-3)  # Adam's first steps divide small gradients by their own size
@@ -103,10 +112,13 @@ def test_one_process_is_two_processes_is_accumulation(home):
 
 @pytest.mark.long
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_is_eager(home):
-    how = ["stage=align", "batch_size=5", "max_steps=2", "eval_every=1"]  # a block is compiled for each number of clips: here there is one
-    eager, compiled = (spawn_train(1, home, f"compile-{on}", *how, f"compile={on}") / "align" / "log.jsonl" for on in (False, True))
-    for a, b in zip(open(eager), open(compiled), strict=True):
+def test_compiled_is_eager(home, train_here):
+    """On an LLM of two blocks: the first and the last are compiled apart, and the C++ compiler is what takes the time."""
+    sizes = dict(dim=64, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=32, hidden_dim=96, vocab_size=704)
+    faults.random_llm(home / "two_blocks", home / "data" / "toy" / "llm" / "tokenizer.model", **sizes)
+    how = [f"llm={home}/two_blocks", "batch_size=5", "max_steps=2", "eval_every=1"]  # a block is compiled for each number of clips: here there is one
+    eager, compiled = train_here("eager", *how), spawn_train(1, home, "compiled", *how, "compile=true")
+    for a, b in zip(open(eager / "align" / "log.jsonl"), open(compiled / "align" / "log.jsonl"), strict=True):
         a, b = json.loads(a), json.loads(b)
         assert a.keys() == b.keys() and all(b[k] == pytest.approx(a[k], rel=1e-4) for k in ("loss", "grad_norm", "dev_loss") if k in a)
 
@@ -209,7 +221,7 @@ def test_ten_real_clips_on_a_real_llama(real, tmp_path, monkeypatch):
     places = [f"data_dir={tmp_path}/data", f"out_dir={tmp_path}/out"]
     call(data.main, "dataset=isl", f"root={real / 'isl'}", places[0])
     for stage in ("align", "sft"):
-        call(train.main, str(ROOT / "config" / "isl.py"), f"stage={stage}", f"llm={real / 'stories260K'}", *places)
+        call(train.main, str(ROOT / "config" / "isl.py"), "save_every=60", f"stage={stage}", f"llm={real / 'stories260K'}", *places)
     for control, low, high in (("none", 90, 100), ("shuffle", 0, 10)):
         call(evaluation.main, f"ckpt={tmp_path}/out/isl/sft", "split=train", f"control={control}")
         suffix = "" if control == "none" else ".shuffle"
