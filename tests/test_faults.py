@@ -53,7 +53,6 @@ def log(folder):
 
 @LINUX
 @pytest.mark.long
-@pytest.mark.xdist_group("unhurt")
 def test_a_killed_run_goes_on_exactly(home, unhurt):
     """SIGKILL at a random moment; many times, in both stages, with two processes and of extraction too: python -m scripts.faults."""
     what, differs = faults.killed_run(home, "sft", 1, random.Random(4))  # after the second step or so
@@ -298,7 +297,6 @@ def random_llm(home):
 
 @LINUX
 @pytest.mark.long
-@pytest.mark.xdist_group("random_llm")
 @pytest.mark.parametrize("env", [{}, {"MALLOC_MMAP_THRESHOLD_": "131072"}], ids=["as it is", "glibc gives back what is free"])
 def test_the_estimate_is_what_a_run_then_holds(home, random_llm, env):
     """Peak of the anonymous memory above the imported program's."""
@@ -311,7 +309,6 @@ def test_the_estimate_is_what_a_run_then_holds(home, random_llm, env):
 # Files
 
 @pytest.mark.long
-@pytest.mark.xdist_group("unhurt")
 def test_damaged_files(home, unhurt):
     count, bad = faults.corruptions(home, 48, seed=0)
     print(dict(count))
