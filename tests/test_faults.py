@@ -24,7 +24,6 @@ from eval import find_checkpoint
 from model import SLLaMA
 from scripts import faults
 
-
 LINUX = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="a run's processes and memory are read from Linux's /proc")
 
 
