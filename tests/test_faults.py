@@ -34,7 +34,7 @@ def run(train_here):
 
 
 @pytest.fixture(scope="module")
-def unhurt(home):
+def reference(home):
     """Both stages of a run that nobody kills, where scripts.faults looks for them; made in this process, which is quicker than two starts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
@@ -52,7 +52,7 @@ def log(folder):
 
 @LINUX
 @pytest.mark.long
-def test_a_killed_run_goes_on_exactly(home, unhurt):
+def test_a_killed_run_goes_on_exactly(home, reference):
     """SIGKILL at a random moment; many times, in both stages, with two processes and of extraction too: python -m scripts.faults."""
     what, differs = faults.killed_run(home, "sft", 1, random.Random(4))  # after the second step or so
     print(what)
@@ -76,7 +76,7 @@ def stop(home, out, number, whom, processes):
 def test_a_signal_to_torchrun_or_one_of_its_processes_stops_all_after_the_same_step(home, number, whom):
     """The exit code is torchrun's own."""
     ended, said, took = stop(home, f"signal{number}{whom}", number, whom, 2)
-    assert ended == 1 and took < 20, said
+    assert ended == 1 and took < 30, (took, said)  # after 30 torchrun kills who has not ended
     (line,) = [line for line in said.splitlines() if "stopped by" in line]
     folder = home / f"signal{number}{whom}" / "toy" / "align"
     step = json.load(open(folder / "last" / "state.json"))["step"]
@@ -308,7 +308,7 @@ def test_the_estimate_is_what_a_run_then_holds(home, random_llm, env):
 # Files
 
 @pytest.mark.long
-def test_damaged_files(home, unhurt):
+def test_damaged_files(home, reference):
     count, bad = faults.corruptions(home, 48, seed=0)
     print(dict(count))
     assert not bad and count["refused"] > 20 and count.total() == 48
