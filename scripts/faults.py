@@ -60,7 +60,8 @@ def forked(job, seconds, memory=6e9):
                 os.dup2(err.fileno(), n)
             sys.stdout = sys.stderr = open(2, "w", closefd=False)
             sys.argv = ["trial"]
-            resource.setrlimit(resource.RLIMIT_AS, (int(memory + 4e9),) * 2)  # what torch only reserves counts too
+            with contextlib.suppress(ValueError, OSError):  # macOS takes no such limit
+                resource.setrlimit(resource.RLIMIT_AS, (int(memory + 4e9),) * 2)  # what torch only reserves counts too
             signal.alarm(seconds)  # the default action of SIGALRM ends the process, wherever it hangs
             code = 0
             try:

@@ -1,6 +1,6 @@
 """
-What the tests share. `python -m pytest tests` runs them all, a process for each core; -n 0 runs them in one, to debug. Any test can run alone, in any process
-and in any order; those of one xdist_group share what is dear to make, so they stay together. What needs real weights and clips skips where shared/real is absent.
+What the tests share. `python -m pytest tests` runs them all, a process for each core and file by file; -n 0 runs them in one, to debug.
+Each can run alone. Those that need real weights and clips skip where shared/real is absent.
 """
 import fcntl
 import importlib
@@ -40,9 +40,12 @@ if importlib.util.find_spec("torchvision"):
     import_torchvision()
 
 
+LONGEST = ("test_train.py", "test_faults.py", "test_extract.py", "test_readme.py", "test_load.py")
+
+
 def pytest_collection_modifyitems(items):
-    """The long ones begin, so that no process ends alone with one of them."""
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    """The files that take longest begin, so that no process ends alone with one of them."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 # two layers of everything, a clip of seven frames or so a sign: seconds, not minutes

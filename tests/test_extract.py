@@ -4,6 +4,7 @@ Extraction at work: processes that decode and die, batches across clips, broken 
     python -m pytest tests/test_extract.py
 """
 import json
+import multiprocessing
 import os
 import signal
 import struct
@@ -32,6 +33,7 @@ from scripts.toy import write_mp4
 from video import Extractor, Store, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
+FORK = pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the mistake is put into this process, and a process that is not forked lacks it")
 LINUX = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="a program's processes are found in Linux's /proc")
 LENGTHS = {"a": 40, "b": 1, "c": 33, "d": 70, "e": 5, "f": 64, "g": 9}  # frames; 222 in all: seven batches of 32, the last one filled up
 
@@ -135,6 +137,7 @@ def test_killed_program_goes_on(root, want, tmp_path, processes):
     assert everything(tmp_path / "data") == run(long, tmp_path / "whole")
 
 
+@FORK
 @pytest.mark.parametrize("code", [1, -signal.SIGKILL])
 def test_a_dead_worker_is_one_line(root, want, tmp_path, monkeypatch, code):
     whole = video.frames
@@ -152,6 +155,7 @@ def test_a_dead_worker_is_one_line(root, want, tmp_path, monkeypatch, code):
     assert run(root, tmp_path) == want
 
 
+@FORK
 def test_a_mistake_in_a_worker_is_no_dead_worker(root, tmp_path, monkeypatch):
     def wrong(*args, **kwargs):
         raise RuntimeError("a mistake in the code")

@@ -24,7 +24,6 @@ from eval import find_checkpoint
 from model import SLLaMA
 from scripts import faults
 
-
 LINUX = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="a run's processes and memory are read from Linux's /proc")
 
 
@@ -35,7 +34,7 @@ def run(train_here):
 
 
 @pytest.fixture(scope="module")
-def unhurt(home):
+def reference(home):
     """Both stages of a run that nobody kills, where scripts.faults looks for them; made in this process, which is quicker than two starts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
@@ -53,8 +52,7 @@ def log(folder):
 
 @LINUX
 @pytest.mark.long
-@pytest.mark.xdist_group("unhurt")
-def test_a_killed_run_goes_on_exactly(home, unhurt):
+def test_a_killed_run_goes_on_exactly(home, reference):
     """SIGKILL at a random moment; many times, in both stages, with two processes and of extraction too: python -m scripts.faults."""
     what, differs = faults.killed_run(home, "sft", 1, random.Random(4))  # after the second step or so
     print(what)
@@ -78,7 +76,7 @@ def stop(home, out, number, whom, processes):
 def test_a_signal_to_torchrun_or_one_of_its_processes_stops_all_after_the_same_step(home, number, whom):
     """The exit code is torchrun's own."""
     ended, said, took = stop(home, f"signal{number}{whom}", number, whom, 2)
-    assert ended == 1 and took < 20, said
+    assert ended == 1 and took < 30, (took, said)  # after 30 torchrun kills who has not ended
     (line,) = [line for line in said.splitlines() if "stopped by" in line]
     folder = home / f"signal{number}{whom}" / "toy" / "align"
     step = json.load(open(folder / "last" / "state.json"))["step"]
@@ -298,7 +296,6 @@ def random_llm(home):
 
 @LINUX
 @pytest.mark.long
-@pytest.mark.xdist_group("random_llm")
 @pytest.mark.parametrize("env", [{}, {"MALLOC_MMAP_THRESHOLD_": "131072"}], ids=["as it is", "glibc gives back what is free"])
 def test_the_estimate_is_what_a_run_then_holds(home, random_llm, env):
     """Peak of the anonymous memory above the imported program's."""
@@ -311,8 +308,7 @@ def test_the_estimate_is_what_a_run_then_holds(home, random_llm, env):
 # Files
 
 @pytest.mark.long
-@pytest.mark.xdist_group("unhurt")
-def test_damaged_files(home, unhurt):
+def test_damaged_files(home, reference):
     count, bad = faults.corruptions(home, 48, seed=0)
     print(dict(count))
     assert not bad and count["refused"] > 20 and count.total() == 48

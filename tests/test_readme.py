@@ -161,7 +161,6 @@ def run(command, home, monkeypatch, capsys):
         assert (home / leaves.format(**vars(cfg))).exists()
 
 
-@pytest.mark.xdist_group("the README's commands")
 @pytest.mark.filterwarnings("ignore:__array__")  # what matplotlib says of tensors
 @pytest.mark.parametrize("number", range(len(OURS)), ids=OURS)
 def test_commands_run(number, there, ran, monkeypatch, capsys):

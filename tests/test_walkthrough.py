@@ -20,7 +20,6 @@ from data import Clips
 from eval import load_model, translate
 
 WALK = str(ROOT / "walkthrough.py")
-pytestmark = pytest.mark.xdist_group("walked")
 
 
 @pytest.fixture(scope="module")
