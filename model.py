@@ -1,17 +1,14 @@
 """
-Full definition of SL-LLaMA, the whole network in one file, in the order in which data flows through it (the paper's Figure 2):
-frames -> frozen CNN (GoogLeNet) -> LocalTransformer -> Adaptor -> LLaMA, and SLLaMA, which joins them. Raw weights are read by weights.py.
+Full definition of SL-LLaMA, in the order in which data flows through it (the paper's Figure 2):
+features of frames -> LocalTransformer -> Adaptor -> LLaMA, then SLLaMA, which joins them, and `generate`, which writes.
+What comes before, the frozen CNN, stands in lib/cnn.py; raw weights of LLMs are read by lib/weights.py.
 References:
 1) SL-LLaMA, Guo et al. 2026: https://doi.org/10.5755/j01.itc.55.1.40498 ("the paper")
 2) LLaMA 2 by Meta: https://github.com/meta-llama/llama/blob/main/llama/model.py (the names of modules and weights)
-3) GoogLeNet as torchvision ships it: https://github.com/pytorch/vision/blob/main/torchvision/models/googlenet.py
 Names of shapes: B sequences, T their length, N tokens of a packed stream, H heads, D head width, F frames.
 """
 import math
-import zlib
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -20,96 +17,9 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from config import BadInput, Progress
-from weights import check_names, load_tensors, open_folder
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The frozen visual backbones: (F, 3, height, width) -> (F, width of a feature), eq. 1
-
-class RandomCNN(nn.Module):
-    """The toy's backbone: three random convolutions, never trained, pooled to a 4x4 grid of 64 channels. (F, 3, h, w) -> (F, 1024)."""
-
-    def __init__(self, seed=0):
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(i, o, 5, stride=2, padding=2) for i, o in ((3, 32), (32, 64), (64, 64)))
-        he_init(self, seed).requires_grad_(False)
-
-    def features(self, x):
-        for conv in self.convs:
-            x = F.relu(conv(x))
-        return F.adaptive_avg_pool2d(x, 4).flatten(1)  # (F, 64, 4, 4) -> (F, 1024)
-
-
-class ConvBN(nn.Module):
-    def __init__(self, i, o, kernel, stride=1):
-        super().__init__()
-        self.conv = nn.Conv2d(i, o, kernel, stride, kernel // 2, bias=False)
-        self.bn = nn.BatchNorm2d(o, eps=0.001)
-
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)))
-
-
-class Inception(nn.Module):
-    """Four branches side by side: 1x1, 3x3, "5x5" (3x3 in torchvision's weights) and a pooled one, concatenated on channels."""
-
-    def __init__(self, i, c1, c3_in, c3, c5_in, c5, pool):
-        super().__init__()
-        self.branch1 = ConvBN(i, c1, 1)
-        self.branch2 = nn.Sequential(ConvBN(i, c3_in, 1), ConvBN(c3_in, c3, 3))
-        self.branch3 = nn.Sequential(ConvBN(i, c5_in, 1), ConvBN(c5_in, c5, 3))
-        self.branch4 = nn.Sequential(nn.MaxPool2d(3, 1, 1, ceil_mode=True), ConvBN(i, pool, 1))
-
-    def forward(self, x):
-        return torch.cat([self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x)], 1)
-
-
-class GoogLeNet(nn.Module):
-    """Inception-v1, the paper's 1024-d CNN. Always in eval mode, no transform inside: video.Extractor normalises with mean 0.5, deviation 0.5."""
-
-    def __init__(self):
-        super().__init__()
-        pool = lambda kernel: nn.MaxPool2d(kernel, 2, ceil_mode=True)
-        self.conv1, self.maxpool1 = ConvBN(3, 64, 7, 2), pool(3)
-        self.conv2, self.conv3, self.maxpool2 = ConvBN(64, 64, 1), ConvBN(64, 192, 3), pool(3)
-        self.inception3a = Inception(192, 64, 96, 128, 16, 32, 32)
-        self.inception3b, self.maxpool3 = Inception(256, 128, 128, 192, 32, 96, 64), pool(3)
-        self.inception4a = Inception(480, 192, 96, 208, 16, 48, 64)
-        self.inception4b = Inception(512, 160, 112, 224, 24, 64, 64)
-        self.inception4c = Inception(512, 128, 128, 256, 24, 64, 64)
-        self.inception4d = Inception(512, 112, 144, 288, 32, 64, 64)
-        self.inception4e, self.maxpool4 = Inception(528, 256, 160, 320, 32, 128, 128), pool(2)
-        self.inception5a = Inception(832, 256, 160, 320, 32, 128, 128)
-        self.inception5b = Inception(832, 384, 192, 384, 48, 128, 128)
-        self.requires_grad_(False).eval()
-
-    def train(self, mode=True):
-        return super().train(False)  # BatchNorm must never see a batch: a frame's feature cannot depend on its neighbours
-
-    def features(self, x):
-        for module in self.children():  # in the order of __init__
-            x = module(x)
-        return x.mean((2, 3))  # (F, 1024, 7, 7) -> (F, 1024)
-
-    def load(self, path):
-        """Read torchvision's googlenet state dict (.pth or .safetensors); its classifiers (fc, aux1, aux2) are not needed."""
-        return load_cnn(self, path, ("fc.", "aux"))
-
-
-def load_cnn(net, path, heads):
-    """Read a CNN's weights from a file, which may also hold classifiers: names that begin like one of `heads`."""
-    counter = lambda k: "num_batches" in k  # BatchNorm's: older files lack it, and nobody needs it
-    state = {k: v for k, v in load_tensors(path).items() if not k.startswith(heads) and not counter(k)}
-    check_names(path, {k: v.shape for k, v in net.state_dict().items() if not counter(k)}, {k: v.shape for k, v in state.items()})
-    net.load_state_dict({**net.state_dict(), **state})
-    return net
-
-
-def he_init(net, seed=0):
-    """Random weights for a CNN, a function of the seed alone. He: a ReLU halves the variance."""
-    for name, p in net.named_parameters():
-        p.data = init_weight(name, p.shape, seed) * (2**0.5 if p.dim() > 1 else 1)
-    return net
+from lib.program import BadInput
+from lib.tensors import check_fit, check_names, fill, init_weight, shapes_of
+from lib.weights import open_llm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pieces that the local transformer and LLaMA share
@@ -137,9 +47,12 @@ class FeedForward(nn.Module):
 
 
 def rope_table(pos, head_dim, theta=10000.0, scaling=None):
-    """pos (...) -> cos, sin (..., 1, D/2) fp32. Made anew each forward: a table kept as a buffer would come back as garbage from the meta device."""
+    """
+    Positions (...) -> cos and sin (..., 1, D/2) of rotary embeddings, fp32; scaling: LLaMA 3.1's dict.
+    Made anew in each forward: a table kept as a buffer would come back as garbage from the meta device.
+    """
     inv = theta ** (-torch.arange(0, head_dim, 2, device=pos.device, dtype=torch.float32) / head_dim)
-    if scaling:  # LLaMA 3.1: long wavelengths are stretched by `factor`, short ones kept, those between blended
+    if scaling:  # long wavelengths are stretched by `factor`, short ones kept, those between blended
         turns = scaling["original_max_position_embeddings"] * inv / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -155,105 +68,23 @@ def rotate(x, rope):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).type_as(x)
 
 
-def local_attention(q, k, v, window, doc=None):
-    """
-    Banded attention: frame i sees frame j iff |i-j| <= window//2 and both are of the same clip (section 3.1).
-    q, k, v (B, H, T, D), doc (B, T) clip numbers or None -> (B, H, T, D). Blocks of queries meet only the keys
-    around them, so time and memory grow with T, not T^2; equal to dense attention with the others masked to -inf.
-    """
-    B, H, T, D = q.shape
-    reach, block = min(window // 2, T), 32
-    n, seen = -(-T // block), block + 2 * reach  # number of blocks, keys that a block's queries meet
-    tail = n * block - T  # rows that fill the last block
-    doc = torch.zeros(B, T, dtype=torch.long, device=q.device) if doc is None else doc
-    # blocks become a batch, four dimensions in all: with five, scaled_dot_product_attention has no fused kernel
-    q = F.pad(q, (0, 0, 0, tail)) if tail else q
-    q = q.unflatten(2, (n, block)).transpose(1, 2).flatten(0, 1)  # (B, H, T, D) -> (B n, H, block, D)
-    cut = lambda t: t.unfold(2, seen, block).permute(0, 2, 1, 4, 3).flatten(0, 1)  # (B, H, T', D) -> (B n, H, seen, D)
-    zeros = q.new_zeros(B, H, reach + tail, D)  # at both ends; F.pad would write all of its result twice
-    k, v = (cut(torch.cat([zeros[:, :, :reach], t, zeros], 2)) for t in (k, v))
-    doc_q = F.pad(doc, (0, tail), value=-1).view(B * n, block, 1)  # -1: filling; it sees filling alone, so no row is empty
-    doc_k = F.pad(doc, (reach, reach + tail), value=-1).unfold(1, seen, block).reshape(B * n, 1, seen)
-    offset = torch.arange(seen, device=q.device) - reach - torch.arange(block, device=q.device)[:, None]  # j - i
-    mask = (offset.abs() <= reach) & (doc_q == doc_k)  # (B n, block, seen)
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
-    return o.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]  # (B n, H, block, D) -> (B, H, T, D)
-
-
-def causal_attention(q, k, v, lens=None):
-    """
-    q (B, T, H, D), k, v (B, T, Hkv, D) -> (B, T, H*D). lens: lengths of the sequences that are packed in a stream (B == 1), or None.
-    Each attends to itself alone, in a call of its own: the fused kernel then needs no mask, and there is no filling, whose cost would
-    grow with the square of the longest.
-    """
-    cut = lambda t: [part.transpose(1, 2) for part in t.split(lens or t.shape[1], 1)]  # (B, T, H, D) -> for each sequence (B, H, its length, D)
-    o = [F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=q.shape[2] != k.shape[2]) for one in zip(cut(q), cut(k), cut(v))]
-    return torch.cat(o, 2).transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H*D)
-
-
-class Cache:
-    """
-    The KV cache of n clips that are being decoded with several beams each. A prefix (prompt and frames) is computed once per clip
-    and shared by its beams; beside it stands what each beam has written since. Prefixes come in parts, packed streams of a few clips
-    (lens says how long each is); once all are there, every forward takes one token a beam, h (n, beams, dim), after step was raised.
-    """
-
-    def __init__(self, beams, max_new):
-        self.beams, self.max_new = beams, max_new
-        self.prefix, self.written = defaultdict(list), {}  # attention module -> keys and values, those of the prefixes part by part
-        self.step = -1  # index of the token being read, counted from the end of the prefix
-
-    def attend(self, layer, q, k, v, lens=None):
-        if lens:
-            filling = torch.arange(max(lens)) >= torch.tensor(lens)[:, None]  # the part's prefixes lie side by side here, filled up on the right
-            kp, vp = (pad_sequence(t[0].split(lens), batch_first=True) for t in (k, v))  # (1, N, H, D) -> (part, L, H, D)
-            kp, vp = kp.permute(0, 2, 3, 1).contiguous(), vp.transpose(1, 2).contiguous()  # (part, H, D, L), (part, H, L, D): as every step multiplies them
-            self.prefix[layer].append((kp, vp, filling[:, None, None].to(k.device)))
-            return causal_attention(q, k, v, lens)
-        if layer not in self.written:
-            self.written[layer] = [t.new_empty(len(t), self.beams, t.shape[2], self.max_new, t.shape[3]) for t in (k, v)]  # (n, beams, H, max_new, D)
-        for new, written in zip((k, v), self.written[layer]):
-            written[:, :, :, self.step] = new
-        q = (q / q.shape[-1] ** 0.5).unflatten(2, (k.shape[2], -1)).transpose(1, 2)  # (n, beams, heads, D) -> (n, H, beams, heads per key, D)
-        kw, vw = (t[:, :, :, :self.step + 1].transpose(1, 2) for t in self.written[layer])  # (n, H, beams, S, D)
-        parts, o = self.prefix[layer], []
-        for q, kw, vw, (kp, vp, filling) in zip(*(t.split([len(kp) for kp, _, _ in parts]) for t in (q, kw, vw)), parts):
-            old = (q.flatten(2, 3) @ kp).masked_fill_(filling, float("-inf"))  # (part, H, beams * heads per key, L): the beams share the prefix
-            new = (q @ kw.mT).flatten(2, 3)  # (part, H, beams * heads per key, S): and have written each their own
-            p = torch.cat([old, new], -1).float().softmax(-1).type_as(q)  # one softmax over both
-            old, new = p.split([old.shape[-1], new.shape[-1]], -1)
-            o.append((old @ vp).view_as(q) + new.unflatten(2, q.shape[2:4]) @ vw)
-        return torch.cat(o).transpose(1, 2).flatten(2)  # (n, H, beams, heads per key, D) -> (n, beams, heads * D)
-
-    def reorder(self, source):
-        """Beam b of clip i goes on from what its beam source[i, b] has written; the prefix stays where it is."""
-        clips = torch.arange(len(source), device=source.device)[:, None]
-        for pair in self.written.values():
-            for t in pair:
-                t[:, :, :, :self.step + 1] = t[:, :, :, :self.step + 1][clips, source]
-
-
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions: causal and grouped-query in LLaMA, banded in the local transformer (window)."""
+    """
+    Multi-head attention with rotary positions. Who sees whom is handed in, with its further arguments:
+    attend(q (B, T, H, D), k and v (B, T, Hkv, D), *how) -> (B, T, H*D).
+    """
 
-    def __init__(self, dim, n_heads, n_kv_heads, head_dim, bias=False, window=None):
+    def __init__(self, dim, n_heads, n_kv_heads, head_dim, bias=False):
         super().__init__()
-        self.head_dim, self.window = head_dim, window
+        self.head_dim = head_dim
         self.wq = nn.Linear(dim, n_heads * head_dim, bias=bias)
         self.wk = nn.Linear(dim, n_kv_heads * head_dim, bias=bias)
         self.wv = nn.Linear(dim, n_kv_heads * head_dim, bias=bias)
         self.wo = nn.Linear(n_heads * head_dim, dim, bias=False)
 
-    def forward(self, x, rope, doc=None, lens=None, cache=None):
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # (B, T, dim) -> (B, T, H, D)
-        q, k = rotate(q, rope), rotate(k, rope)
-        if self.window is not None:
-            o = local_attention(*(t.transpose(1, 2) for t in (q, k, v)), self.window, doc).transpose(1, 2).flatten(2)
-        elif cache is not None:
-            o = cache.attend(self, q, k, v, lens)
-        else:
-            o = causal_attention(q, k, v, lens)
-        return self.wo(o)
+    def forward(self, x, rope, attend, *how):
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # -> (B, T, H, D)
+        return self.wo(attend(rotate(q, rope), rotate(k, rope), v, *how))
 
 
 class Block(nn.Module):
@@ -264,17 +95,65 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(dim, eps)
         self.ffn_norm = RMSNorm(dim, eps)
 
-    def forward(self, x, rope, doc=None, lens=None, cache=None, at=None):
-        x = x + self.attention(self.attention_norm(x), rope, doc, lens, cache)
-        x = x if at is None else x[:, at]  # (B, T, dim) -> (B, len(at), dim)
+    def forward(self, x, rope, wanted, attend, *how):
+        """x (B, T, dim) -> (B, T, dim), or (B, len(wanted), dim) where only these positions go further."""
+        x = x + self.attention(self.attention_norm(x), rope, attend, *how)
+        x = x if wanted is None else x[:, wanted]
         return x + self.feed_forward(self.ffn_norm(x))
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What learns: local transformer and adaptor
+# The local transformer and its band (section 3.1)
+
+def reach(window):
+    """How many frames a frame sees before and after itself. The one definition of the band: change it here."""
+    return window // 2, window // 2
+
+
+def sees(i, j, window):
+    """Whether frame i sees frame j of its clip, by `reach`; numbers or tensors of them."""
+    before, after = reach(window)
+    return (i - j <= before) & (j - i <= after)
+
+
+def local_attention(q, k, v, window, doc=None):
+    """
+    Banded attention: frame i sees frame j iff sees(i, j, window) and both are of the same clip, eq. 2.
+    q, k, v (B, H, T, D), doc (B, T) clip numbers or None -> (B, H, T, D). Blocks of queries meet only the keys around
+    them, so time and memory grow with T, not T^2; equal to dense attention with the others masked to -inf.
+
+        queries      |  block of 32  |
+        keys     |before|   the same   |after|     -> `seen` of them
+    """
+    B, H, T, D = q.shape
+    block = 32
+    before, after = (min(n, T) for n in reach(window))
+    n, seen = math.ceil(T / block), before + block + after
+    tail = n * block - T  # rows that fill up the last block
+    doc = torch.zeros(B, T, dtype=torch.long, device=q.device) if doc is None else doc
+    # blocks become a batch, four dimensions in all: with five, scaled_dot_product_attention has no fused kernel
+    q = F.pad(q, (0, 0, 0, tail)) if tail else q
+    q = q.unflatten(2, (n, block)).transpose(1, 2).flatten(0, 1)  # (B, H, T, D) -> (B n, H, block, D)
+    cut = lambda t: t.unfold(2, seen, block).permute(0, 2, 1, 4, 3).flatten(0, 1)  # (B, H, T', D) -> (B n, H, seen, D)
+    zeros = q.new_zeros(B, H, max(before, after + tail), D)  # at both ends; F.pad would write all of its result twice
+    k, v = (cut(torch.cat([zeros[:, :, :before], t, zeros[:, :, :after + tail]], 2)) for t in (k, v))
+    # what fills up is of clip -1: it sees itself alone, so no row is empty
+    doc_q = F.pad(doc, (0, tail), value=-1).view(B * n, block, 1)
+    doc_k = F.pad(doc, (before, after + tail), value=-1).unfold(1, seen, block).reshape(B * n, 1, seen)
+    i = torch.arange(block, device=q.device)[:, None]  # of a query, counted from the block's first
+    j = torch.arange(seen, device=q.device) - before
+    mask = sees(i, j, window) & (doc_q == doc_k)  # (B n, block, seen)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+    return o.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]  # (B n, H, block, D) -> (B, H, T, D)
+
+
+def banded(q, k, v, window, doc):
+    """local_attention as Attention calls it: (B, T, H, D) each -> (B, T, H*D)."""
+    return local_attention(*(t.transpose(1, 2) for t in (q, k, v)), window, doc).transpose(1, 2).flatten(2)
+
 
 class LocalTransformer(nn.Module):
     """
-    The LTN of section 3.1: frame i attends to the frames within +-window//2 of the same clip, eq. 2. (B, T, dim) -> (B, T, dim).
+    The LTN of section 3.1: (B, T, dim) -> (B, T, dim), each frame among its neighbours of the same clip.
     Depth, heads and positions are ours, the paper is silent: pre-norm blocks as LLaMA's, rotary positions.
     """
 
@@ -282,18 +161,23 @@ class LocalTransformer(nn.Module):
         super().__init__()
         if dim % n_heads or dim // n_heads % 2:
             raise BadInput(f"ltn_heads={n_heads}: heads of even width must divide the local transformer's width {dim}")
-        head_dim = dim // n_heads
+        self.head_dim, self.window, self.reach = dim // n_heads, window, reach(window)
         hidden_dim = 8 * dim // 3  # three matrices of SwiGLU cost what two of width 4*dim would
-        self.layers = nn.ModuleList(Block(dim, hidden_dim, Attention(dim, n_heads, n_heads, head_dim, window=window)) for _ in range(n_layers))
+        attention = lambda: Attention(dim, n_heads, n_heads, self.head_dim)
+        self.layers = nn.ModuleList(Block(dim, hidden_dim, attention()) for _ in range(n_layers))
         self.norm = RMSNorm(dim)
-        self.head_dim = head_dim
 
     def forward(self, x, doc=None):
         # the band is relative, and so are rotary positions: they may run on over the clips of a stream
         rope = rope_table(torch.arange(x.shape[1], device=x.device)[None], self.head_dim)
         for layer in self.layers:
-            x = layer(x, rope, doc)
+            x = layer(x, rope, None, banded, self.window, doc)
         return self.norm(x)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The adaptor
+
+ADAPTORS = ("mlp", "mlp_noact", "linear")
 
 
 class Adaptor(nn.Module):
@@ -301,8 +185,8 @@ class Adaptor(nn.Module):
 
     def __init__(self, dim_in, dim_out, kind="mlp"):
         super().__init__()
-        if kind not in ("mlp", "mlp_noact", "linear"):
-            raise BadInput(f"adaptor={kind}: is none of mlp, mlp_noact, linear")
+        if kind not in ADAPTORS:  # page one has its choices, a checkpoint has not
+            raise BadInput(f"adaptor={kind}: is none of {', '.join(ADAPTORS)}")
         self.kind = kind
         self.w1 = nn.Linear(dim_in, dim_out, bias=False)
         self.w2 = nn.Linear(dim_out, dim_out, bias=False) if kind != "linear" else None
@@ -316,23 +200,16 @@ class Adaptor(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # LLaMA
 
-@dataclass
-class ModelArgs:
-    """Meta's names for the sizes; the last five are what Mistral, Qwen2 and LLaMA 3 add."""
-    dim: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    hidden_dim: int
-    vocab_size: int
-    head_dim: int
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    rope_scaling: dict = None  # LLaMA 3.1's dict, or None
-    qkv_bias: bool = False  # Qwen2
-    tied: bool = False  # the output layer is the embedding
-    sliding_window: int = None  # Mistral 0.1: no sequence may be longer
-    model_type: str = "llama"
+def causal_attention(q, k, v, lens=None):
+    """
+    q (B, T, H, D), k, v (B, T, Hkv, D) -> (B, T, H*D). lens: lengths of sequences packed in a stream (B == 1), or None.
+    Each attends to itself alone, in a call of its own: the fused kernel then needs no mask, and there is no filling,
+    whose cost would grow with the square of the longest.
+    """
+    cut = lambda t: [part.transpose(1, 2) for part in t.split(lens or t.shape[1], 1)]  # -> (B, H, length, D) each
+    o = [F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=q.shape[2] != k.shape[2])
+         for one in zip(cut(q), cut(k), cut(v))]
+    return torch.cat(o, 2).transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H*D)
 
 
 class LLaMA(nn.Module):
@@ -342,58 +219,76 @@ class LLaMA(nn.Module):
         super().__init__()
         self.args = args
         attention = lambda: Attention(args.dim, args.n_heads, args.n_kv_heads, args.head_dim, args.qkv_bias)
+        block = lambda: Block(args.dim, args.hidden_dim, attention(), args.norm_eps)
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
-        self.layers = nn.ModuleList(Block(args.dim, args.hidden_dim, attention(), args.norm_eps) for _ in range(args.n_layers))
+        self.layers = nn.ModuleList(block() for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = None if args.tied else nn.Linear(args.dim, args.vocab_size, bias=False)
         self.activation_checkpointing = False  # recompute a block's inside in the backward pass instead of keeping it
 
     def forward(self, tokens=None, h=None, lens=None, pos=None, cache=None, at=None):
         """
-        tokens (B, T) int64 -> logits (B, T, vocab). Or h (B, T, dim) embeddings instead of tokens. lens: h is a packed stream (1, N, dim) of
-        sequences of these lengths, each with its own positions 0, 1, ... at: positions of the stream whose logits are wanted -> (1, len(at), vocab).
-        cache: a Cache; forwards with lens read the prefixes, later ones a token a beam, which stand at the positions pos (n, beams).
+        tokens (B, T) int64 -> logits (B, T, vocab); or h (B, T, dim), embeddings instead of tokens.
+        lens: h is a packed stream (1, N, dim) of sequences of these lengths, each with its own positions 0, 1, ...
+        at: positions of the stream whose logits are wanted -> (1, len(at), vocab).
+        cache: forwards with lens read the prefixes, later ones a token a beam, at the positions pos (n, beams).
         """
         h = self.tok_embeddings(tokens) if h is None else h
         if pos is None:
-            pos = torch.cat([torch.arange(n, device=h.device) for n in lens or [h.shape[1]]])[None]
-            longest = max(lens or [h.shape[1]]) + (cache.max_new if cache else 0)
-            if self.args.sliding_window and longest > self.args.sliding_window:
-                raise BadInput(f"sliding_window={self.args.sliding_window}: a sequence of {longest} tokens is longer, "
-                               "and the window is not implemented")
+            sequences = lens or [h.shape[1]]
+            self.args.fits(max(sequences) + (cache.max_new if cache else 0))
+            pos = torch.cat([torch.arange(n, device=h.device) for n in sequences])[None]
         rope = rope_table(pos, self.args.head_dim, self.args.rope_theta, self.args.rope_scaling)
-        for layer in self.layers:
-            run = partial(checkpoint, layer, use_reentrant=False) if self.activation_checkpointing and torch.is_grad_enabled() else layer
-            # after the last attention nobody looks at positions without logits any more: its feed-forward leaves them out
-            h = run(h, rope, None, lens, cache, at if layer is self.layers[-1] else None)
+        for i, layer in enumerate(self.layers):
+            # who sees whom: a function, and what it takes beside q, k and v
+            if cache is None:
+                how = causal_attention, lens
+            else:
+                how = (cache.read_prefix, i, lens) if lens else (cache.attend, i)
+            # after the last attention nobody looks at positions without logits: its feed-forward leaves them out
+            wanted = at if layer is self.layers[-1] else None
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                layer = partial(checkpoint, layer, use_reentrant=False)
+            h = layer(h, rope, wanted, *how)
         h = self.norm(h)
         return F.linear(h, self.tok_embeddings.weight) if self.output is None else self.output(h)
+
+    def weights(self):
+        """name -> parameter, without LoRA's: what raw weights hold."""
+        return {name: p for name, p in self.named_parameters() if "lora_" not in name}
+
+    @torch.no_grad()
+    def fill(self, raw):
+        """Give every weight its value from raw ones of the same names and shapes, a tensor at a time."""
+        own = self.weights()
+        for name, weight in raw.tensors():
+            fill(own[name], weight)
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
         """
-        A LLaMA with the weights of a folder: Meta's layout (params.json + consolidated.*.pth, any number of shards) or Hugging Face's
-        (config.json + *.safetensors; model types llama, mistral, qwen2). BadInput names what is missing, surplus or cannot be run exactly.
+        A LLaMA with the weights of a folder, frozen: Meta's layout (params.json + consolidated.*.pth, any number of
+        shards) or Hugging Face's (config.json + *.safetensors; model types llama, mistral, qwen2).
+        BadInput names what is missing, surplus or cannot be run exactly.
         """
         raw = open_llm(path)
         with torch.device("meta"):
             llama = cls(raw.args).to(dtype)
-        own = dict(llama.to_empty(device=device).requires_grad_(False).named_parameters())
-        check_names(path, {k: p.shape for k, p in own.items()}, raw.shapes)
-        for name, weight in raw.tensors():
-            fill(own[name], weight)
+        check_names(path, shapes_of(llama.weights()), raw.shapes)
+        llama.to_empty(device=device).requires_grad_(False).fill(raw)
         return llama.eval()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # SL-LLaMA
 
 class SLLaMA(nn.Module):
-    """The whole model: features of frames -> LocalTransformer -> Adaptor -> spliced between the prompt's embeddings -> LLaMA."""
+    """The whole model: features -> LocalTransformer -> Adaptor -> spliced between the prompt's embeddings -> LLaMA."""
 
     def __init__(self, llm_args, dim_in, cfg):
         super().__init__()
         width = (cfg.ltn_dim or dim_in) if cfg.ltn else dim_in
-        # Where the paper is silent: features are standardised with the training set's statistics, so that one learning rate fits all backbones
+        # Where the paper is silent: features are standardised with the training set's statistics,
+        # so that one learning rate fits all backbones ...
         self.register_buffer("mean", torch.zeros(dim_in))
         self.register_buffer("std", torch.ones(dim_in))
         # ... and frames enter the LLM at the size of its words: LLaMA-2's embeddings have a deviation of 0.02, not 1
@@ -406,152 +301,192 @@ class SLLaMA(nn.Module):
         self.label_smoothing = cfg.label_smoothing
 
     def embed(self, batch):
-        """The stream that the LLM reads: embeddings of its tokens, with every clip's frames in their place. -> (1, N, dim)"""
+        """The stream that the LLM reads: embeddings of its tokens, each clip's frames in their place. -> (1, N, dim)"""
         x = ((batch.features.float() - self.mean) / self.std)[None].to(self.adaptor.w1.weight.dtype)  # (1, F, dim_in)
         x = x if self.proj is None else self.proj(x)
         x = x if self.ltn is None else self.ltn(x, batch.clip[None])
+        x = self.adaptor(x).squeeze(0) * self.scale  # (F, dim)
         h = self.llm.tok_embeddings(batch.tokens)  # (N, dim)
-        return h.index_copy(0, batch.frame_at, (self.adaptor(x).squeeze(0) * self.scale).type_as(h))[None]
+        return h.index_copy(0, batch.frame_at, x.type_as(h))[None]
 
     def forward(self, batch):
         """batch: data.Batch -> (sum of the token losses, number of target tokens); targets are the answer and EOS."""
         logits = self.llm(h=self.embed(batch), lens=batch.lens, at=batch.target_at).squeeze(0)  # (M, vocab)
         smooth = self.label_smoothing if self.training else 0.0
-        return F.cross_entropy(logits.float(), batch.targets, reduction="sum", label_smoothing=smooth), batch.targets.numel()
+        loss = F.cross_entropy(logits.float(), batch.targets, reduction="sum", label_smoothing=smooth)
+        return loss, batch.targets.numel()
 
     @torch.no_grad()
     def load(self, raw, device, seed, state=None):
         """
-        Give every parameter of a model built on the meta device (and perhaps sharded since) its value: from state (a checkpoint's
-        tensors by name), else from the raw LLM, else from the seed. One tensor at a time; nothing is skipped.
+        Give every parameter of a model built on the meta device (and perhaps sharded since) its value.
+        From state (a checkpoint's tensors by name), else from the raw LLM, else from the seed; nothing is skipped.
         """
-        own, state = dict(self.named_parameters()), state or {}
-        learnt = {k: p for k, p in own.items() if not k.startswith("llm.") or "lora_" in k}
-        check_names(raw.path, {k[4:]: p.shape for k, p in own.items() if k not in learnt}, raw.shapes)
-        buffers = dict(self.named_buffers())
-        for name, value in state.items():
-            have = own.get(name, buffers.get(name))
-            if have is None or have.shape != value.shape:
-                want = "the model has no such tensor" if have is None else f"the model's is {tuple(have.shape)}"
-                raise BadInput(f"checkpoint does not fit: {name} is {tuple(value.shape)}, {want}")
-        if state and (missing := sorted(learnt.keys() - state.keys() | buffers.keys() - state.keys())):
-            # the LoRA of a stage that only now begins is the one thing that may be new
-            if missing := [k for k in missing if "lora_" not in k or any("lora_" in s for s in state)]:
-                raise BadInput(f"checkpoint does not fit: it has no {missing[0]} ({len(missing)} missing)")
+        state, own, buffers = state or {}, dict(self.named_parameters()), dict(self.named_buffers())
+        learnt = [name for name in own if not name.startswith("llm.") or "lora_" in name]
+        check_names(raw.path, shapes_of(self.llm.weights()), raw.shapes)
+        check_fit(state, own | buffers, needed=[*learnt, *buffers])
         self.to_empty(device=device)
-        own = dict(self.named_parameters())
-        for name, weight in raw.tensors():
-            fill(own["llm." + name], weight)
-        for name in learnt.keys() | state.keys() & own.keys():
+        self.llm.fill(raw)
+        own = dict(self.named_parameters())  # to_empty has made new ones
+        for name in {*learnt} | state.keys() & own.keys():
             fill(own[name], state[name] if name in state else init_weight(name, own[name].shape, seed))
         for name, b in self.named_buffers():
-            b.copy_(state.get(name, torch.tensor(float(name != "mean"))))
+            b.copy_(state.get(name, torch.tensor({"mean": 0.0, "std": 1.0, "scale": 1.0}[name])))
         if not state:
+            # the size of a word: row by row, since a copy of all in fp32 would be half a gigabyte at 7B
             words = raw.read("tok_embeddings.weight")
-            sizes = torch.linalg.vector_norm(words, dim=1, dtype=torch.float32)  # row by row: a copy in fp32 would be half a gigabyte at 7B
+            sizes = torch.linalg.vector_norm(words, dim=1, dtype=torch.float32)
             self.scale.fill_((sizes.square().mean() / words.shape[1]).sqrt())
 
     def vision_state(self):
-        """What a checkpoint's vision.safetensors holds, by name: all but the LLM, and the word embeddings where they learn."""
-        return {k: v for k, v in [*self.named_parameters(), *self.named_buffers()]
-                if not k.startswith("llm.") or (k == "llm.tok_embeddings.weight" and v.requires_grad)}
-
-
-def init_weight(name, shape, seed):
-    """A parameter's first value, a function of (name, shape, seed) alone: the same for any number of processes and any order."""
-    if name.endswith("lora_B"):
-        return torch.zeros(shape)  # LoRA starts as the identity
-    if len(shape) == 1:
-        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
-    g = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))  # NOTE the CPU's generator reads 32 bits of a seed and drops the rest
-    fan_in = math.prod(shape[1:])
-    if name.endswith("lora_A"):
-        return (torch.rand(shape, generator=g) * 2 - 1) / fan_in**0.5  # as PEFT: kaiming_uniform(a=sqrt(5))
-    return torch.randn(shape, generator=g) / fan_in**0.5
-
-
-def fill(param, full):
-    """Copy a whole tensor into a parameter; one that FSDP2 has sharded takes its own rows (dimension 0, blocks of ceil(rows/world))."""
-    local = param.detach()
-    if hasattr(param, "to_local"):  # a DTensor; its class would take half a second to import
-        local = local.to_local()
-        low = -(-full.shape[0] // param.device_mesh.size()) * param.device_mesh.get_local_rank()
-        full = full[low:low + local.shape[0]]
-    local.copy_(full)
-
-
-def full(param):
-    """The whole tensor of a parameter, on the CPU. Collective where it is sharded: every process must call it."""
-    return (param.full_tensor() if hasattr(param, "full_tensor") else param).detach().cpu()
+        """What a checkpoint's vision.safetensors holds: all but the LLM, and word embeddings where they learn."""
+        return {name: v for name, v in [*self.named_parameters(), *self.named_buffers()]
+                if not name.startswith("llm.") or (name == "llm.tok_embeddings.weight" and v.requires_grad)}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The LLM's raw weights
+# Decoding
 
-SIZES = {  # llm=random:NAME
-    "7B": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=32000),  # LLaMA 2, Vicuna 1.5
-    "13B": dict(dim=5120, n_layers=40, n_heads=40, n_kv_heads=40, hidden_dim=13824, vocab_size=32000),
-    "70B": dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, hidden_dim=28672, vocab_size=32000),
-    "vicuna-7b-v1.5": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=32000),
-    "mistral-7b-instruct-v0.3": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, hidden_dim=14336, vocab_size=32768, rope_theta=1e6,
-                                     model_type="mistral"),
-    "qwen2-7b-instruct": dict(dim=3584, n_layers=28, n_heads=28, n_kv_heads=4, hidden_dim=18944, vocab_size=152064, norm_eps=1e-6, rope_theta=1e6,
-                              qkv_bias=True, model_type="qwen2"),
-    "deepseek-llm-7b-chat": dict(dim=4096, n_layers=30, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=102400, norm_eps=1e-6),
-    "chinese-llama-2-7b": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=55296),
-    "smollm2-135m": dict(dim=576, n_layers=30, n_heads=9, n_kv_heads=3, hidden_dim=1536, vocab_size=49152, rope_theta=1e5, tied=True),
-}
+class Cache:
+    """
+    Keys and values of n clips that are being decoded with several beams each. A prefix (prompt and frames) is computed
+    once per clip and shared by its beams; beside it stands what each beam has written since. Prefixes come in parts,
+    packed streams of a few clips; once all are there, every forward takes one token a beam, h (n, beams, dim).
+    """
+
+    def __init__(self, beams, max_new):
+        self.beams, self.max_new = beams, max_new
+        self.prefix = defaultdict(list)  # layer -> (keys, values, what is filling) of each part
+        self.written = {}  # layer -> keys and values (n, beams, H, max_new, D)
+        self.step = -1  # index of the token being read, counted from the end of the prefix
+
+    def read_prefix(self, q, k, v, layer, lens):
+        """Causal attention in a packed stream, whose keys and values are kept side by side, filled up on the right."""
+        filling = torch.arange(max(lens), device=k.device) >= torch.tensor(lens, device=k.device)[:, None]  # (part, L)
+        kp, vp = (pad_sequence(t[0].split(lens), batch_first=True) for t in (k, v))  # (1, N, H, D) -> (part, L, H, D)
+        # as every step will multiply them: (part, H, D, L) and (part, H, L, D)
+        kp, vp = kp.permute(0, 2, 3, 1).contiguous(), vp.transpose(1, 2).contiguous()
+        self.prefix[layer].append((kp, vp, filling[:, None, None]))
+        return causal_attention(q, k, v, lens)
+
+    def attend(self, q, k, v, layer):
+        """One token a beam: q (n, beams, heads, D), k and v (n, beams, H, D) -> (n, beams, heads*D)."""
+        if layer not in self.written:
+            self.written[layer] = [t.new_empty(*t.shape[:3], self.max_new, t.shape[3]) for t in (k, v)]
+        for new, written in zip((k, v), self.written[layer]):
+            written[:, :, :, self.step] = new
+        # (n, beams, heads, D) -> (n, H, beams, heads per key, D)
+        q = (q / q.shape[-1] ** 0.5).unflatten(2, (k.shape[2], -1)).transpose(1, 2)
+        kw, vw = (t[:, :, :, :self.step + 1].transpose(1, 2) for t in self.written[layer])  # (n, H, beams, S, D)
+        sizes = [len(kp) for kp, _, _ in self.prefix[layer]]
+        parts = zip(self.prefix[layer], *(t.split(sizes) for t in (q, kw, vw)))
+        o = torch.cat([self.attend_part(*prefix, *rest) for prefix, *rest in parts])
+        return o.transpose(1, 2).flatten(2)  # (n, H, beams, heads per key, D) -> (n, beams, heads * D)
+
+    @staticmethod
+    def attend_part(kp, vp, filling, q, kw, vw):
+        """The clips of one part: one softmax over the prefix, which the beams share, and what each has written."""
+        old = (q.flatten(2, 3) @ kp).masked_fill_(filling, float("-inf"))  # (part, H, beams * heads per key, L)
+        new = (q @ kw.mT).flatten(2, 3)  # (part, H, beams * heads per key, S)
+        p = torch.cat([old, new], -1).float().softmax(-1).type_as(q)
+        old, new = p.split([old.shape[-1], new.shape[-1]], -1)
+        return (old @ vp).view_as(q) + new.unflatten(2, q.shape[2:4]) @ vw
+
+    def reorder(self, source):
+        """Beam b of clip i goes on from what its beam source[i, b] has written; the prefix stays where it is."""
+        clips = torch.arange(len(source), device=source.device)[:, None]
+        for pair in self.written.values():
+            for t in pair:
+                t[:, :, :, :self.step + 1] = t[:, :, :, :self.step + 1][clips, source]
 
 
-@dataclass
-class RawLLM:
-    """An LLM before it is loaded."""
-    path: str
-    args: ModelArgs
-    shapes: dict  # name -> shape of its weights
-    read: Callable  # name -> one whole tensor, read when it is asked for
-
-    def describe(self, dtype):
-        """One line: type, sizes, parameters and bytes."""
-        a, n = self.args, sum(math.prod(s) for s in self.shapes.values())
-        return (f"{self.path}: {a.model_type}, {a.n_layers} layers of width {a.dim}, {a.n_heads} heads ({a.n_kv_heads} of keys) of {a.head_dim}, "
-                f"SwiGLU {a.hidden_dim}, {a.vocab_size} tokens; {n / 1e6:.2f}M parameters, {n * dtype.itemsize / 1e9:.3f} GB in "
-                + str(dtype).removeprefix("torch."))
-
-    def tensors(self):
-        """Yield (name, whole tensor), so that no more than one need be in memory; shows GB/s."""
-        done, total, scale, show = 0, sum(math.prod(s) for s in self.shapes.values()), 0.0, None
-        for name in self.shapes:
-            weight = self.read(name)
-            if show is None:
-                scale = weight.itemsize / 1e9
-                show = Progress(f"loading {self.path}, GB", total * scale)
-            yield name, weight
-            done += weight.numel()
-            show(done * scale, unit="GB")
+def read_prefixes(llm, streams, cache):
+    """
+    Fill the cache. streams: packed prefixes of a few sequences each, (h (1, N, dim), their lengths).
+    -> logits of what follows each prefix (n, V), lengths of the prefixes (n,)
+    """
+    logits, lens = [], []
+    for h, some in streams:
+        last = torch.tensor(some, device=h.device).cumsum(0) - 1  # where each sequence of the part ends
+        logits.append(llm(h=h, lens=some, cache=cache, at=last)[0])
+        lens += some
+    return torch.cat(logits), torch.tensor(lens, device=logits[0].device)
 
 
-def open_llm(path):
-    """A folder of raw weights as it was downloaded, or random:NAME of SIZES -> RawLLM."""
-    if path.startswith("random:"):
-        return open_random(path)
-    sizes, shapes, read = open_folder(path)
-    return RawLLM(path, ModelArgs(**sizes), shapes, read)
+def widen(scores, logits, most):
+    """
+    The best continuations of each clip's beams. scores (n, beams), logits (n, beams, V)
+    -> their scores, the beams they come from, their tokens: (n, most) each, the best first.
+    """
+    top, token = logits.topk(min(most, logits.shape[-1]))  # (n, beams, k): no sum over the whole vocabulary is kept
+    top = scores[..., None] + top.float() - logits.float().logsumexp(-1, keepdim=True)
+    k = top.shape[-1]
+    top, flat = top.flatten(1).topk(min(most, top[0].numel()))
+    return top, flat // k, token.flatten(1).gather(1, flat)
 
 
-def open_random(path):
-    """random:7B and its like: the sizes of an LLM with random weights, for trials of speed and memory where there are no real ones."""
-    size = path.removeprefix("random:")
-    if size not in SIZES:
-        raise BadInput(f"llm={path}: the sizes are {', '.join(SIZES)}")
-    args = ModelArgs(head_dim=SIZES[size]["dim"] // SIZES[size]["n_heads"], **SIZES[size])
-    with torch.device("meta"):
-        shapes = {k: tuple(p.shape) for k, p in LLaMA(args).named_parameters()}
-    noise = torch.randn(2**22 - 3, generator=torch.Generator().manual_seed(0))  # drawn once, since billions take minutes; a prime: rows differ
+class Answers:
+    """The best answer of each clip that has ended, and how many have."""
 
-    def read(name):
-        n = math.prod(shapes[name])
-        if len(shapes[name]) == 1:
-            return init_weight(name, shapes[name], 0)
-        return noise.roll(zlib.crc32(name.encode())).repeat(-(-n // len(noise)))[:n].view(shapes[name]).mul_(shapes[name][1] ** -0.5)
+    def __init__(self, n, max_new, device):
+        self.score = torch.full((n,), float("-inf"), device=device)
+        self.tokens = torch.zeros(n, max_new, dtype=torch.long, device=device)
+        self.length = torch.zeros(n, dtype=torch.long, device=device)  # without EOS
+        self.closed = torch.zeros(n, dtype=torch.long, device=device)
 
-    return RawLLM(path, args, shapes, read)
+    def keep_best(self, score, closes, source, tokens, length):
+        """
+        score, closes, source (n, most): continuations, which of them end an answer, the beams they come from.
+        tokens (n, beams, max_new): what the beams have written, `length` tokens each.
+        """
+        score, which = score.masked_fill(~closes, float("-inf")).max(1)  # (n,)
+        rows = torch.arange(len(score), device=score.device)
+        better = score > self.score
+        self.score = torch.where(better, score, self.score)
+        self.length = torch.where(better, length, self.length)
+        self.tokens = torch.where(better[:, None], tokens[rows, source[rows, which]], self.tokens)
+        self.closed += closes.sum(1)
+
+
+@torch.inference_mode()
+def generate(llm, streams, eos_ids, beam=1, length_penalty=1.0, max_new_tokens=200):
+    """
+    Beam search (beam=1: greedy) over all sequences of the streams together; see read_prefixes for what they are.
+    -> for each (token ids without EOS, whether EOS was reached). A hypothesis of len tokens, EOS among them, scores
+    sum(log p) / ((5+len)/6)**length_penalty (Wu et al. 2016, eq. 14); a sequence is done once `beam` of its hypotheses
+    have ended. Every step is one cached forward of n x beam tokens.
+    """
+    # the prefixes, once
+    cache = Cache(beam, max_new_tokens)
+    logits, lens = read_prefixes(llm, streams, cache)
+    n, device = len(lens), logits.device
+    logits = logits[:, None].expand(n, beam, -1)  # (n, beam, V)
+    scores = torch.full((n, beam), float("-inf"), device=device)
+    scores[:, 0] = 0.0  # the beams are one and the same at first
+    tokens = torch.zeros(n, beam, max_new_tokens, dtype=torch.long, device=device)
+    answers, eos = Answers(n, max_new_tokens, device), torch.tensor(eos_ids, device=device)
+    rows = torch.arange(n, device=device)[:, None]
+    # enough continuations that `beam` of them go on, were every EOS of every beam among them
+    most = beam * (1 + len(eos_ids))
+    for step in range(max_new_tokens):
+        # which continuations are the best, and which of them end here
+        score, source, token = widen(scores, logits, most)  # (n, most)
+        ends = torch.isin(token, eos)
+        among = torch.arange(score.shape[1], device=device) < beam
+        closes = ends & among & score.isfinite() & (answers.closed < beam)[:, None]
+        answers.keep_best(score / ((5 + step + 1) / 6) ** length_penalty, closes, source, tokens, step)
+        # the best of the others go on
+        scores, chosen = score.masked_fill(ends, float("-inf")).topk(beam)
+        source, token = source.gather(1, chosen), token.gather(1, chosen)  # (n, beam)
+        tokens = tokens[rows, source]
+        tokens[:, :, step] = token
+        if step + 1 == max_new_tokens or bool((answers.closed >= beam).all()):
+            break
+        # and the LLM reads their tokens
+        if beam > 1:
+            cache.reorder(source)
+        cache.step = step
+        logits = llm(h=llm.tok_embeddings(token), pos=(lens[:, None] + step).expand(n, beam), cache=cache)
+    ended = answers.score.isfinite()  # else the clip's best beam as far as it came
+    return [(answers.tokens[i, :answers.length[i]].tolist(), True) if ended[i] else (tokens[i, 0].tolist(), False)
+            for i in range(n)]

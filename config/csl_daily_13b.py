@@ -1,5 +1,6 @@
 """
-CSL-Daily, LLaMA-2 13B: the setting of the paper's section 4.1, Table 2 and the best rows of Tables 3, 4, 8 and 9. Two GPUs of 80 GB in the paper.
+CSL-Daily, LLaMA-2 13B: the setting of the paper's section 4.1, Table 2 and the best rows of Tables 3, 4, 8 and 9.
+Two GPUs of 80 GB in the paper.
 
     torchrun --nproc_per_node=2 train.py config/csl_daily_13b.py stage=align llm=FOLDER_OF_LLAMA_2_13B
     torchrun --nproc_per_node=2 train.py config/csl_daily_13b.py stage=sft llm=FOLDER_OF_LLAMA_2_13B

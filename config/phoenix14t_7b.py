@@ -1,5 +1,6 @@
 """
-PHOENIX-2014T, LLaMA-2 7B: the setting of the paper's section 4.1, Table 1 and the best rows of Tables 3, 4, 8 and 9. Two GPUs of 80 GB in the paper.
+PHOENIX-2014T, LLaMA-2 7B: the setting of the paper's section 4.1, Table 1 and the best rows of Tables 3, 4, 8 and 9.
+Two GPUs of 80 GB in the paper.
 
     torchrun --nproc_per_node=2 train.py config/phoenix14t_7b.py stage=align llm=FOLDER_OF_LLAMA_2_7B
     torchrun --nproc_per_node=2 train.py config/phoenix14t_7b.py stage=sft llm=FOLDER_OF_LLAMA_2_7B

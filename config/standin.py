@@ -1,10 +1,12 @@
 """
-The full-size stand-in: PHOENIX-2014T's real sentences and, in the place of its videos, features made from the states of an HMM (neccam's base annotations, 2 MB).
+The full-size stand-in: PHOENIX-2014T's real sentences and, in the place of its videos, features made from
+the states of an HMM (neccam's base annotations, 2 MB).
 It shows whether the recipe holds on real language. Its scores are not PHOENIX-2014T's: nobody has looked at a video.
 
     python data.py dataset=standin reader=slt root=FOLDER features=states backbone=standin
     python -m scripts.small_llm dataset=standin to=weights/standin
-    torchrun --nproc_per_node=2 train.py config/standin.py stage=align && torchrun --nproc_per_node=2 train.py config/standin.py stage=sft
+    torchrun --nproc_per_node=2 train.py config/standin.py stage=align
+    torchrun --nproc_per_node=2 train.py config/standin.py stage=sft
     python eval.py ckpt=out/standin/sft control=all
 """
 dataset = "standin"

@@ -9,28 +9,36 @@ import contextlib
 
 import torch
 
-from config import BadInput
-from model import Attention, rotate
+from lib.program import BadInput
+from model import Attention, banded, causal_attention, rotate, sees
 
 
 @contextlib.contextmanager
 def recorded(module):
-    """Name of an Attention in module -> its weights (H, T, T) fp32 of the forward that is run inside; B must be 1, and a packed stream one document."""
+    """
+    Name of an Attention in module -> its weights (H, T, T) fp32 of the forward that is run inside.
+    B must be 1, and a packed stream one document.
+    """
     weights = {}
 
     @torch.no_grad()
-    def record(name, part, x, rope, doc=None, lens=None, cache=None):
-        if cache is not None or len(x) > 1 or len(lens or [0]) > 1 or doc is not None and len(doc.unique()) > 1:
+    def record(name, part, x, rope, attend, *how):
+        window, doc = how if attend is banded else (None, None)
+        alone = len(x) == 1 and (doc is None or len(doc.unique()) == 1)
+        if attend is not banded:
+            alone = alone and attend is causal_attention and len(how[0] or [0]) == 1
+        if not alone:
             raise BadInput("recorded: the attention of one clip at a time, and without a cache")
-        q, k = (rotate(w(x).unflatten(-1, (-1, part.head_dim)), rope)[0].float() for w in (part.wq, part.wk))  # (1, T, dim) -> (T, H, D)
+        # (1, T, dim) -> (T, H, D)
+        q, k = (rotate(w(x).unflatten(-1, (-1, part.head_dim)), rope)[0].float() for w in (part.wq, part.wk))
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # grouped queries share their key
         score = torch.einsum("ihd,jhd->hij", q, k) / part.head_dim**0.5
         i = torch.arange(len(q), device=q.device)
-        apart = i[:, None] - i  # (T, T) how far j lies before i
-        seen = apart >= 0 if part.window is None else apart.abs() <= part.window // 2
+        seen = i[:, None] >= i if window is None else sees(i[:, None], i, window)  # (T, T)
         weights[name] = score.masked_fill(~seen, float("-inf")).softmax(-1)
 
-    hooks = [part.register_forward_pre_hook(lambda part, args, name=name: record(name, part, *args)) for name, part in module.named_modules() if isinstance(part, Attention)]
+    hooks = [part.register_forward_pre_hook(lambda part, args, name=name: record(name, part, *args))
+             for name, part in module.named_modules() if isinstance(part, Attention)]
     try:
         yield weights
     finally:

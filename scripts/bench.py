@@ -1,28 +1,29 @@
 """
 Measurements, side by side: what is compared takes turns (A B A B), since a machine is never the same for long.
 
-    python -m scripts.bench extract                                # frames/s of the extraction beside those of the CNN alone, and its peak memory
+    python -m scripts.bench extract      # frames/s of the extraction beside those of the CNN alone, and its peak memory
     python -m scripts.bench extract root=clips_of_isl workers=4 out=extract.json
-    python -m scripts.bench step                                   # also decode, band, load, scale, start: the LLM's part beside transformers and PEFT
+    python -m scripts.bench step         # or decode, band, load, scale, start: the LLM's part beside transformers, PEFT
 """
 import contextlib
 import json
+import math
 import os
-import statistics
 import sys
 import tempfile
-import time
 
 import numpy as np
 import torch
 
-from config import BadInput, configure, launch, usage_error, whole
-from data import stateless
-from readers import SPLITS, read_clips
+from lib.configurator import configure, usage_error
+from lib.extract import BATCH, Decoder, Extractor, prepare
+from lib.files import whole
+from lib.program import BadInput, launch
+from lib.readers import SPLITS, read_clips
+from lib.tensors import stateless
 from scripts import bench_llm
 from scripts.memory import peak_memory
 from scripts.toy import write_mp4
-from video import BATCH, Decoder, Extractor, prepare
 
 backbone = "toycnn,googlenet"  # extract: CNNs to measure, with random weights (the time is the same)
 root = ""  # extract: folder of own clips; "" = clips are made: 210x260, 25 frames a second, as PHOENIX-2014T's
@@ -31,9 +32,9 @@ length = 100  # extract: their mean length in frames
 repeats = 3  # turns that each side takes
 workers = 2  # extract: processes that decode
 threads = 0  # threads of the CNN or the LLM, 0 = as many as there are cores
-labels = ""  # step, decode, scale: folder of PHOENIX-2014T's labels.train, which give the lengths of clips; else lengths like theirs
+labels = ""  # step, decode, scale: folder of PHOENIX-2014T's labels.train, for the lengths of its clips; else like them
 tokenizer = ""  # step, decode, scale: folder of a LLaMA's tokenizer.model; "" = a token a byte
-llm = "bench"  # step, decode: its size, a name in SIZES of model.py, with random weights; bench: 79M parameters, for two cores
+llm = "bench"  # step, decode: its size, a name in SIZES of lib/weights.py, random weights; bench: 79M, for two cores
 batches = 4  # step: how many
 batch_size = 4  # step: clips in each
 compile = False  # step: torch.compile on ours
@@ -42,55 +43,50 @@ device = "auto"  # auto, cpu, cuda
 out = ""  # also write the figures to this file, as JSON
 
 # the paper's Table 5: its CNNs beside GoogLeNet, as timm names them, and the width of their features
-TABLE5 = {"ResNet-34": ("timm/resnet34", 512), "ResNet-50": ("timm/resnet50", 2048), "EfficientNet-B3": ("timm/efficientnet_b3", 1536),
-          "EfficientNet-B7": ("timm/tf_efficientnet_b7", 2560), "ViT-B/16": ("timm/vit_base_patch16_224", 768), "Swin-S": ("timm/swin_small_patch4_window7_224", 768),
-          "Swin-B": ("timm/swin_base_patch4_window7_224", 1024), "Inception-v4": ("timm/inception_v4", 1536)}
+TABLE5 = """
+ResNet-34 timm/resnet34 512
+ResNet-50 timm/resnet50 2048
+EfficientNet-B3 timm/efficientnet_b3 1536
+EfficientNet-B7 timm/tf_efficientnet_b7 2560
+ViT-B/16 timm/vit_base_patch16_224 768
+Swin-S timm/swin_small_patch4_window7_224 768
+Swin-B timm/swin_base_patch4_window7_224 1024
+Inception-v4 timm/inception_v4 1536
+"""
+TABLE5 = {label: (name, int(width)) for label, name, width in map(str.split, TABLE5.strip().split("\n"))}
 
 
 def make_clips(folder, n, length):
-    """n clips of a soft patch that moves before a soft background, 210x260 at 25 frames a second."""
+    """n clips of a soft patch that moves before a soft background, 210x260 at 25 frames a second. -> their rows"""
     os.makedirs(folder)
-    for i in range(n):
+    paths = [f"{folder}/{i}.mp4" for i in range(n)]
+    for i, path in enumerate(paths):
         rng = stateless(0, "bench", i)
         still = np.kron(rng.integers(0, 256, (26, 21, 3)), np.ones((10, 10, 1))).astype(np.uint8)
-        video = np.stack([still] * int(rng.integers(length // 2, length * 3 // 2 + 1)))
+        video = np.stack([still] * int(rng.integers(max(1, length // 2), length * 3 // 2 + 1)))
         for t, frame in enumerate(video):
             x, y = int(75 + 60 * np.sin(t / 5)), int(100 + 80 * np.cos(t / 7))
             frame[y:y + 60, x:x + 60] = still[:60, :60] // 2 + 60
-        write_mp4(os.path.join(folder, f"{i}.mp4"), video)
-    return {"train": [{"name": str(i), "text": "-", "video": os.path.join(folder, f"{i}.mp4")} for i in range(n)], "dev": [], "test": []}
-
-
-def in_turn(repeats, **sides):
-    """
-    Call each side `repeats` times, in turn; a call returns a number of frames. -> side -> {median, low, high} of frames a second,
-    and cpu: frames a second of this process's CPU time, the median, which a busy machine disturbs less.
-    """
-    found = {name: [] for name in sides}
-    for _ in range(repeats):
-        for name, side in sides.items():
-            start, cpu = time.time(), time.process_time()
-            n = side()
-            found[name].append((n / (time.time() - start), n / (time.process_time() - cpu)))
-            print(f"    {name}: {found[name][-1][0]:.1f} frames/s", file=sys.stderr, flush=True)
-    walls = {name: [wall for wall, _ in v] for name, v in found.items()}
-    return {name: {"median": statistics.median(w), "low": min(w), "high": max(w), "cpu": statistics.median(c for _, c in found[name])} for name, w in walls.items()}
+        write_mp4(path, video)
+    return [{"name": str(i), "text": "-", "video": path} for i, path in enumerate(paths)]
 
 
 def extract(cfg):
-    """(A) the CNN alone on frames that lie in memory, (B) the whole of video.prepare, and decoding alone in one process."""
+    """The CNN alone on frames that lie in memory, the whole of extract.prepare, and decoding alone in one process."""
     figures = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "workers": cfg.workers, "backbones": {}}
     with tempfile.TemporaryDirectory() as folder:
-        splits = read_clips(cfg.root)[0] if cfg.root else make_clips(os.path.join(folder, "clips"), cfg.clips, cfg.length)
-        rows = [row for split in SPLITS for row in splits[split]]
-        paths, turn = [row["video"] for row in rows], iter(range(10**6))
+        if cfg.root:
+            splits = read_clips(cfg.root)[0]
+            rows = [row for split in SPLITS for row in splits[split]]
+        else:
+            rows = make_clips(f"{folder}/clips", cfg.clips, cfg.length)
+        paths = [row["video"] for row in rows]
 
         def run(extractor, times=1):
             """An extraction from nothing of all clips, `times` times over."""
-            again = {"train": [row | {"name": f"{k} {row['name']}"} for k in range(times) for row in rows], "dev": [], "test": []}
+            again = [row | {"name": f"{k} {row['name']}"} for k in range(times) for row in rows]
             with contextlib.redirect_stdout(open(os.devnull, "w")), contextlib.redirect_stderr(sys.stdout):
-                prepare(f"bench{next(turn)}", again, folder, extractor)
-            return times * n_frames
+                prepare("bench", {"train": again, "dev": [], "test": []}, tempfile.mkdtemp(dir=folder), extractor)
 
         for name in cfg.backbone.split(","):
             extractor = Extractor(name, "random", cfg.device, workers=cfg.workers)
@@ -100,35 +96,38 @@ def extract(cfg):
             def decode():
                 for _ in decoder:
                     pass
-                return n_frames
 
-            for _ in range(2):  # what is made at first use is made
-                extractor.compute(np.zeros((BATCH, extractor.crop, extractor.crop, 3), np.uint8))
             peaks = []
             for times in (1, 4):
                 with peak_memory() as peak:
                     run(extractor, times)
                 peaks.append(peak.together / 2**20)
             some = np.concatenate([some for _, some, _ in Decoder(paths[:4], **extractor.how) if len(some)])[:4 * BATCH]
-            batches = [np.ascontiguousarray(some[i:i + BATCH]) for i in range(0, len(some) - BATCH + 1, BATCH)]
+            batches = [some[i:i + BATCH] for i in range(0, len(some) - BATCH + 1, BATCH)]
             if not batches:
                 raise BadInput(f"{len(some)} frames in the first clips: a batch is {BATCH}")
 
             def alone():
-                for i in range(-(-n_frames // BATCH)):  # the last batch is filled up here as there
+                for i in range(math.ceil(n_frames / BATCH)):  # the last batch is filled up here as there
                     extractor.compute(batches[i % len(batches)])
-                return n_frames
 
             print(f"{name} on {extractor.device}: {len(rows)} clips, {n_frames} frames", file=sys.stderr)
-            found = in_turn(cfg.repeats, alone=alone, extraction=lambda: run(extractor), decoding=decode)
+            took = bench_llm.turns(cfg.repeats, alone=alone, extraction=lambda: run(extractor), decoding=decode)
+            # seconds -> frames a second
+            found = {side: {"median": n_frames / t["median"], "low": n_frames / t["high"], "high": n_frames / t["low"],
+                            "cpu": n_frames / t["cpu"]} for side, t in took.items()}
             ratio, cpu = (found["extraction"][kind] / found["alone"][kind] for kind in ("median", "cpu"))
-            figures["backbones"][name] = {"device": str(extractor.device), "clips": len(rows), "frames": n_frames, "ratio": ratio, "cpu_ratio": cpu, "peak_mb": peaks, **found}
+            figures["backbones"][name] = {"device": str(extractor.device), "clips": len(rows), "frames": n_frames,
+                                          "ratio": ratio, "cpu_ratio": cpu, "peak_mb": peaks, **found}
             say = lambda f: f"{f['median']:.1f} frames/s ({f['low']:.1f} to {f['high']:.1f})"
             print(f"{name}: CNN alone {say(found['alone'])}, extraction {say(found['extraction'])}, ratio {ratio:.3f}\n"
-                  f"  ratio by the CPU time of the process that runs the CNN {cpu:.3f}: what a core more for those that decode would bring on a CPU\n"
+                  f"  ratio by the CPU time of the process that runs the CNN {cpu:.3f}: what a core more for those "
+                  f"that decode would bring on a CPU\n"
                   f"  decoding alone, one process: {say(found['decoding'])}\n"
-                  f"  peak memory {peaks[0]:.0f} MB with {len(rows)} clips, {peaks[1]:.0f} MB with {4 * len(rows)}", flush=True)
-    print(f"{figures['cores']} cores, {figures['threads']} threads for the CNN, {cfg.workers} processes that decode; medians of {cfg.repeats} turns")
+                  f"  peak memory {peaks[0]:.0f} MB with {len(rows)} clips, {peaks[1]:.0f} MB with {4 * len(rows)}",
+                  flush=True)
+    print(f"{figures['cores']} cores, {figures['threads']} threads for the CNN, {cfg.workers} processes that decode; "
+          f"medians of {cfg.repeats} turns")
     return figures
 
 
@@ -139,10 +138,8 @@ def main():
     name = sys.argv[1] if len(sys.argv) > 1 else "help"
     if name not in NAMES and name not in ("help", "--help", "-h", "--version"):
         usage_error(__file__, f"{name}: is none of {', '.join(NAMES)}")
-    cfg = configure(__file__, sys.argv[2:] if name in NAMES else [name], choices={"device": ("auto", "cpu", "cuda")})
-    for key, low in {"clips": 1, "length": 2, "repeats": 1, "workers": 0, "threads": 0}.items():
-        if getattr(cfg, key) < low:
-            usage_error(__file__, f"{key}={getattr(cfg, key)}: must be at least {low}")
+    cfg = configure(__file__, sys.argv[2:] if name in NAMES else [name],
+                    positive=("clips", "length", "repeats", "batches", "batch_size"))
     torch.set_num_threads(cfg.threads or os.cpu_count())
     figures = NAMES[name](cfg)
     if cfg.out:

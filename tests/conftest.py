@@ -1,6 +1,6 @@
 """
-What the tests share. `python -m pytest tests` runs them all, a process for each core and file by file; -n 0 runs them in one, to debug.
-Each can run alone. Those that need real weights and clips skip where shared/real is absent.
+What the tests share. `python -m pytest tests` runs them all, a process for each core and file by file; -n 0 runs them
+in one, to debug. Each can run alone. What needs real weights and clips skips where shared/real is absent.
 """
 import fcntl
 import importlib
@@ -23,8 +23,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # and the same for the programs t
 
 def import_torchvision():
     """
-    PyPI's torchvision is built for a torch with CUDA. On a CPU torch its library of operators cannot be loaded, and its import fails at the first that it
-    wants to describe; none of them is needed here. Declared before anything imports it: transformers and timm would fail with it.
+    PyPI's torchvision is built for a torch with CUDA. On a CPU torch its library of operators cannot be loaded, and its
+    import fails at the first that it wants to describe; none of them is needed here. Declared before anything imports
+    it: transformers and timm would fail with it.
     """
     try:
         importlib.import_module("torchvision")
@@ -54,13 +55,17 @@ SMALL = ["ltn_dim=32", "ltn_heads=2", "batch_size=6", "epochs=2", "eval_clips=2"
 
 @pytest.fixture(scope="session")
 def small_toy(tmp_path_factory):
-    """A toy of 20 + 4 + 4 clips for all to copy. Of the processes that run the tests the first to come builds it; the others wait at its lock."""
+    """
+    A toy of 20 + 4 + 4 clips for all to copy. Of the processes that run the tests the first to come builds it; the
+    others wait at its lock.
+    """
     from scripts import toy
     shared = tmp_path_factory.getbasetemp()
     shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
     with open(shared / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        toy.build(str(shared / "data"), n_train=20, n_dev=4, n_test=4, text_steps=3, text_batch=8)  # nothing to do where it is there already
+        # nothing to do where it is there already
+        toy.build(str(shared / "data"), n_train=20, n_dev=4, n_test=4, text_steps=3, text_batch=8)
     return shared / "data" / "toy"
 
 
@@ -70,13 +75,14 @@ def home(small_toy, tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     shutil.copytree(small_toy, home / "data" / "toy")
     for table in (home / "data" / "toy").glob("*.jsonl"):
-        table.write_text(table.read_text(encoding="utf-8").replace(f"{small_toy}/", f"{home}/data/toy/"), encoding="utf-8")
+        moved = table.read_text(encoding="utf-8").replace(f"{small_toy}/", f"{home}/data/toy/")
+        table.write_text(moved, encoding="utf-8")
     return home
 
 
 @pytest.fixture
 def train_here(home, monkeypatch):
-    """A function of (name, *args): train.main() in this process, a small run under out_dir=name -> its folder out_dir/toy."""
+    """(name, *args) -> train.main() in this process, a small run under out_dir=name; returns its folder out_dir/toy."""
     import train
 
     def run(out, *args):

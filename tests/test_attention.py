@@ -2,28 +2,37 @@
 import pytest
 import torch
 
-from config import BadInput
-from model import Attention, rope_table
+from lib.program import BadInput
+from model import Attention, banded, causal_attention, rope_table
 from scripts.attention import recorded
 
 
 @pytest.mark.parametrize("window, kv", [(None, 4), (None, 2), (8, 4)])
 def test_recorded(window, kv):
     torch.manual_seed(0)
-    part, x = Attention(32, 4, kv, 8, window=window), torch.randn(1, 50, 32)
+    part, x = Attention(32, 4, kv, 8), torch.randn(1, 50, 32)
+    attend = (causal_attention, None) if window is None else (banded, window, None)
+    how = rope_table(torch.arange(50)[None], 8), *attend
     with recorded(torch.nn.ModuleDict({"a": part})) as weights, torch.no_grad():
-        got = part(x, rope_table(torch.arange(50)[None], 8))
+        got = part(x, *how)
         v = part.wv(x)[0].unflatten(-1, (kv, 8)).repeat_interleave(4 // kv, 1)  # (T, H, D)
         want = part.wo(torch.einsum("hij,jhd->ihd", weights["a"], v).flatten(1))
     assert weights["a"].shape == (4, 50, 50)
     assert torch.allclose(weights["a"].sum(-1), torch.ones(4, 50))
     assert torch.allclose(got[0], want, atol=1e-5)
-    part(x, rope_table(torch.arange(50)[None], 8))
+    part(x, *how)
     assert len(weights) == 1 and not part._forward_pre_hooks  # nothing is left behind
 
 
-@pytest.mark.parametrize("window, doc, lens", [(None, None, [20, 30]), (8, torch.arange(50)[None] // 25, None)])
-def test_several_clips_are_refused(window, doc, lens):
-    part = Attention(32, 4, 4, 8, window=window)
+def cached(q, k, v):
+    """Neither of the two: what a cache would do."""
+    return causal_attention(q, k, v)
+
+
+@pytest.mark.parametrize("clips, how", [
+    (1, (causal_attention, [20, 30])), (1, (banded, 8, torch.arange(50)[None] // 25)),
+    (2, (causal_attention, None)), (2, (banded, 8, None)), (1, (cached,))])
+def test_several_clips_are_refused(clips, how):
+    part = Attention(32, 4, 4, 8)
     with pytest.raises(BadInput, match="one clip"), recorded(torch.nn.ModuleDict({"a": part})):
-        part(torch.randn(1, 50, 32), rope_table(torch.arange(50)[None], 8), doc, lens)
+        part(torch.randn(clips, 50, 32), rope_table(torch.arange(50)[None], 8), *how)

@@ -1,6 +1,6 @@
 """
-A training run computed by hand, in plain torch and without a line of the project's: what train.py logs and saves must be these numbers,
-for any number of processes and micro-batches.
+A training run computed by hand, in plain torch and without a line of the project's: what train.py logs and saves must
+be these numbers, for any number of processes and micro-batches.
 
     python -m pytest tests/test_by_hand.py
 """
@@ -22,19 +22,21 @@ from test_train import in_processes
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train
-from config import BadInput
+from lib.program import BadInput
 from model import LLaMA, SLLaMA
 
-# none of page one's own values, where another one shows more: the rate climbs for three steps, clipping bites on some steps, a last batch of two clips
+# none of page one's own values: the rate climbs for three steps, clipping bites on some, the last batch has two clips
 STEPS, BATCH, EPOCHS, SEED = 12, 6, 3, 7
 LR, WARMUP, DECAY, CLIP = 2e-3, 3, 5.0, 2.0
 SMOOTHING, DROP, WINDOW, HEADS = 0.1, 0.3, 4, 2
 RANK, ALPHA, TARGETS = 4, 12, ("wq", "wv", "w2")
 BETA1, BETA2, EPS = 0.9, 0.95, 1e-8  # of AdamW
-SETTING = [f"batch_size={BATCH}", f"epochs={EPOCHS}", f"seed={SEED}", f"lr={LR}", f"warmup={WARMUP}", f"weight_decay={DECAY}", f"grad_clip={CLIP}",
-           f"label_smoothing={SMOOTHING}", f"frame_drop={DROP}", f"window={WINDOW}", "ltn_dim=32", f"ltn_heads={HEADS}", f"lora_rank={RANK}",
-           f"lora_alpha={ALPHA}", f"lora_targets={','.join(TARGETS)}", "language=English", "log_every=1", "eval_every=8", "eval_clips=0"]
-STAGES = {"align": ["stage=align", "prompt={clip}"], "sft": ["stage=sft", "prompt=am {clip} gibt es {language}", "train_embeddings=true"]}
+SETTING = [f"batch_size={BATCH}", f"epochs={EPOCHS}", f"seed={SEED}", f"lr={LR}", f"warmup={WARMUP}",
+           f"weight_decay={DECAY}", f"grad_clip={CLIP}", f"label_smoothing={SMOOTHING}", f"frame_drop={DROP}",
+           f"window={WINDOW}", "ltn_dim=32", f"ltn_heads={HEADS}", f"lora_rank={RANK}", f"lora_alpha={ALPHA}",
+           f"lora_targets={','.join(TARGETS)}", "language=English", "log_every=1", "eval_every=8", "eval_clips=0"]
+STAGES = {"align": ["stage=align", "prompt={clip}"],
+          "sft": ["stage=sft", "prompt=am {clip} gibt es {language}", "train_embeddings=true"]}
 LEARNS = {"align": ("proj.", "ltn.", "adaptor."), "sft": ("adaptor.", "llm.tok_embeddings.", "lora_")}
 
 
@@ -69,7 +71,8 @@ def block(w, name, x, head_dim, mask):
         return y
 
     normed = rms_norm(x, w[f"{name}.attention_norm.weight"])
-    q, k, v = (linear(normed, f"attention.{p}").unflatten(-1, (-1, head_dim)).transpose(0, 1) for p in ("wq", "wk", "wv"))  # (H, T, D)
+    heads = lambda y: y.unflatten(-1, (-1, head_dim)).transpose(0, 1)  # (T, H*D) -> (H, T, D)
+    q, k, v = (heads(linear(normed, f"attention.{part}")) for part in ("wq", "wk", "wv"))
     q, k = rotary(q), rotary(k)
     k, v = (t.repeat_interleave(len(q) // len(t), 0) for t in (k, v))  # several heads share their keys
     seen = (q @ k.mT / head_dim**0.5).masked_fill(~mask, -math.inf).softmax(-1) @ v
@@ -103,14 +106,18 @@ def random(*key):
 
 
 def run_by_hand(home, w, prompt, learns):
-    """-> [{"step", "epoch", "loss", "grad_norm", "lr", "tokens" and after steps 8 and 12 "dev_loss"}], the weights and AdamW's moments at the end."""
+    """
+    -> [{"step", "epoch", "loss", "grad_norm", "lr", "tokens"}, behind those of steps 8 and 12 {"step", "dev_loss"}],
+    and at the end what has learnt and AdamW's two moments, by name
+    """
     toy = home / "data" / "toy"
     sp = SentencePieceProcessor(model_file=str(toy / "llm" / "tokenizer.model"))
     before, after = (sp.encode(part.strip()) for part in prompt.split("{clip}"))
     features = {name: x.double() for name, x in load_file(toy / "toycnn" / "train.safetensors").items()}
-    clips = [(row["name"], sp.encode(row["text"]) + [sp.eos_id()]) for row in map(json.loads, open(toy / "train.jsonl"))]
+    rows = [json.loads(line) for line in open(toy / "train.jsonl")]
+    clips = [(row["name"], sp.encode(row["text"]) + [sp.eos_id()]) for row in rows]
     w = {name: x.double() for name, x in w.items()}
-    learning = {name: x.requires_grad_() for name, x in w.items() if any(part in name for part in learns) and name not in ("mean", "std", "scale")}
+    learning = {name: x.requires_grad_() for name, x in w.items() if any(part in name for part in learns)}
     m, v = ({name: torch.zeros_like(x) for name, x in learning.items()} for _ in "mv")
     per_epoch = math.ceil(len(clips) / BATCH)
     lines = []
@@ -137,10 +144,12 @@ def run_by_hand(home, w, prompt, learns):
                 p -= lr * (DECAY * p if p.dim() > 1 else 0)
                 p -= lr * (m[name] / (1 - BETA1 ** (step + 1))) / ((v[name] / (1 - BETA2 ** (step + 1))).sqrt() + EPS)
                 p.grad = None
-            lines.append({"step": step + 1, "epoch": round((step + 1) / per_epoch, 3), "loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens})
+            lines.append({"step": step + 1, "epoch": round((step + 1) / per_epoch, 3), "loss": loss, "grad_norm": norm,
+                          "lr": lr, "tokens": tokens})
             if step + 1 in (8, 12):  # without dropped frames, without smoothing
                 total = sum(clip_loss(w, features[name], [1, *before], after, answer, 0) for name, answer in clips)
-                lines[-1]["dev_loss"] = total.item() / sum(len(answer) for _, answer in clips)
+                targets = sum(len(answer) for _, answer in clips)
+                lines.append({"step": step + 1, "dev_loss": total.item() / targets})
     return lines, {name: p.detach() for name, p in learning.items()}, m, v
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,7 +164,8 @@ def saved(run, stage):
     w = load_file(run / stage / "last" / "vision.safetensors")
     if stage == "sft":
         for name, x in load_file(run / stage / "last" / "adapter_model.safetensors").items():
-            *_, layer, part, linear, matrix, _ = name.split(".")  # base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
+            # base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
+            *_, layer, part, linear, matrix, _ = name.split(".")
             w[f"llm.layers.{layer}.{PEFT[part]}.{PEFT[linear]}.{matrix}"] = x
     return w
 
@@ -166,19 +176,20 @@ def log(run, stage):
 
 @pytest.fixture(scope="module")
 def hand(home):
-    """{stage: (arguments of train.py, first weights, what run_by_hand says)}; sft goes on from the align run of train.py."""
+    """{stage: (arguments of train.py, first weights, what run_by_hand says)}; sft goes on from train.py's align."""
     def trained(out, *args):
         with pytest.MonkeyPatch.context() as m:
             m.setattr(sys, "argv", ["train.py", f"data_dir={home}/data", f"out_dir={home}/{out}", *args])
             train.main()
         return home / out / "toy"
 
-    llm = {"llm." + name: x for name, x in LLaMA.from_pretrained(str(home / "data" / "toy" / "llm")).state_dict().items()}
+    llm = LLaMA.from_pretrained(str(home / "data" / "toy" / "llm")).state_dict()
+    llm = {"llm." + name: x for name, x in llm.items()}
     align = trained("first", *SETTING, *STAGES["align"])
     found = {}
     for stage, learns in LEARNS.items():
         args = [*SETTING, *STAGES[stage], *[f"init_from={align}/align/last"] * (stage == "sft")]
-        start = llm | saved(trained("start", *args, "max_steps=1", "lr=0"), stage)  # a step that moves nothing leaves the first weights
+        start = llm | saved(trained("start", *args, "max_steps=1", "lr=0"), stage)  # a step that moves nothing
         prompt = STAGES[stage][1].removeprefix("prompt=").replace("{language}", "English")
         found[stage] = args, start, run_by_hand(home, start, prompt, learns)
     return found
@@ -186,23 +197,26 @@ def hand(home):
 
 def is_as_by_hand(run, stage, hand):
     """
-    Losses to 1e-6. Norms, moments and the way that weights have gone to a few 1e-5, summed over a tensor: train.py computes in float32, and Adam makes
-    of a gradient that all but cancels a step as long as any, so that a single weight may be off by more than its rounding.
+    Losses to 1e-6. Norms, moments and the way that weights have gone to a few 1e-5, summed over a tensor: train.py
+    computes in float32, and Adam makes of a gradient that all but cancels a step as long as any, so that a single
+    weight may be off by more than its rounding.
     """
     _, start, (lines, weights, *moments) = hand[stage]
-    close = lambda a, b, size, what: pytest.approx(0, abs=5e-5) == ((a - b).abs().sum() / size.abs().sum()).item() or pytest.fail(what)
+    off = lambda x, right, size: (x - right).abs().sum() / size.abs().sum()
     for said, line in zip(log(run, stage), lines, strict=True):
-        assert said.keys() - line.keys() == {"tokens_per_s", "step_s"} and said["epoch"] == line["epoch"] and said["step"] == line["step"]
+        paces = {"tokens_per_s", "step_s"} if "loss" in line else set()  # scores of dev have none
+        assert said.keys() == line.keys() - {"tokens"} | paces
+        assert (said["step"], said.get("epoch")) == (line["step"], line.get("epoch"))
         for key, rel in {"loss": 1e-6, "dev_loss": 1e-6, "grad_norm": 2e-5, "lr": 1e-12}.items():
             assert key not in line or said[key] == pytest.approx(line[key], rel=rel), (key, line["step"])
-        if line["step"] % 4:  # where a process has run out of clips, it reads one that does not count
+        if paces and line["step"] % 4:  # where a process has run out of clips, it reads one that does not count
             assert said["tokens_per_s"] * said["step_s"] == pytest.approx(line["tokens"], rel=0.01)
     now, kept = saved(run, stage), load_file(run / stage / "last" / "optimizer.safetensors")
     assert kept.keys() == {f"{key}.{name}" for key in ("exp_avg", "exp_avg_sq") for name in weights}
     for name, x in weights.items():
-        close(now[name], x, x - start[name], name)
+        assert off(now[name], x, x - start[name]) < 5e-5, name
         for key, moment in zip(("exp_avg", "exp_avg_sq"), moments):
-            close(kept[f"{key}.{name}"], moment[name], moment[name], f"{key}.{name}")
+            assert off(kept[f"{key}.{name}"], moment[name], moment[name]) < 5e-5, (key, name)
     for name in now.keys() - weights.keys():
         assert torch.equal(now[name], start[name]), name
 
@@ -210,7 +224,7 @@ def is_as_by_hand(run, stage, hand):
 @pytest.mark.parametrize("grad_accum", [1, 2])
 @pytest.mark.parametrize("stage", LEARNS)
 def test_one_process_trains_as_computed_by_hand(hand, train_here, stage, grad_accum):
-    norms = [line["grad_norm"] for line in hand[stage][2][0]]
+    norms = [line["grad_norm"] for line in hand[stage][2][0] if "loss" in line]
     assert min(norms) < CLIP < max(norms)  # else the setting shows nothing of clipping
     is_as_by_hand(train_here(f"one{grad_accum}", *hand[stage][0], f"grad_accum={grad_accum}"), stage, hand)
 
@@ -221,7 +235,8 @@ sys.path.insert(0, {str(ROOT)!r})
 import torch.distributed as dist
 import train
 join, leave = dist.init_process_group, dist.destroy_process_group
-dist.init_process_group = lambda *args, **more: dist.is_initialized() or join(*args, **more)  # they stay together from one run to the next
+# they stay together from one run to the next
+dist.init_process_group = lambda *args, **more: dist.is_initialized() or join(*args, **more)
 dist.destroy_process_group = lambda: None
 for args in json.loads(sys.argv[1]):
     sys.argv = ["train.py", *args]
@@ -232,25 +247,31 @@ leave()
 
 def twice(home):
     """-> a data set of the same clip under two names, as arguments of train.py."""
-    folder = home / "twice" / "toy"
+    folder = home / "data" / "twice"
     (folder / "toycnn").mkdir(parents=True)
     x = next(iter(load_file(home / "data" / "toy" / "toycnn" / "train.safetensors").values()))
     save_file({"a": x, "b": x.clone()}, folder / "toycnn" / "train.safetensors")
-    (folder / "train.jsonl").write_text("".join(json.dumps({"name": name, "text": "am montag"}) + "\n" for name in "ab"))
-    return [f"data_dir={home}/twice", f"llm={home}/data/toy/llm"]
+    rows = [{"name": name, "text": "am montag"} for name in "ab"]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["dataset=twice", f"data_dir={home}/data", f"llm={home}/data/toy/llm"]
 
 
 @pytest.mark.long
 def test_two_processes_train_as_computed_by_hand(hand, home, train_here):
-    """With and without accumulation; a step of two clips leaves micro-batches without one. And each process draws a dropout of its own."""
+    """
+    With and without accumulation; a step of two clips leaves micro-batches without one. And each process draws a
+    dropout of its own: two of the same clip have not the gradient of one.
+    """
     (home / "several.py").write_text(SEVERAL)
-    runs = [[*hand[stage][0], f"data_dir={home}/data", f"out_dir={home}/two{accum}", f"grad_accum={accum}"] for stage in LEARNS for accum in (1, 2)]
+    runs = [[*hand[stage][0], f"data_dir={home}/data", f"out_dir={home}/two{accum}", f"grad_accum={accum}"]
+            for stage in LEARNS for accum in (1, 2)]
     dropout = [*hand["sft"][0], *twice(home), "lora_dropout=0.5", "frame_drop=0", "max_steps=1", "eval_every=-1"]
     in_processes(2, home, "", json.dumps([*runs, [*dropout, f"out_dir={home}/both"]]), program=home / "several.py")
     for accum in (1, 2):
         for stage in LEARNS:
             is_as_by_hand(home / f"two{accum}" / "toy", stage, hand)
-    (one,), (both,) = log(train_here("alone", *dropout, "max_clips=1"), "sft"), log(home / "both" / "toy", "sft")
+    train_here("alone", *dropout, "max_clips=1")
+    one, both = (log(home / out / "twice", "sft")[0] for out in ("alone", "both"))
     assert both["loss"] == pytest.approx(one["loss"], rel=1e-6) and abs(both["grad_norm"] / one["grad_norm"] - 1) > 1e-3
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,11 +281,25 @@ ONE_CLIP = ["max_clips=1", "batch_size=1", "frame_drop=0", "eval_every=-1"]  # a
 
 
 def test_the_rate_climbs_to_its_peak_and_falls_to_a_tenth(train_here):
-    rates = lambda *args: [line["lr"] for line in log(train_here("rates", *ONE_CLIP, "epochs=10", "lr=1e-3", *args), "align")]
+    def rates(*args):
+        return [line["lr"] for line in log(train_here("rates", *ONE_CLIP, "epochs=10", "lr=1e-3", *args), "align")]
+
     found = rates("warmup=2")
-    assert len(found) == 10 and [found[i] for i in (0, 1, 2, 6, 9)] == pytest.approx([0.5e-3, 1e-3, 1e-3, 0.55e-3, 0.1342542e-3], rel=1e-6)
+    by_hand = {0: 0.5e-3, 1: 1e-3, 2: 1e-3, 6: 0.55e-3, 9: 0.1342542e-3}
+    assert len(found) == 10 and {step: found[step] for step in by_hand} == pytest.approx(by_hand, rel=1e-6)
     assert rates("warmup=2", "max_steps=4") == found[:4]  # an early stop does not change it
-    assert rates("warmup=0", "max_steps=1") == [1e-3] and rates("warmup=20")[-1] == pytest.approx(0.5e-3)  # the warm-up may outlast the run
+    assert rates("warmup=0", "max_steps=1") == [1e-3]
+    assert rates("warmup=20")[-1] == pytest.approx(0.5e-3)  # the warm-up may outlast the run
+
+
+def test_features_are_standardised_and_frames_have_the_size_of_words(hand, home):
+    start = {name: x.double() for name, x in hand["align"][1].items()}
+    x = torch.cat([*load_file(home / "data" / "toy" / "toycnn" / "train.safetensors").values()]).double()
+    std = x.std(0)
+    assert torch.allclose(start["mean"], x.mean(0), atol=1e-5)
+    assert torch.allclose(start["std"], std.where(std > 1e-4, 1), rtol=1e-4)  # a dead feature stays as it is
+    words = start["llm.tok_embeddings.weight"]
+    assert start["scale"].item() == pytest.approx(words.square().mean().sqrt().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("most", [0, 1e6, 0.01])
@@ -272,7 +307,8 @@ def test_grad_clip_is_the_most_that_reaches_the_optimizer_and_0_is_any(train_her
     """After the first step AdamW's first moment is a tenth of the gradient."""
     run = train_here("clip", *ONE_CLIP, "max_steps=1", f"grad_clip={most}")
     moments = load_file(run / "align" / "last" / "optimizer.safetensors")
-    reached = 10 * math.sqrt(sum(x.double().square().sum() for name, x in moments.items() if name.startswith("exp_avg.")))
+    first = [x.double() for name, x in moments.items() if name.startswith("exp_avg.")]
+    reached = 10 * math.sqrt(sum(x.square().sum() for x in first))
     norm = log(run, "align")[0]["grad_norm"]
     assert norm > 1 and reached == pytest.approx(min(norm, most or math.inf), rel=1e-4)
 
@@ -280,31 +316,39 @@ def test_grad_clip_is_the_most_that_reaches_the_optimizer_and_0_is_any(train_her
 def test_dropout_differs_from_step_to_step_and_comes_again_in_the_same_run(hand, train_here):
     """Of one clip, and with a rate of 0, nothing else could change the gradient."""
     def norms(p):
-        return [line["grad_norm"] for line in log(train_here("dropout", *hand["sft"][0], *ONE_CLIP, "lr=0", f"lora_dropout={p}"), "sft")]
+        run = train_here("dropout", *hand["sft"][0], *ONE_CLIP, "lr=0", f"lora_dropout={p}")
+        return [line["grad_norm"] for line in log(run, "sft")]
 
     dropped = norms(0.5)
-    assert len(set(norms(0))) == 1 and len({round(norm, 3) for norm in dropped}) == EPOCHS and norms(0.5) == dropped
+    assert len(set(norms(0))) == 1 and len(set(dropped)) == EPOCHS and norms(0.5) == dropped
 
 
 def test_when_it_logs_evaluates_and_saves(train_here):
-    """0: once an epoch, -1: never; the last step is logged, evaluated and saved. Two steps an epoch, six in all."""
-    for args, logged, evaluated, kept in (("log_every=0 eval_every=-1 save_every=0", [2, 4, 6], [], [2, 4, 6]),
-                                          ("log_every=4 eval_every=-1 save_every=5", [4, 6], [], [5, 6]),
-                                          ("log_every=-1 eval_every=4 save_every=-1", [4, 6], [4, 6], [6]),
-                                          ("log_every=4 eval_every=0 save_every=2 max_steps=5", [2, 4, 5], [2, 4], [2, 4, 5]),
-                                          ("log_every=-1 eval_every=-1 save_every=1 max_steps=0", [], [], [1, 2])):
+    """
+    0: once an epoch, -1: never; the last step is logged, evaluated and saved. Two steps an epoch, six in all. The
+    scores of dev are a line of their own, behind the step's.
+    """
+    for args, logged, evaluated, kept in (
+            ("log_every=0 eval_every=-1 save_every=0", [2, 4, 6], [], [2, 4, 6]),
+            ("log_every=4 eval_every=-1 save_every=5", [4, 6], [], [5, 6]),
+            ("log_every=-1 eval_every=4 save_every=-1", [4, 6], [4, 6], [6]),
+            ("log_every=-1 eval_every=-1 save_every=-1", [], [], [6]),
+            ("log_every=4 eval_every=0 save_every=2 max_steps=5", [2, 4, 5], [2, 4], [2, 4, 5]),
+            ("log_every=-1 eval_every=-1 save_every=1 max_steps=0", [], [], [1, 2])):
         run = train_here("often", "max_clips=4", "batch_size=2", "epochs=3", "eval_clips=0", "keep=7", *args.split())
-        lines = log(run, "align")
-        assert [line["step"] for line in lines] == logged and [line["step"] for line in lines if "dev_loss" in line] == evaluated, args
+        lines = [(line["step"], "dev_loss" in line) for line in log(run, "align")]
+        assert lines == sorted([(step, False) for step in logged] + [(step, True) for step in evaluated]), args
         assert sorted(json.load(open(state))["step"] for state in run.glob("align/last*/state.json")) == kept, args
 
 
-def last_weights(folder):
-    return load_file(folder / "vision.safetensors"), load_file(folder / "optimizer.safetensors")
+def learnt(folder):
+    """What a step of align moves: the weights and AdamW's moments."""
+    w = load_file(folder / "vision.safetensors")
+    return {k: w[k] for k in w if k not in ("mean", "std", "scale")} | load_file(folder / "optimizer.safetensors")
 
 
 def test_a_step_whose_gradient_is_not_finite_is_skipped(train_here, home, monkeypatch, capsys):
-    """Its loss may well be. The weights and the optimizer stay as they were, and a step that goes well ends the count of max_skips."""
+    """Its loss may well be. Weights and moments stay, and a step that goes well ends the count of max_skips."""
     bad, calls, real = {2: "inf", 4: "nan", 6: "-inf"}, [], SLLaMA.forward
 
     def forward(self, batch):
@@ -317,17 +361,17 @@ def test_a_step_whose_gradient_is_not_finite_is_skipped(train_here, home, monkey
     monkeypatch.setattr(SLLaMA, "forward", forward)
     run = train_here("skips", "eval_every=-1", "max_steps=7", "max_skips=2", "save_every=1", "keep=7") / "align"
     said = capsys.readouterr().out
-    assert all(f"step {n}: the gradient is not finite, the step is skipped" in said for n in bad) and said.count("is skipped") == 3
+    assert all(f"step {n}: the gradient is not finite, the step is skipped" in said for n in bad)
+    assert said.count("is skipped") == 3
     folders = [run / f"last.{n}" for n in range(6, 0, -1)] + [run / "last"]  # after step 1, 2, ...
     assert [json.load(open(folder / "state.json"))["skipped"] for folder in folders] == [0, 1, 1, 2, 2, 3, 3]
     for step in range(2, 8):
-        (before, moments), (after, moments_after) = (last_weights(folder) for folder in folders[step - 2:step])
-        assert all(torch.isfinite(x).all() for x in after.values())
-        for was, now in ((before["adaptor.w1.weight"], after["adaptor.w1.weight"]), *((moments[k], moments_after[k]) for k in moments)):
-            assert torch.equal(was, now) == (step in bad), step
-    calls.clear()
-    bad |= {3: "nan"}
-    with pytest.raises(BadInput, match="max_skips=2"):
+        was, now = (learnt(folder) for folder in folders[step - 2:step])
+        for name in now:
+            assert torch.isfinite(now[name]).all() and torch.equal(was[name], now[name]) == (step in bad), (name, step)
+    calls.clear(), bad.clear()
+    bad |= {2: "nan", 3: "nan"}
+    with pytest.raises(BadInput, match="max_skips=2 steps in a row"):
         train_here("skips2", "eval_every=-1", "max_skips=2")
 
 
@@ -364,20 +408,21 @@ def seen(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("stage", LEARNS)
 def test_half_precision(hand, train_here, seen, stage, dtype):
-    """What is frozen lies and computes in dtype; what learns, its gradients and the loss are float32, and gradients are added up in it."""
-    args, start, (lines, learnt, *_) = hand[stage]
-    run = train_here("half", *args, f"dtype={str(dtype).removeprefix('torch.')}", "grad_accum=2", "grad_clip=0", "eval_every=-1", "max_steps=2",
-                     "warmup=0", "lr=1e-6", "weight_decay=0")
+    """What is frozen lies and computes in dtype; what learns, the sums of its gradients and the loss are float32."""
+    args, start, (lines, weights, *_) = hand[stage]
+    how = ["grad_accum=2", "grad_clip=0", "eval_every=-1", "max_steps=2", "warmup=0", "lr=1e-6", "weight_decay=0"]
+    run = train_here("half", *args, f"dtype={str(dtype).removeprefix('torch.')}", *how)
     assert seen["frozen"] == {dtype} and seen["logits"] == dtype and seen["loss"] == torch.float32
     assert seen["learning"] == {torch.float32} and all(g.dtype == torch.float32 for g in seen["grads"])
     if dtype == torch.bfloat16:  # the sum of two of its numbers has more digits
         assert any((g != g.bfloat16()).any() for g in seen["grads"])
     (first, _), now = log(run, stage), saved(run, stage)
-    assert first["loss"] == pytest.approx(lines[0]["loss"], rel=5e-3) and first["grad_norm"] == pytest.approx(lines[0]["grad_norm"], rel=3e-2)
+    assert first["loss"] == pytest.approx(lines[0]["loss"], rel=5e-3)
+    assert first["grad_norm"] == pytest.approx(lines[0]["grad_norm"], rel=3e-2)
     moved = (now["adaptor.w1.weight"] - start["adaptor.w1.weight"]).abs()
     assert 1.5e-6 < moved.median() < 2.1e-6  # twice the rate: in half precision so small a step would be lost
     moments = load_file(run / stage / "last" / "optimizer.safetensors")
-    assert all(x.dtype == torch.float32 for x in [*moments.values(), *(now[name] for name in learnt)])
+    assert all(x.dtype == torch.float32 for x in [*moments.values(), *(now[name] for name in weights)])
 
 
 def test_float16_halves_the_scale_of_its_loss_until_no_gradient_overflows(hand, train_here, monkeypatch):
@@ -396,9 +441,9 @@ def test_float16_halves_the_scale_of_its_loss_until_no_gradient_overflows(hand, 
     monkeypatch.setattr(SLLaMA, "forward", forward)
     how = [*hand["align"][0], "dtype=float16", "eval_every=-1"]
     lines = log(train_here("overflow", *how, "max_steps=6"), "align")
-    assert scales == [1024, 512, 256, 128, 64, 64] and [math.isfinite(line["grad_norm"]) for line in lines] == [False] * 4 + [True] * 2
-    norms = [line["grad_norm"] for line in hand["align"][2][0]]
-    assert lines[4]["grad_norm"] < 2 * norms[0]  # in units of the loss, whatever the scale
+    assert scales == [1024, 512, 256, 128, 64, 64]
+    assert [math.isfinite(line["grad_norm"]) for line in lines] == [False] * 4 + [True] * 2
+    assert lines[4]["grad_norm"] < 2 * hand["align"][2][0][0]["grad_norm"]  # whatever the scale
     train_here("overflow", *how, "max_steps=7", "resume=true")
     assert scales[-1] == 64  # a resumed run knows what it has learnt
 
@@ -406,13 +451,13 @@ def test_float16_halves_the_scale_of_its_loss_until_no_gradient_overflows(hand, 
 # Evaluation; its loss is in the run by hand
 
 def test_dev_decoding(train_here, home, monkeypatch):
-    """In eval mode, with the beam asked for, of the clips asked for, and each sentence is scored against its own reference."""
+    """In eval mode, with the beam asked for, of the clips asked for, each sentence scored against its own reference."""
     toy, real, calls = home / "data" / "toy", train.translate, []
     texts = {row["name"]: row["text"] for row in map(json.loads, open(toy / "dev.jsonl"))}
     known = {x.numpy().tobytes(): name for name, x in load_file(toy / "toycnn" / "dev.safetensors").items()}
 
     sp = SentencePieceProcessor(model_file=str(toy / "llm" / "tokenizer.model"))
-    longest = 2 * max(len(sp.encode(text)) for text in texts.values())  # twice the longest sentence: a model that has not learnt to end need not babble on
+    longest = 2 * max(len(sp.encode(text)) for text in texts.values())  # who has not learnt to end need not babble on
 
     def translate(*args, **more):
         call = inspect.signature(real).bind(*args, **more).arguments
@@ -424,7 +469,9 @@ def test_dev_decoding(train_here, home, monkeypatch):
     monkeypatch.setattr(train, "translate", translate)
     for eval_clips, chosen in ((-1, range(20)), (6, (0, 3, 6, 10, 13, 16)), (50, range(20))):
         calls.clear()
-        line = log(train_here(f"decode{eval_clips}", "max_steps=1", "eval_every=1", "beam=3", f"eval_clips={eval_clips}"), "align")[0]
+        run = train_here(f"decode{eval_clips}", "max_steps=1", "eval_every=1", "beam=3", f"eval_clips={eval_clips}")
+        _, line = log(run, "align")
+        assert line.keys() == {"step", "dev_loss", "dev_bleu", "dev_rouge"} and line["step"] == 1
         assert line["dev_bleu"] == pytest.approx([100] * 4) and line["dev_rouge"] == pytest.approx(100)
         assert sorted(name for _, names, _ in calls for name in names) == [f"{i:05}" for i in chosen]
         assert all(beam == 3 and training == {False} for beam, _, training in calls)

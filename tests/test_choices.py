@@ -16,15 +16,17 @@ import pytest
 import sacrebleu
 import torch
 import torch.distributed as dist
-from conftest import SMALL
+from conftest import ROOT, SMALL
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import train
-from config import BadInput
 from data import pack
-from eval import bleu, generate, report, rouge, translate
-from model import SLLaMA
+from eval import translate
+from lib.controls import baselines
+from lib.program import BadInput
+from lib.scores import bleu, report, rouge
+from model import SLLaMA, generate
 
 
 def rows(data, split):
@@ -107,8 +109,10 @@ def test_best_is_the_step_of_the_best_bleu_4(train_here, home, monkeypatch):
     assert state(run / "last")["best"] == pytest.approx(by_hand[2][3])
     train_here("bleu", *args, "max_steps=6", "resume=true")
     assert state(run / "best")["step"] == 6 and state(run / "last")["best"] == pytest.approx(100)
-    assert [e["dev_bleu"] for e in log(run)] == [pytest.approx(by_hand[step]) for step in said]
-    assert log(run)[0]["dev_rouge"] == pytest.approx(rouge([said[1](r) for r in refs], refs, "de"))
+    trained, scored = ([e for e in log(run) if ("dev_bleu" in e) == of_dev] for of_dev in (False, True))
+    assert [e["step"] for e in trained] == [e["step"] for e in scored] == [*said]
+    assert [e["dev_bleu"] for e in scored] == [pytest.approx(by_hand[step]) for step in said]
+    assert scored[0]["dev_rouge"] == pytest.approx(rouge([said[1](r) for r in refs], refs, "de"))
 
     # how it was decoded: beam= wide, and no further than twice the longest sentence of dev
     words = train.Tokenizer(f"{home}/data/toy/llm")
@@ -127,7 +131,8 @@ def test_without_decoding_best_is_the_lowest_dev_loss(train_here, monkeypatch):
     monkeypatch.setattr(SLLaMA, "forward", forward)
     monkeypatch.setattr(train, "translate", lambda *a, **k: pytest.fail("eval_clips=0 asks for no decoding"))
     run = train_here("loss", "eval_clips=0", "eval_every=1", "max_steps=4") / "align"
-    assert [e["dev_loss"] for e in log(run)] == [3.0, 2.0, 2.0, 2.5] and not any("dev_bleu" in e for e in log(run))
+    assert [e["dev_loss"] for e in log(run) if "loss" not in e] == [3.0, 2.0, 2.0, 2.5]
+    assert not any("dev_bleu" in e for e in log(run)) and len(log(run)) == 8
     assert state(run / "best")["step"] == 2 and state(run / "best")["best"] == state(run / "last")["best"] == -2.0
 
 
@@ -197,8 +202,10 @@ def test_what_a_checkpoint_says_of_itself(train_here, home, capsys):
     assert {p.name for p in run.iterdir()} == {"config.json", "last", "last.1", "log.jsonl"}
     assert state(run / "last.1")["step"] == 1
     found, config = state(run / "last"), json.load(open(run / "config.json"))
-    assert {k: v for k, v in found.items() if k not in ("config", "extractor", "clips")} == {
-        "step": 2, "best": None, "skipped": 0, "unscored": None, "dim_in": 1024}
+    assert {k: v for k, v in found.items() if k not in ("config", "extractor", "clips", "code")} == {
+        "step": 2, "best": None, "skipped": 0, "scored": 0, "dim_in": 1024}
+    files = ["train.py", "eval.py", "model.py", "lora.py", "data.py", *(f"lib/{p.name}" for p in ROOT.glob("lib/*.py"))]
+    assert found["code"] == {f: hashlib.sha256((ROOT / f).read_bytes()).hexdigest()[:12] for f in files}
     assert found["config"] | {"versions": config["versions"]} == config
     assert config["keep"] == 2 and config["versions"]["processes"] == 1
     store = load_file(home / "data" / "toy" / "toycnn" / "train.safetensors")
@@ -320,13 +327,15 @@ def test_no_score_is_written_over_another(evaluate, run, home):
     assert contents(run).keys() == plain.keys()
 
 
-@pytest.mark.parametrize("named, step", [("", 1), ("/", 1), ("/best", 1), ("/last", 2), ("/last/", 2)])
-def test_scores_stand_in_the_run_whichever_checkpoint_was_named(evaluate, run, named, step):
+@pytest.mark.parametrize("named, taken", [("", "best"), ("/", "best"), ("/best", "best"), ("/last", "last"),
+                                          ("/last/", "last"), ("/last.1", "last.1"), ("/last.1/", "last.1")])
+def test_scores_stand_in_the_run_whichever_checkpoint_was_named(evaluate, run, named, taken):
+    shutil.copytree(run / "last", run / "last.1")
     before = contents(run)
     evaluate(f"ckpt={run}{named}")
     assert contents(run).keys() - before.keys() == {"hyps.jsonl", "scores.json"}
     found = json.load(open(run / "scores.json"))
-    assert found["step"] == step and found["checkpoint"] == f"{run}/{'last' if step == 2 else 'best'}"
+    assert found["step"] == (1 if taken == "best" else 2) and found["checkpoint"] == f"{run}/{taken}"
 
 
 def test_digests_of_all_that_a_score_hangs_on(evaluate, run, home):
@@ -390,7 +399,7 @@ def test_the_setting_is_chosen_on_dev_by_bleu_4_and_decodes_the_split(evaluate, 
     assert found["bleu"][3] == pytest.approx(bleu4(list(map(without(4), test)), test))
     said = capsys.readouterr().out
     for s in found["sweep"]:
-        assert f"dev: beam {s['beam']}, length penalty {s['length_penalty']:g}: BLEU-4 {s['dev_bleu4']:.2f}\n" in said
+        assert f"dev, beam {s['beam']}, length penalty {s['length_penalty']:g}: BLEU-4 {s['dev_bleu4']:.2f}\n" in said
 
 
 @pytest.mark.parametrize("args, tried, taken", [
@@ -510,8 +519,8 @@ def test_the_nearest_clip_is_so_by_its_mean_however_long_it_is():
             return len(self.rows)
 
     train, test = Few([1.0], [4.0, 4.0]), Few([1.0, 1.0, 1.0, 1.1], [4.1])
-    model = SimpleNamespace(mean=torch.zeros(1), std=torch.ones(1))
-    assert evaluation.baselines(test, train, model)["nearest training clip"] == ["1.0", "4.0"]
+    found = baselines(test, train, torch.zeros(1), torch.ones(1))
+    assert found["nearest training clip"] == ["1.0", "4.0"]
 
 
 def test_stand_in_features_are_named_beside_every_score(evaluate, run, home, capsys):

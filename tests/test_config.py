@@ -16,11 +16,13 @@ from pathlib import Path
 
 import pytest
 
-import config
-from config import BadInput, Progress, configure, launch, read_literals, whole
+from lib.configurator import configure, read_literals
+from lib.files import whole
+from lib.program import BadInput, Progress, launch, rank, world
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = {"train.py": ["train.py"], "eval.py": ["eval.py"], "data.py": ["data.py"], "lora.py": ["lora.py"], "scripts/toy.py": ["-m", "scripts.toy"]}
+PROGRAMS = {name: [name] for name in ("train.py", "eval.py", "data.py", "lora.py")}
+PROGRAMS |= {f"scripts/{name}.py": ["-m", f"scripts.{name}"] for name in ("toy", "small_llm")}
 
 PAGE = '''"""
 A program that does nothing.
@@ -33,6 +35,7 @@ rate = 0.5  # a float
 count = 3  # an int
 flag = False  # a bool
 text = "hello"  # a text, with a "#" in its comment
+most = -1  # a number, -1 = any
 LIMIT = 7  # no variable
 computed = math.pi  # no literal
 one = {
@@ -51,7 +54,11 @@ def call(tmp_path):
     """Arguments -> configuration of the small program, as a dict."""
     program = tmp_path / "program.py"
     program.write_text(PAGE)
-    return lambda *args: vars(configure(str(program), [str(a) for a in args], {"mode": ("fast", "slow"), "stage": ("one", "two")}, ("one", "two")))
+    choices = {"mode": ("fast", "slow"), "stage": ("one", "two")}
+
+    def call(*args, **ranges):
+        return vars(configure(str(program), [str(a) for a in args], choices, stages=("one", "two"), **ranges))
+    return call
 
 
 @pytest.fixture
@@ -64,10 +71,10 @@ def file(tmp_path):
     return write
 
 
-def refused(capsys, call, *args):
+def refused(capsys, call, *args, **ranges):
     """The one line on stderr of a command line that ends with exit code 2."""
     with pytest.raises(SystemExit) as e:
-        call(*args)
+        call(*args, **ranges)
     out, err = capsys.readouterr()
     assert e.value.code == 2 and not out
     assert err.count("\n") == 1 and err.endswith("\n") and err.startswith("program.py: ")
@@ -77,26 +84,56 @@ def refused(capsys, call, *args):
 # ---- values
 
 def test_defaults(call):
-    assert call() == {"stage": "one", "mode": "fast", "rate": 0.5, "count": 3, "flag": False, "text": "hello", "lr": 1e-3, "epochs": 10}
+    assert call() == {"stage": "one", "mode": "fast", "rate": 0.5, "count": 3, "flag": False, "text": "hello",
+                      "most": -1, "lr": 1e-3, "epochs": 10}
 
 
 @pytest.mark.parametrize("arg, key, value", [
-    ("rate=1", "rate", 1.0), ("rate=1e-4", "rate", 1e-4), ("rate=-2", "rate", -2.0),
+    ("rate=1", "rate", 1.0), ("rate=1e-4", "rate", 1e-4), ("rate=-1", "rate", -1.0),
     ("count=1e3", "count", 1000), ("count=4", "count", 4), ("count=4.0", "count", 4), ("count=-1", "count", -1),
-    ("flag=true", "flag", True), ("flag=True", "flag", True), ("flag=1", "flag", True), ("flag=false", "flag", False), ("flag=0", "flag", False),
-    ("text=", "text", ""), ("text=b=c", "text", "b=c"), ("text=1", "text", "1"), ("text=true", "text", "true"), ("text=x.py", "text", "x.py"),
-    ("text=a, b = 'c'", "text", "a, b = 'c'"), ("--count=4", "count", 4), ("--text=--x", "text", "--x"), ("mode=slow", "mode", "slow"),
+    ("flag=true", "flag", True), ("flag=True", "flag", True), ("flag=1", "flag", True), ("flag=false", "flag", False),
+    ("flag=0", "flag", False), ("text=", "text", ""), ("text=b=c", "text", "b=c"), ("text=1", "text", "1"),
+    ("text=true", "text", "true"), ("text=x.py", "text", "x.py"), ("text=a, b = 'c'", "text", "a, b = 'c'"),
+    ("text=-2", "text", "-2"), ("--count=4", "count", 4), ("--text=--x", "text", "--x"), ("mode=slow", "mode", "slow"),
     ("lr=1", "lr", 1.0)])
 def test_takes_the_defaults_type(call, arg, key, value):
-    got = call(arg)[key]
+    got = call(arg, minus_one=("rate", "count"))[key]
     assert got == value and type(got) is type(value)
 
 
+@pytest.mark.parametrize("ranges, key, least, below", [
+    ({}, "count", 0, -1), ({}, "rate", 0.0, -1e-9), ({}, "lr", 0.0, -1.0),  # a number is not negative ...
+    ({}, "most", -1, -2), ({"minus_one": ["count"]}, "count", -1, -2),  # ... but where -1 says never, or all
+    ({"positive": ["count"]}, "count", 1, 0), ({"positive": ["epochs"]}, "epochs", 1, 0)])
+def test_the_least_that_a_number_may_be(call, file, capsys, ranges, key, least, below):
+    """On the command line and in a file, whose value the command line may overrule."""
+    settings = file(f"one = {{{key!r}: {below}}}")
+    for where in (f"{key}={below}", settings):
+        said = refused(capsys, call, where, **ranges)
+        assert said == f"program.py: {key}={below}: must be at least {least:g}\n"
+        assert call(where, f"{key}={least}", **ranges)[key] == least
+
+
+def test_a_share_is_less_than_1(call, capsys):
+    for value in (0, 0.5, 0.999):
+        assert call(f"rate={value}", shares=["rate"])["rate"] == value
+    for value in (1.0, 2.0, -0.1):
+        said = refused(capsys, call, f"rate={value}", shares=["rate"])
+        assert f"rate={value}: must be at least 0 and less than 1\n" in said
+
+
+def test_help_is_said_whatever_the_numbers_are(call, capsys):
+    with pytest.raises(SystemExit) as e:
+        call("help", "count=-5")
+    assert e.value.code == 0 and "count = -5 " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arg, key", [
-    ("count=-1.5", "count"),
-    ("count=1.5", "count"), ("count=many", "count"), ("count=", "count"), ("count=nan", "count"), ("count=inf", "count"), ("count=1e999", "count"),
-    ("rate=fast", "rate"), ("rate=nan", "rate"), ("rate=inf", "rate"), ("rate=-inf", "rate"), ("rate=true", "rate"),
-    ("flag=yes", "flag"), ("flag=2", "flag"), ("flag=", "flag"), ("mode=slo", "mode"), ("stage=three", "stage"), ("epochs=x", "epochs")])
+    ("count=-1.5", "count"), ("count=1.5", "count"), ("count=many", "count"), ("count=", "count"),
+    ("count=nan", "count"), ("count=inf", "count"), ("count=1e999", "count"), ("rate=fast", "rate"),
+    ("rate=nan", "rate"), ("rate=inf", "rate"), ("rate=-inf", "rate"), ("rate=true", "rate"),
+    ("flag=yes", "flag"), ("flag=2", "flag"), ("flag=", "flag"), ("mode=slo", "mode"), ("stage=three", "stage"),
+    ("epochs=x", "epochs")])
 def test_bad_value_names_the_variable(call, capsys, arg, key):
     assert f"{key}: " in refused(capsys, call, arg)
 
@@ -105,7 +142,8 @@ def test_choices_are_listed(call, capsys):
     assert "fast, slow" in refused(capsys, call, "mode=slo")
 
 
-@pytest.mark.parametrize("arg, near", [("conut=3", "count"), ("Rate=1", "rate"), ("--txt=a", "text"), ("epoch=3", "epochs")])
+@pytest.mark.parametrize("arg, near", [("conut=3", "count"), ("Rate=1", "rate"), ("--txt=a", "text"),
+                                       ("epoch=3", "epochs")])
 def test_unknown_key_names_the_nearest(call, capsys, arg, near):
     err = refused(capsys, call, arg)
     assert arg.removeprefix("--").split("=")[0] in err and f"did you mean {near}" in err
@@ -152,8 +190,9 @@ def test_stage_dict_wins_over_a_files_own_line_and_says_so(call, file, capsys):
 
 
 @pytest.mark.parametrize("line", [
-    "import os", "print(1)", "count = int(4)", "for i in (1, 2): count = i", "if True: count = 4", "count += 1", "count: int = 4", "count = rate = 4", "count, rate = 4, 1",
-    "def f(): pass", "count = 4 if True else 5", "text = f'{1}'", "text = text", "one['lr'] = 1", "one = dict(lr=1)", "two = {[]: 1}", "del count", "(lambda: 0)()"])
+    "import os", "print(1)", "count = int(4)", "for i in (1, 2): count = i", "if True: count = 4", "count += 1",
+    "count: int = 4", "count = rate = 4", "count, rate = 4, 1", "def f(): pass", "count = 4 if True else 5",
+    "text = f'{1}'", "text = text", "one['lr'] = 1", "one = dict(lr=1)", "two = {[]: 1}", "del count", "(lambda: 0)()"])
 def test_config_file_is_read_not_executed(call, file, tmp_path, line):
     made = tmp_path / "made"
     with pytest.raises(BadInput) as e:
@@ -162,7 +201,8 @@ def test_config_file_is_read_not_executed(call, file, tmp_path, line):
     assert not made.exists()
 
 
-@pytest.mark.parametrize("source, says", [("count = 4\nrate = = 1\n", "line 2"), (b"text = '\xff'\n", "settings.py"), (b"text = '\0'\n", "settings.py")])
+@pytest.mark.parametrize("source, says", [("count = 4\nrate = = 1\n", "line 2"), (b"text = '\xff'\n", "settings.py"),
+                                          (b"text = '\0'\n", "settings.py")])
 def test_config_file_that_is_no_python(call, file, source, says):
     with pytest.raises(BadInput) as e:
         call(file(source))
@@ -175,9 +215,11 @@ def test_config_file_that_is_absent(call, tmp_path):
 
 
 @pytest.mark.parametrize("source, says", [
-    ("conut = 4", "did you mean count"), ("count = 1.5", "count: "), ("count = True", "count: "), ("text = 4", "text: "), ("rate = '1x'", "rate: "), ("count = None", "count: "),
-    ("flag = 'perhaps'", "flag: "), ("mode = 'slo'", "mode: "), ("LIMIT = 4", "LIMIT"), ("two = {'epcohs': 4}", "two: unknown variable epcohs, did you mean epochs"),
-    ("two = {'epochs': 'x'}", "two: epochs: "), ("two = 4", "two: "), ("two = {1: 4}", "two: "), ("count = {}", "count: ")])
+    ("conut = 4", "did you mean count"), ("count = 1.5", "count: "), ("count = True", "count: "),
+    ("text = 4", "text: "), ("rate = '1x'", "rate: "), ("count = None", "count: "), ("flag = 'perhaps'", "flag: "),
+    ("mode = 'slo'", "mode: "), ("LIMIT = 4", "LIMIT"), ("two = 4", "two: "), ("two = {1: 4}", "two: "),
+    ("two = {'epcohs': 4}", "two: unknown variable epcohs, did you mean epochs"),
+    ("two = {'epochs': 'x'}", "two: epochs: "), ("count = {}", "count: ")])
 def test_config_files_values_are_checked(call, capsys, file, source, says):
     err = refused(capsys, call, file(source))
     assert "settings.py: " in err and says in err
@@ -193,7 +235,8 @@ def test_help(call, file, capsys):
     assert out.startswith("A program that does nothing.")
     lines = {line.split(" = ")[0]: line for line in out.splitlines() if " = " in line}
     assert lines.keys() == call().keys()
-    for key, value, comment in (("count", "4", "an int"), ("rate", "2.0", "a float"), ("text", "'hello'", 'a text, with a "#" in its comment'), ("epochs", "10", "(paper: 3)")):
+    for key, value, comment in (("count", "4", "an int"), ("rate", "2.0", "a float"), ("epochs", "10", "(paper: 3)"),
+                                ("text", "'hello'", 'a text, with a "#" in its comment')):
         assert lines[key].startswith(f"{key} = {value} ") and lines[key].endswith(" " + comment)
 
 
@@ -207,7 +250,7 @@ def test_help_shows_the_chosen_stages_values_and_comments(call, capsys):
 
 # ---- the real files and programs
 
-CONFIGS = sorted(p.name for p in (ROOT / "config").glob("*.py") if p.name != "__init__.py")
+CONFIGS = sorted(p.name for p in (ROOT / "config").glob("*.py"))
 
 
 @pytest.mark.parametrize("stage", ["align", "sft"])
@@ -224,8 +267,12 @@ def test_every_config_file_fits_train(name, stage, capsys):
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs_help(name):
-    """It ends well, has nothing to say on stderr but what Python was told to, and waits for no package that it does not need."""
-    done = subprocess.run([sys.executable, "-X", "importtime", *PROGRAMS[name], "help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    """
+    It ends well, has nothing to say on stderr but what Python was told to, and waits for no package that it does not
+    need.
+    """
+    done = subprocess.run([sys.executable, "-X", "importtime", *PROGRAMS[name], "help"], cwd=ROOT, capture_output=True,
+                          text=True, timeout=120)
     beside = done.stderr.splitlines()
     assert done.returncode == 0 and all(line.startswith("import time:") for line in beside), done.stderr
     imported = {line.rpartition("|")[2].strip() for line in beside}
@@ -258,25 +305,20 @@ def test_the_large_setting_is_the_small_one_with_another_llm(name):
     """
     small, large = (
         {k: v for k, (v, _) in read_literals(str(ROOT / "config" / f"{name}_{size}.py"), strict=True).items()}
-        for size in ("7b", "13b")
-    )
-    assert (
-        large == small | {"llm": "weights/llama-2-13b", "activation_checkpointing": True}
-        and small["llm"] == "weights/llama-2-7b"
-    )
+        for size in ("7b", "13b"))
+    assert large == small | {"llm": "weights/llama-2-13b", "activation_checkpointing": True}
+    assert small["llm"] == "weights/llama-2-7b"
     assert (small["dataset"], small["language"]) == (name, {"phoenix14t": "German", "csl_daily": "Chinese"}[name])
 
 
 # ---- files in full or not at all
 
-
 @pytest.fixture
 def disk(monkeypatch):
-    """What reaches the disk, in order: ("sync", path) and ("rename", from, to)."""
+    """What reaches the disk, in order: ("sync", path, bytes) and ("rename", from, to)."""
     done, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(
-        os, "fsync", lambda f: done.append(("sync", os.readlink(f"/proc/self/fd/{f}"), os.fstat(f).st_size)) or fsync(f)
-    )
+    synced = lambda f: done.append(("sync", os.readlink(f"/proc/self/fd/{f}"), os.fstat(f).st_size)) or fsync(f)
+    monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", lambda a, b: done.append(("rename", a, b)) or replace(a, b))
     return done
 
@@ -288,9 +330,8 @@ def test_a_file_outlives_a_power_cut(tmp_path, disk):
         f.write("für alle")
         assert not os.path.exists(path)  # nobody sees half a file
     part = path + ".part"
-    assert [d[:2] for d in disk] == [("sync", part), ("rename", part), ("sync", str(tmp_path))] and disk[0][
-        2
-    ] == 9  # bytes
+    assert [d[:2] for d in disk] == [("sync", part), ("rename", part), ("sync", str(tmp_path))]
+    assert disk[0][2] == len("für alle".encode()) and disk[1][2] == path
     assert open(path, encoding="utf-8").read() == "für alle" and os.listdir(tmp_path) == ["a.txt"]
 
 
@@ -312,7 +353,6 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, trouble):
 
 
 # ---- what a program says while it runs, and how it ends
-
 
 class Terminal(io.StringIO):
     def isatty(self):
@@ -365,10 +405,8 @@ def test_progress_on_a_terminal(clock, monkeypatch):
         clock[0] = at
         show(done)
     first, second = screen.getvalue().split("\r")[1:]
-    assert (
-        first == "clips: 2/4, 8.00 clips/s, 0 s left".ljust(78)
-        and second == "clips: 4/4, 2.00 clips/s, 0 s left".ljust(78) + "\n"
-    )
+    assert first == "clips: 2/4, 8.00 clips/s, 0 s left".ljust(78)
+    assert second == "clips: 4/4, 2.00 clips/s, 0 s left".ljust(78) + "\n"
 
 
 def test_progress_of_another_process_is_silent(clock, capsys, monkeypatch):
@@ -422,10 +460,8 @@ def test_how_a_program_ends(ends):
     code, (line,), _ = ends(FileNotFoundError(2, "No such file or directory", "x.txt"))
     assert code == 1 and line == "train.py: [Errno 2] No such file or directory: 'x.txt'"
     assert ends(KeyboardInterrupt()) == (130, ["train.py: interrupted; what was saved is there"], 0)
-    for mistake, said in (
-        (KeyError("lr"), "train.py: KeyError: 'lr'"),
-        (RuntimeError("Connection refused"), "train.py: RuntimeError: Connection refused"),
-    ):
+    for mistake, said in ((KeyError("lr"), "train.py: KeyError: 'lr'"),
+                          (RuntimeError("Connection refused"), "train.py: RuntimeError: Connection refused")):
         code, lines, slept = ends(mistake)
         assert code == 1 and lines[0].startswith("Traceback") and lines[-1] == said and not slept
     with pytest.raises(SystemExit):
@@ -438,43 +474,33 @@ def test_how_a_program_ends_under_torchrun(ends):
     assert ends(BadInput("x"), RANK="0") == (1, ["train.py: x"], 0)
     assert ends(BadInput("x"), RANK="1") == (1, ["train.py: process 1: x"], 2)
     for said in ("Connection closed by peer", "Broken pipe", "NCCL error", "Connection reset"):
-        assert ends(RuntimeError(said), RANK="0") == (
-            1,
-            [f"train.py: lost the other processes, their error is the one that counts ({said})"],
-            10,
-        )
+        line = f"train.py: lost the other processes, their error is the one that counts ({said})"
+        assert ends(RuntimeError(said), RANK="0") == (1, [line], 10)
     code, lines, slept = ends(ValueError("peer"), RANK="2")  # a mistake of its own
-    assert (
-        code == 1
-        and lines[0].startswith("Traceback")
-        and lines[-1] == "train.py: process 2: ValueError: peer"
-        and slept == 2
-    )
+    assert code == 1 and lines[0].startswith("Traceback") and slept == 2
+    assert lines[-1] == "train.py: process 2: ValueError: peer"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # torchrun ends the others with it
 
 
 def test_rank_and_world(monkeypatch):
     for key in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(key, raising=False)
-    assert (config.rank(), config.world()) == (0, 1)
+    assert (rank(), world()) == (0, 1)
     monkeypatch.setenv("RANK", "3"), monkeypatch.setenv("WORLD_SIZE", "4")
-    assert (config.rank(), config.world()) == (3, 4)
+    assert (rank(), world()) == (3, 4)
 
 
 # ---- more of the key=value rule
 
-
 def test_words_for_true_and_false_in_a_file(call, file):
-    assert (
-        call(file("flag = 1\ncount = 4.0\nrate = 2"))["flag"] is True and call(file("flag = 'FALSE'"))["flag"] is False
-    )
+    assert call(file("flag = 1\ncount = 4.0\nrate = 2"))["flag"] is True
+    assert call(file("flag = 'FALSE'"))["flag"] is False
     assert type(call(file("count = 4.0"))["count"]) is int and type(call(file("rate = 2"))["rate"]) is float
 
 
 def test_a_stage_dict_is_not_heard_where_it_changes_nothing(call, file, capsys):
     """
-    A file's own line that says what its stage says anyway is no surprise; nor is one that the command line
-    overrules.
+    A file's own line that says what its stage says anyway is no surprise; nor is one that the command line overrules.
     """
     assert call(file("epochs = 10"))["epochs"] == 10
     assert call(file("lr = 7\none = {'lr': 7}"))["lr"] == 7

@@ -13,30 +13,37 @@ import sys
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import sacrebleu
 import torch
 
 import eval as evaluation
-from config import BadInput
-from data import stateless
-from eval import _lcs, baselines, bleu, controlled, report, rouge, score_files, variants
+from lib.controls import baselines, controlled
+from lib.program import BadInput
+from lib.scores import _lcs, bleu, report, rouge, score_files, variants
+from lib.tensors import stateless
 
 ROOT = Path(__file__).resolve().parents[1]
 
-GERMAN = ["am montag regnet es im süden bei zehn grad", "in der nacht gibt es an der küste keine wolken", "heute scheint in den alpen die sonne nicht", "guten abend liebe zuschauer",
-          "und nun die wettervorhersage für morgen freitag den zwölften august", "am tag elf grad im vogtland und einundzwanzig grad am oberrhein", "schnee"]
-ENGLISH = ["The next area we're going to talk about is rhythm.", "A major concern is landslides in mountainous areas.", "It cost $3.50, i.e. 1,000 times less (in 2009-10)!",
-           "\"Well,\" he said; \"that's it: don't you think?\"", "Open the door.", "What's the 1st rule of state-of-the-art A/B tests?", "No."]
-CHINESE = ["今天我想吃面条。", "他们每天早上都去公园跑步，对吗？", "我的2个朋友在ABC公司工作。", "请把门打开！", "天气预报说：明天有雨", "我妈妈做的菜很好吃；你要不要尝一尝？", "好"]
+GERMAN = ["am montag regnet es im süden bei zehn grad", "in der nacht gibt es an der küste keine wolken",
+          "heute scheint in den alpen die sonne nicht", "guten abend liebe zuschauer",
+          "und nun die wettervorhersage für morgen freitag den zwölften august",
+          "am tag elf grad im vogtland und einundzwanzig grad am oberrhein", "schnee"]
+ENGLISH = ["The next area we're going to talk about is rhythm.", "A major concern is landslides in mountainous areas.",
+           "It cost $3.50, i.e. 1,000 times less (in 2009-10)!", "\"Well,\" he said; \"that's it: don't you think?\"",
+           "Open the door.", "What's the 1st rule of state-of-the-art A/B tests?", "No."]
+CHINESE = ["今天我想吃面条。", "他们每天早上都去公园跑步，对吗？", "我的2个朋友在ABC公司工作。", "请把门打开！",
+           "天气预报说：明天有雨", "我妈妈做的菜很好吃；你要不要尝一尝？", "好"]
 SPACED = [" ".join(s) for s in CHINESE]
-TEXTS = {"German": (GERMAN, "de"), "English": (ENGLISH, "en"), "Chinese": (CHINESE, "zh"), "Chinese, spaced": (SPACED, "zh")}
+TEXTS = {"German": (GERMAN, "de"), "English": (ENGLISH, "en"), "Chinese": (CHINESE, "zh"),
+         "Chinese, spaced": (SPACED, "zh")}
 
 
 def spoilt(refs, rng, cut):
-    """Hypotheses of every quality: tokens dropped, doubled, swapped, taken from another sentence; the first is right."""
+    """
+    Hypotheses of every quality: tokens dropped, doubled, swapped, taken from another sentence; the first is right.
+    """
     hyps = refs[:1]
     for ref in refs[1:]:
         tokens = cut(ref)
@@ -78,7 +85,10 @@ def mteval(line):
 
 
 def own_bleu(hyps, refs, lang):
-    """BLEU-1 to BLEU-4 of Papineni et al. 2002 over a corpus; the k-th order without a match counts 1/2^k matches (mteval's smoothing)."""
+    """
+    BLEU-1 to BLEU-4 of Papineni et al. 2002 over a corpus; the k-th order without a match counts 1/2^k matches
+    (mteval's smoothing).
+    """
     cut = (lambda s: [c for c in s if not c.isspace()]) if lang == "zh" else mteval
     match, total, hyp_len, ref_len = [0] * 4, [0] * 4, 0, 0
     for hyp, ref in zip(hyps, refs):
@@ -102,7 +112,10 @@ def own_bleu(hyps, refs, lang):
 
 
 def own_rouge(hyps, refs, lang):
-    """coco-caption's Rouge: F = (1+b^2) P R / (R + b^2 P) with b = 1.2 and P, R of the longest common subsequence; the mean of the sentences."""
+    """
+    coco-caption's Rouge: F = (1+b^2) P R / (R + b^2 P) with b = 1.2 and P, R of the longest common subsequence; the
+    mean of the sentences.
+    """
     cut = (lambda s: s.replace(" ", "")) if lang == "zh" else (lambda s: s.split(" "))
     scores = []
     for hyp, ref in zip(hyps, refs):
@@ -110,7 +123,9 @@ def own_rouge(hyps, refs, lang):
 
         @lru_cache(None)
         def lcs(i, j):
-            return 0 if not i or not j else lcs(i - 1, j - 1) + 1 if h[i - 1] == r[j - 1] else max(lcs(i - 1, j), lcs(i, j - 1))
+            if not i or not j:
+                return 0
+            return lcs(i - 1, j - 1) + 1 if h[i - 1] == r[j - 1] else max(lcs(i - 1, j), lcs(i, j - 1))
         if n := lcs(len(h), len(r)):
             p, q = n / len(h), n / len(r)
             scores.append((1 + 1.2**2) * p * q / (q + 1.2**2 * p))
@@ -126,8 +141,9 @@ def own_rouge(hyps, refs, lang):
 def test_bleu(name):
     for hyps, refs, lang in pairs(name):
         got = bleu(hyps, refs, lang)
-        direct = [sacrebleu.metrics.BLEU(tokenize="char" if lang == "zh" else "13a", max_ngram_order=n).corpus_score(hyps, [refs]).score for n in (1, 2, 3, 4)]
-        assert got == pytest.approx(direct, abs=1e-9)
+        metrics = [sacrebleu.metrics.BLEU(tokenize="char" if lang == "zh" else "13a", max_ngram_order=n)
+                   for n in (1, 2, 3, 4)]
+        assert got == pytest.approx([m.corpus_score(hyps, [refs]).score for m in metrics], abs=1e-9)
         assert got == pytest.approx(own_bleu(hyps, refs, lang), abs=0.01)
         assert 5 < got[3] < got[2] < got[1] < got[0] < 100  # cumulative, as the field prints it
 
@@ -161,10 +177,12 @@ def test_spaces_do_not_matter_in_chinese():
     for (hyps, refs, _) in pairs("Chinese"):
         for change in (lambda s: " ".join(s), lambda s: "  ".join(s) + " "):
             for h, r in ((list(map(change, hyps)), refs), (hyps, list(map(change, refs)))):
-                assert bleu(h, r, "zh") == pytest.approx(bleu(hyps, refs, "zh")) and rouge(h, r, "zh") == pytest.approx(rouge(hyps, refs, "zh"))
+                assert bleu(h, r, "zh") == pytest.approx(bleu(hyps, refs, "zh"))
+                assert rouge(h, r, "zh") == pytest.approx(rouge(hyps, refs, "zh"))
 
 
-@pytest.mark.parametrize("hyps", [[""], ["regnet"], ["xyzzy"], ["am montag"], ["regnet", ""], ["", GERMAN[1]], ["", ""], [" ", "\n"]])
+@pytest.mark.parametrize("hyps", [[""], ["regnet"], ["xyzzy"], ["am montag"], ["regnet", ""], ["", GERMAN[1]],
+                                  ["", ""], [" ", "\n"]])
 def test_short_hypotheses(hyps):
     refs = GERMAN[:len(hyps)]
     got = bleu(hyps, refs, "de")
@@ -175,11 +193,13 @@ def test_short_hypotheses(hyps):
 
 
 def test_one_word_against_one_word():
-    assert bleu(["schnee"], ["schnee"], "de")[0] == pytest.approx(100) and rouge(["schnee"], ["schnee"], "de") == pytest.approx(100)
+    assert bleu(["schnee"], ["schnee"], "de")[0] == pytest.approx(100)
+    assert rouge(["schnee"], ["schnee"], "de") == pytest.approx(100)
 
 
 def test_lcs():
-    for a, b, n in (("", "", 0), ("abc", "", 0), ("abc", "abc", 3), ("abcbdab", "bdcaba", 4), ("aaaa", "aa", 2), ("abc", "cba", 1), ("xaxbxc", "abc", 3)):
+    for a, b, n in (("", "", 0), ("abc", "", 0), ("abc", "abc", 3), ("abcbdab", "bdcaba", 4), ("aaaa", "aa", 2),
+                    ("abc", "cba", 1), ("xaxbxc", "abc", 3)):
         assert _lcs(list(a), list(b)) == _lcs(list(b), list(a)) == n
 
 
@@ -202,7 +222,8 @@ def test_report():
     assert got["bleu"] == bleu(hyps, refs, lang) and got["rouge"] == rouge(hyps, refs, lang)
     assert got["chrf"] == pytest.approx(sacrebleu.corpus_chrf(hyps, [refs]).score)
     assert got["exact"] == pytest.approx(100 * sum(map(str.__eq__, hyps, refs)) / 7) and got["clips"] == 7
-    assert "tok:13a" in got["signature"]["bleu"] and "smooth:exp" in got["signature"]["bleu"] and "beta1.2" in got["signature"]["rouge"]
+    assert "tok:13a" in got["signature"]["bleu"] and "smooth:exp" in got["signature"]["bleu"]
+    assert "beta1.2" in got["signature"]["rouge"]
     assert "tok:char" in report(CHINESE, CHINESE, "zh")["signature"]["bleu"]
     json.dumps(got)  # it goes into scores.json
 
@@ -258,7 +279,8 @@ def file(tmp_path):
     """Content (lines, or rows) -> path of a file of hypotheses."""
     def write(content):
         if isinstance(content, list):
-            content = "".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in content)
+            content = "".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n"
+                              for row in content)
         path = tmp_path / "theirs.jsonl"
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         return str(path)
@@ -280,9 +302,10 @@ def test_command_line(file):
     ((hyps, refs, lang),) = pairs("German", 1)
     done = command("hyps=" + file(rows(hyps, refs)), "lang=de")
     assert done.returncode == 0 and not done.stderr
-    assert "theirs.jsonl" in done.stdout and "7 clips" in done.stdout and report(hyps, refs, lang)["signature"]["bleu"] in done.stdout
+    said = report(hyps, refs, lang)
+    assert "theirs.jsonl" in done.stdout and "7 clips" in done.stdout and said["signature"]["bleu"] in done.stdout
     plain, dotted = (list(map(float, re.findall(r"\d+\.\d\d", line))) for line in done.stdout.splitlines()[2:4])
-    assert plain == pytest.approx(bleu(hyps, refs, lang) + [rouge(hyps, refs, lang), report(hyps, refs, lang)["chrf"]], abs=0.006)
+    assert plain == pytest.approx(bleu(hyps, refs, lang) + [rouge(hyps, refs, lang), said["chrf"]], abs=0.006)
     assert dotted[4] > plain[4]
 
 
@@ -296,13 +319,15 @@ def test_sentences_with_odd_characters(file, capsys):
     refs = ["eins\u2028zwei", "mit\ttab \x85 und \x0c", "\"zitat\" \\ ende"]
     score_files(file(rows(refs, refs)), "", "de")
     assert "3 clips" in capsys.readouterr().out
-    score_files(file("\ufeff" + json.dumps({"name": 1, "hyp": "über", "ref": "über"})), "", "de")  # as Windows writes it, without a last line end
+    # as Windows writes it, without a last line end
+    score_files(file("\ufeff" + json.dumps({"name": 1, "hyp": "über", "ref": "über"})), "", "de")
     assert "1 clips" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content, says", [
-    ([GOOD, '{"name": "b", "hyp": "b"'], ":2: "), ([GOOD, '{"name": "b", "hyp": "b"}'], ":2: "), ([GOOD, "[1]"], ":2: "), ([GOOD, "3"], ":2: "), ([GOOD, "null"], ":2: "),
-    ([GOOD, {"name": "b", "hyp": None, "ref": "c"}], ":2: "), ([GOOD, {"name": "b", "hyp": "b", "ref": ["c"]}], ":2: "), ([GOOD, ""], ":2: "),
+    ([GOOD, '{"name": "b", "hyp": "b"'], ":2: "), ([GOOD, '{"name": "b", "hyp": "b"}'], ":2: "),
+    ([GOOD, "[1]"], ":2: "), ([GOOD, "3"], ":2: "), ([GOOD, "null"], ":2: "), ([GOOD, ""], ":2: "),
+    ([GOOD, {"name": "b", "hyp": None, "ref": "c"}], ":2: "), ([GOOD, {"name": "b", "hyp": "b", "ref": ["c"]}], ":2: "),
     ([GOOD, GOOD], ":2: a stands there twice"), ([{"name": [], "hyp": "b", "ref": "c"}] * 2, ":2: "), ("", "no lines"),
     (GOOD.replace("b", "ü").encode("latin-1"), "UTF-8"), (GOOD.encode("utf-16"), "UTF-8")])
 def test_wrong_files(file, capsys, content, says):
@@ -316,8 +341,12 @@ def test_wrong_files(file, capsys, content, says):
 def test_two_systems(tmp_path, capsys):
     """A system that is plainly worse, one that is the same but for a word, and files that do not belong together."""
     refs = (GERMAN * 8)[:50]
-    write = lambda name, hyps, r=refs: (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows(hyps, r)))
-    write("good.jsonl", refs), write("bad.jsonl", [" ".join(r.split()[::-1]) for r in refs]), write("near.jsonl", ["guten abend"] + refs[1:])
+
+    def write(name, hyps, refs=refs):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows(hyps, refs)))
+
+    write("good.jsonl", refs), write("bad.jsonl", [" ".join(r.split()[::-1]) for r in refs])
+    write("near.jsonl", ["guten abend"] + refs[1:])
     compare = lambda a, b: score_files(str(tmp_path / a), str(tmp_path / b), "de")
     compare("good.jsonl", "bad.jsonl")
     out = capsys.readouterr().out
@@ -327,14 +356,16 @@ def test_two_systems(tmp_path, capsys):
     p = float(re.search(r"BLEU-4 -\d+\.\d+, p = (\d\.\d+): may well be chance", capsys.readouterr().out)[1])
     assert p > 0.05
     write("fewer.jsonl", refs[:-1], refs[:-1]), write("other.jsonl", refs, ["ja"] + refs[1:])
-    for name, words in (("fewer.jsonl", "fewer.jsonl: has no clip clip49"), ("other.jsonl", "the reference of clip0 is another")):
+    for name, words in (("fewer.jsonl", "fewer.jsonl: has no clip clip49"),
+                        ("other.jsonl", "the reference of clip0 is another")):
         with pytest.raises(BadInput, match=words):
             compare("good.jsonl", name)
     with pytest.raises(BadInput, match="fewer.jsonl: has no clip clip49"):
         compare("fewer.jsonl", "good.jsonl")
 
 
-@pytest.mark.parametrize("args", [["against=b.jsonl"], ["beams=4,x"], ["beams=0"], ["length_penalties=1;2"], ["control=shuffled"]], ids=lambda a: a[0])
+@pytest.mark.parametrize("args", [["against=b.jsonl"], ["beams=4,x"], ["beams=0"], ["length_penalties=1;2"],
+                                  ["control=shuffled"]], ids=lambda a: a[0])
 def test_wrong_command_lines(args, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["eval.py", *args])
     with pytest.raises(SystemExit) as stop:
@@ -359,39 +390,39 @@ def test_absent_file(tmp_path):
 # Controls
 
 FEATURES = [torch.full((3 + i % 4, 5), float(i)) for i in range(20)]
-MODEL = SimpleNamespace(mean=torch.arange(5.0) * 10, std=torch.arange(1.0, 6.0))
+REAL = torch.arange(5.0) * 10, torch.arange(1.0, 6.0)  # mean and deviation of the features
 
 
 @pytest.mark.parametrize("n", [2, 3, 20])
 def test_shuffle_is_a_permutation_without_fixed_point(n):
-    out = controlled(FEATURES[:n], "shuffle", 1337, MODEL)
+    out = controlled(FEATURES[:n], "shuffle", 1337, *REAL)
     order = [int(x[0, 0]) for x in out]
     assert sorted(order) == list(range(n)) and all(i != j for i, j in enumerate(order))
     assert all(x is FEATURES[j] for x, j in zip(out, order))  # the very features
-    assert [int(x[0, 0]) for x in controlled(FEATURES[:n], "shuffle", 1337, MODEL)] == order
+    assert [int(x[0, 0]) for x in controlled(FEATURES[:n], "shuffle", 1337, *REAL)] == order
     if n == 20:
-        assert [int(x[0, 0]) for x in controlled(FEATURES, "shuffle", 1, MODEL)] != order
+        assert [int(x[0, 0]) for x in controlled(FEATURES, "shuffle", 1, *REAL)] != order
 
 
 def test_shuffle_of_one_clip():
     with pytest.raises(BadInput, match="shuffle"):
-        controlled(FEATURES[:1], "shuffle", 1337, MODEL)
+        controlled(FEATURES[:1], "shuffle", 1337, *REAL)
 
 
 def test_blank():
-    out = controlled(FEATURES, "blank", 1337, MODEL)
+    out = controlled(FEATURES, "blank", 1337, *REAL)
     assert [x.shape for x in out] == [x.shape for x in FEATURES] and all((x == 0).all() for x in out)
     assert FEATURES[1][0, 0] == 1  # the real ones are left alone
 
 
 def test_noise():
-    out = controlled(FEATURES, "noise", 1337, MODEL)
+    out = controlled(FEATURES, "noise", 1337, *REAL)
     assert [x.shape for x in out] == [x.shape for x in FEATURES] and all(x.isfinite().all() for x in out)
-    assert all((a == b).all() for a, b in zip(out, controlled(FEATURES, "noise", 1337, MODEL)))
-    assert (out[0] != out[4]).all() and (out[0] != controlled(FEATURES, "noise", 1, MODEL)[0]).all()
-    (big,) = controlled([torch.zeros(4000, 5)], "noise", 1337, MODEL)  # spread as real features are
-    torch.testing.assert_close(big.mean(0), MODEL.mean, rtol=0, atol=0.4)
-    torch.testing.assert_close(big.std(0), MODEL.std, rtol=0.05, atol=0)
+    assert all((a == b).all() for a, b in zip(out, controlled(FEATURES, "noise", 1337, *REAL)))
+    assert (out[0] != out[4]).all() and (out[0] != controlled(FEATURES, "noise", 1, *REAL)[0]).all()
+    (big,) = controlled([torch.zeros(4000, 5)], "noise", 1337, *REAL)  # spread as real features are
+    torch.testing.assert_close(big.mean(0), REAL[0], rtol=0, atol=0.4)
+    torch.testing.assert_close(big.std(0), REAL[1], rtol=0.05, atol=0)
 
 
 class Few:
@@ -407,12 +438,12 @@ class Few:
 
 def test_baselines():
     frame = lambda *x: torch.tensor(x, dtype=torch.float16)
-    model = SimpleNamespace(mean=torch.tensor([0.0, 100.0]), std=torch.tensor([1.0, 100.0]))  # the second feature is large and says little
+    real = torch.tensor([0.0, 100.0]), torch.tensor([1.0, 100.0])  # the second feature is large and says little
     train = Few(["a", "b", "b"], [frame([0, 100], [2, 100]), frame([8, 0]), frame([-8, 250])])
     test = Few(["x", "y"], [frame([7, 190]), frame([-1, 90], [0, 90], [1, 90])], ["u", "v"])
-    assert baselines(test, train, model) == {"nearest training clip": ["b", "a"], "most frequent sentence": ["b", "b"]}
-    assert baselines(train, train, model)["nearest training clip"] == ["b", "a", "a"]  # nobody finds himself
+    assert baselines(test, train, *real) == {"nearest training clip": ["b", "a"], "most frequent sentence": ["b", "b"]}
+    assert baselines(train, train, *real)["nearest training clip"] == ["b", "a", "a"]  # nobody finds himself
 
 
 def test_no_control():
-    assert all(a is b for a, b in zip(controlled(FEATURES, "none", 1337, MODEL), FEATURES))
+    assert all(a is b for a, b in zip(controlled(FEATURES, "none", 1337, *REAL), FEATURES))

@@ -1,5 +1,6 @@
 """
-What goes wrong on purpose: kills, signals, disks that fail, damaged and hostile files, numbers that are not finite, too little memory.
+What goes wrong on purpose: kills, signals, disks that fail, damaged and hostile files, numbers that are not finite,
+too little memory.
 
     python -m pytest tests/test_faults.py          # a few of each; python -m scripts.faults runs thousands
 """
@@ -19,12 +20,16 @@ from conftest import ROOT, SMALL
 from safetensors.torch import load_file, save_file
 
 import train
-from config import BadInput, launch, whole
-from eval import find_checkpoint
+from eval import load_model
+from lib import checkpoint
+from lib.checkpoint import Run, find_checkpoint
+from lib.files import whole
+from lib.program import BadInput, Signals, launch, leave
 from model import SLLaMA
 from scripts import faults
 
-LINUX = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="a run's processes and memory are read from Linux's /proc")
+LINUX = pytest.mark.skipif(not os.path.exists("/proc/self/status"),
+                           reason="a run's processes and memory are read from Linux's /proc")
 
 
 @pytest.fixture
@@ -35,7 +40,10 @@ def run(train_here):
 
 @pytest.fixture(scope="module")
 def reference(home):
-    """Both stages of a run that nobody kills, where scripts.faults looks for them; made in this process, which is quicker than two starts."""
+    """
+    Both stages of a run that nobody kills, where scripts.faults looks for them; made in this process, which is
+    quicker than two starts.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         for stage in ("align", "sft"):
@@ -53,7 +61,10 @@ def log(folder):
 @LINUX
 @pytest.mark.long
 def test_a_killed_run_goes_on_exactly(home, reference):
-    """SIGKILL at a random moment; many times, in both stages, with two processes and of extraction too: python -m scripts.faults."""
+    """
+    SIGKILL at a random moment; many times, in both stages, with two processes and of extraction too:
+    python -m scripts.faults.
+    """
     what, differs = faults.killed_run(home, "sft", 1, random.Random(4))  # after the second step or so
     print(what)
     assert not differs, (what, differs)
@@ -80,15 +91,17 @@ def test_a_signal_to_torchrun_or_one_of_its_processes_stops_all_after_the_same_s
     (line,) = [line for line in said.splitlines() if "stopped by" in line]
     folder = home / f"signal{number}{whom}" / "toy" / "align"
     step = json.load(open(folder / "last" / "state.json"))["step"]
-    assert line.startswith(f"train.py: stopped by {signal.Signals(number).name} after step {step}, saved in ") and line.endswith("resume=true")
-    assert "to go on: torchrun --nproc_per_node=2 " in line
-    assert [e["step"] for e in log(folder)] == [*range(1, step + 1)] and load_file(folder / "last" / "optimizer.safetensors")
+    assert line.startswith(f"train.py: stopped by {signal.Signals(number).name} after step {step}, saved in ")
+    assert "to go on: torchrun --nproc_per_node=2 " in line and line.endswith("resume=true")
+    assert [e["step"] for e in log(folder)] == [*range(1, step + 1)]
+    assert load_file(folder / "last" / "optimizer.safetensors")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_after_the_step(run, home, monkeypatch, capsys, number):
     def micro_batch(*args, calls=[], real=train.micro_batch):
-        calls.append(os.kill(os.getpid(), number) if len(calls) == 3 else 0)  # while step 4 is made ready: three have been taken
+        # while step 4 is made ready: three have been taken
+        calls.append(os.kill(os.getpid(), number) if len(calls) == 3 else 0)
         return real(*args)
 
     unhurt = run(f"unhurt{number}")
@@ -97,19 +110,20 @@ def test_a_signal_stops_after_the_step(run, home, monkeypatch, capsys, number):
         run(f"stopped{number}")
     folder = home / f"stopped{number}" / "toy" / "align"
     said = capsys.readouterr().err.splitlines()[-1]
-    assert stopped.value.code == 128 + number and said.startswith(f"train.py: stopped by {signal.Signals(number).name} after step ") and said.endswith(" resume=true")
+    assert stopped.value.code == 128 + number and said.endswith(" resume=true")
+    assert said.startswith(f"train.py: stopped by {signal.Signals(number).name} after step ")
     assert json.load(open(folder / "last" / "state.json"))["step"] == len(log(folder)) == 3
     assert not faults.same_run(unhurt, run(f"stopped{number}", "resume=true"))
 
 
 def test_a_second_ctrl_c_ends_at_once_but_not_within_a_second(monkeypatch):
-    """A scheduler signals every process, and torchrun passes on what itself has got: within a second that is one wish."""
+    """A scheduler signals every process, and torchrun passes on what it has got: within a second that is one wish."""
     monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
-    asked = train.note_signals()
+    asked = Signals()
     for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
         os.kill(os.getpid(), number)
     assert len(asked) == 3
-    asked[0] = signal.SIGINT, time.time() - 2
+    asked.seen[0] = signal.SIGINT, time.time() - 2
     os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(SystemExit, match="130"):
         os.kill(os.getpid(), signal.SIGINT)
@@ -127,12 +141,121 @@ def test_a_stop_while_the_dev_set_is_decoded(run, home, monkeypatch):
         m.setattr(train, "translate", translate)
         with pytest.raises(SystemExit) as stopped:
             run("decoding", *args)
-    assert stopped.value.code == 130 and [e["step"] for e in log(home / "decoding" / "toy" / "align")] == [1, 2, 3]
+    lines = lambda entries: [(e["step"], "dev_loss" in e) for e in entries]
+    taken = [(1, False), (2, False), (2, True), (3, False), (4, False)]
+    assert stopped.value.code == 130 and lines(log(home / "decoding" / "toy" / "align")) == taken
     shutil.copytree(home / "decoding", home / "owed")
-    owed = log(run("owed", "max_steps=5", "resume=true"))  # eval_every=-1 now: the line that waits for its scores goes without
-    assert [e["step"] for e in owed] == [1, 2, 3, 4, 5] and ["dev_loss" in e for e in owed] == [False, True, False, False, False]
+    owed = log(run("owed", "max_steps=5", "resume=true"))  # eval_every=-1 now: the step that waits for scores has none
+    assert lines(owed) == [*taken, (5, False)]
     hurt = run("decoding", *args, "resume=true")
     assert not faults.same_run(unhurt, hurt)
+
+
+# How dev is looked at; the last look is after step 4, the last. Without decoding best/ goes by dev loss
+LOOKS = [["eval_every=4"], ["eval_every=2"], ["eval_every=2", "eval_clips=0"]]
+
+
+class Killed(BaseException):
+    """The end of a process that the tests live in."""
+
+
+@pytest.fixture
+def looked(run):
+    """A function of (out, look, more words): four steps with a look at dev after the last -> the run's folder."""
+    return lambda out, look, *words: run(out, "max_steps=4", *look, *words)
+
+
+def stop_in_the_last_look(patch, look):
+    """SIGTERM while the dev clips of step 4 are scored: as they are decoded, else as their loss is computed."""
+    name, n, calls = "micro_batch" if "eval_clips=0" in look else "translate", 4 // int(look[0][-1]), []
+
+    def scoring(*args, real=getattr(train, name), **more):
+        if name == "translate" or args[0].split == "dev":
+            calls.append(len(calls) + 1)
+            if calls[-1] == n:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **more)
+
+    patch.setattr(train, name, scoring)
+
+
+def kill_before(patch, moment):
+    """After the look at step 4: before its scores are logged, before anything is saved, or before last/ is."""
+    def log(self, entry, real=Run.log):
+        if moment == "log" and entry["step"] == 4 and "dev_loss" in entry:
+            raise Killed
+        real(self, entry)
+
+    def save(self, name, model, optimizer, at, *args, real=Run.save, **more):
+        if at.scored == 4 and moment in ("save", name):
+            raise Killed
+        return real(self, name, model, optimizer, at, *args, **more)
+
+    patch.setattr(Run, "log", log)
+    patch.setattr(Run, "save", save)
+
+
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def is_as_unhurt(folder, unhurt):
+    """Each step once in the log, its scores once and behind it, the best of them in last/ and best/, as in unhurt."""
+    looks = [e["step"] for e in log(unhurt) if "dev_loss" in e]
+    want = [(step, scored) for step in range(1, 5) for scored in (False, True)[:1 + (step in looks)]]
+    assert looks[-1] == 4 and [(e["step"], "dev_loss" in e) for e in log(folder)] == want
+    scores = [e["dev_bleu"][3] if "dev_bleu" in e else -e["dev_loss"] for e in log(folder) if "dev_loss" in e]
+    states = [json.load(open(folder / place / "state.json")) for place in ("last", "best")]
+    assert [state["best"] for state in states] == [max(scores)] * 2
+    assert (states[0]["step"], states[0]["scored"], states[1]["step"]) == (4, 4, looks[scores.index(max(scores))])
+    assert not faults.same_run(unhurt, folder)
+
+
+def goes_on(looked, monkeypatch, out, look, unhurt):
+    """Resumed a run is as one that nobody has hurt; and resumed once more it does nothing."""
+    folder = looked(out, look, "resume=true")
+    is_as_unhurt(folder, unhurt)
+    before = files_of(folder)
+    with monkeypatch.context() as m:
+        m.setattr(train, "evaluate", lambda *args: pytest.fail("scored again"))
+        m.setattr(Run, "save", lambda *args, **more: pytest.fail("saved again"))
+        looked(out, look, "resume=true")
+    assert files_of(folder) == before
+
+
+@pytest.mark.parametrize("look", LOOKS, ids=" ".join)
+def test_a_stop_while_the_dev_set_is_scored_after_the_last_step(looked, home, monkeypatch, look):
+    """Nothing is left to do but the scores: the resumed run owes them, and everything that follows from them."""
+    unhurt, folder = looked("whole", look), home / "scoring" / "toy" / "align"
+    is_as_unhurt(unhurt, unhurt)
+    with monkeypatch.context() as m, pytest.raises(SystemExit, match="143"):
+        stop_in_the_last_look(m, look)
+        looked("scoring", look)
+    state = json.load(open(folder / "last" / "state.json"))
+    (*_, line) = log(folder)
+    assert state["step"] == line["step"] == 4 > state["scored"] and "loss" in line and "dev_loss" not in line
+    goes_on(looked, monkeypatch, "scoring", look, unhurt)
+
+
+@pytest.mark.parametrize("stopped", [True, False], ids=["of a stopped run", "of a run"])
+@pytest.mark.parametrize("look", LOOKS, ids=" ".join)
+def test_a_kill_between_the_scores_and_the_save(looked, home, monkeypatch, look, stopped):
+    """Killed and resumed, again and again: before the scores are in the log, before best/, before last/ has them."""
+    unhurt, words = looked("whole", look), ["save_every=1"]
+    if stopped:
+        with monkeypatch.context() as m, pytest.raises(SystemExit):
+            stop_in_the_last_look(m, look)
+            looked("killed", look)
+        words = ["resume=true"]
+    for moment in ("log", "save", "last"):
+        with monkeypatch.context() as m, pytest.raises(Killed):
+            kill_before(m, moment)
+            looked("killed", look, *words)
+        leave()
+        words = ["resume=true"]
+        state = json.load(open(home / "killed" / "toy" / "align" / "last" / "state.json"))
+        assert state["step"] == 3 + stopped and state["scored"] < 4
+    goes_on(looked, monkeypatch, "killed", look, unhurt)
 
 
 @pytest.mark.long
@@ -141,7 +264,7 @@ def test_a_dead_process_ends_the_run_with_its_own_error(home):
     (home / "dies.py").write_text(f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import train
-from config import BadInput, launch, rank
+from lib.program import BadInput, launch, rank
 real = train.micro_batch
 def micro_batch(*args, calls=[]):
     calls.append(1)
@@ -149,12 +272,13 @@ def micro_batch(*args, calls=[]):
         raise BadInput("clip 00007: is upside down")
     return real(*args)
 train.micro_batch = micro_batch
-train.configure = lambda program, *args, real=train.configure, **more: real(train.__file__, *args, **more)
 launch(train.main)
 """)
     began = time.time()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "dies.py", "out_dir=dead", *SMALL, "eval_every=-1"]
-    done = subprocess.run(command, cwd=home, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "dies.py"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "out_dir=dead", *SMALL, "eval_every=-1"], cwd=home, env=env,
+                          capture_output=True, text=True, timeout=120)
     ours = [line for line in done.stderr.splitlines() if line.startswith("dies.py: ")]
     assert done.returncode and ours == ["dies.py: process 1: clip 00007: is upside down"], done.stderr
     assert time.time() - began < 90
@@ -163,7 +287,7 @@ launch(train.main)
 def test_a_process_that_was_told_to_end_does_not_speak_of_a_partner_it_has_lost(monkeypatch, capsys):
     """The partner's end and torchrun's SIGTERM come at the same time, and in either order."""
     def main():
-        train.note_signals()
+        Signals()
         os.kill(os.getpid(), signal.SIGTERM)
         raise RuntimeError("Connection closed by peer")
 
@@ -180,7 +304,7 @@ def test_a_process_that_was_told_to_end_does_not_speak_of_a_partner_it_has_lost(
 
 @pytest.mark.parametrize("fault, keep", [("kill", 1), (28, 3)])
 def test_a_fault_at_every_call_of_a_save(home, monkeypatch, fault, keep):
-    monkeypatch.setattr(train, "dist", train.dist)  # faulty_saves puts another in its place
+    monkeypatch.setattr(checkpoint, "dist", checkpoint.dist)  # faulty_saves puts another in its place
     ended = faults.faulty_saves(home, fault, keep)
     print(f"{len(ended)} saves")
     assert len(ended) > 15 and all(between in (1, 2) and after == 3 for *_, between, after in ended), ended
@@ -188,12 +312,12 @@ def test_a_fault_at_every_call_of_a_save(home, monkeypatch, fault, keep):
 
 
 def test_a_kill_between_two_renames_does_not_cost_the_older_one(home, monkeypatch):
-    monkeypatch.setattr(train.dist, "all_reduce", lambda t: None)
+    monkeypatch.setattr(checkpoint.dist, "all_reduce", lambda t: None)
     place = home / "renamed"
-    train.save(str(place / "last"), *faults.small_model(1))
+    faults.save(place, 1)
     os.rename(place / "last", place / "last.1")
     monkeypatch.setattr(os, "rename", lambda *a: (_ for _ in ()).throw(OSError(5, "Input/output error")))
-    assert not train.save(str(place / "last"), *faults.small_model(2)) and faults.saved_step(place) == 1
+    assert not faults.save(place, 2) and faults.saved_step(place) == 1
 
 
 def test_keep(run):
@@ -201,23 +325,25 @@ def test_keep(run):
     steps = {p.name: json.load(open(p / "state.json"))["step"] for p in folder.iterdir() if p.is_dir()}
     assert steps == {"last": 5, "last.1": 4, "last.2": 3}
     run("keep", "save_every=1", "keep=3", "max_steps=6", "resume=true")
-    assert json.load(open(folder / "last.2" / "state.json"))["step"] == 4 and find_checkpoint(str(folder / "last.2")).endswith("last.2")
+    assert json.load(open(folder / "last.2" / "state.json"))["step"] == 4
+    assert find_checkpoint(str(folder / "last.2")).endswith("last.2")
 
 
 def test_a_full_disk_does_not_stop_the_run_before_its_end(run, home, monkeypatch, capsys):
-    real = train.save_file
+    real = checkpoint.save_file
 
     def full(tensors, path, **more):
         if steps[0] <= len(log(home / "disk" / "toy" / "align")) <= steps[1]:
             raise OSError(28, "No space left on device")
         real(tensors, path, **more)
 
-    monkeypatch.setattr(train, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     steps = (2, 3)
     folder = run("disk", "save_every=1", "max_steps=4")
     said = capsys.readouterr().err
-    assert said.count("No space left") == 2 and f"{folder}/last: the checkpoint of step 2 could not be written" in said and faults.load_file(folder / "last" / "vision.safetensors")
+    assert said.count("No space left") == 2 and f"{folder}/last: the checkpoint of step 2 could not be written" in said
     assert json.load(open(folder / "last" / "state.json"))["step"] == 4 and not (folder / "last.part").exists()
+    assert load_file(folder / "last" / "vision.safetensors")
     steps = (6, 9)
     with pytest.raises(BadInput, match="disk/toy/align/last"):
         run("disk", "save_every=1", "max_steps=6", "resume=true")
@@ -255,26 +381,23 @@ def test_steps_that_are_not_finite(run, home, monkeypatch, capsys):
     monkeypatch.setattr(SLLaMA, "forward", forward)
     folder = run("nan", "max_steps=5", "max_skips=2")
     said = capsys.readouterr().out
-    assert said.count("the step is skipped; its clips: 0") == 1 and json.load(open(folder / "last" / "state.json"))["skipped"] == 1
+    assert said.count("the step is skipped; its clips: 0") == 1
+    assert json.load(open(folder / "last" / "state.json"))["skipped"] == 1
     bad |= {2, 3, 4}
     calls.clear()
     with pytest.raises(BadInput, match=r"max_skips=2 .* clips .* checkpoint of step 2"):
         run("nan2", "max_skips=2", "save_every=1")
-    assert json.load(open(home / "nan2" / "toy" / "align" / "last" / "state.json"))["step"] == 2  # the first of them was skipped and counted
+    # the first of them was skipped and counted
+    assert json.load(open(home / "nan2" / "toy" / "align" / "last" / "state.json"))["step"] == 2
 
 
 def test_a_run_whose_first_step_was_skipped_goes_on(run, monkeypatch):
     with monkeypatch.context() as m:
-        m.setattr(SLLaMA, "forward", lambda self, batch, real=SLLaMA.forward: (real(self, batch)[0] * float("inf"), 1))
+        real = SLLaMA.forward
+        m.setattr(SLLaMA, "forward", lambda self, batch: (real(self, batch)[0] * float("inf"), 1))
         run("skipped", "max_steps=1")
     folder = run("skipped", "max_steps=2", "resume=true")
     assert [e["step"] for e in log(folder)] == [1, 2] and load_file(folder / "last" / "optimizer.safetensors")
-
-
-def test_a_batch_without_targets_names_its_clips(run, monkeypatch):
-    monkeypatch.setattr(train, "micro_batch", lambda clips, part, *a, real=train.micro_batch: real(clips, [], *a))
-    with pytest.raises(BadInput, match=r"step 1: there is no token to learn in clips \d{5}, "):
-        run("empty")
 
 
 def test_out_of_memory_says_what_lowers_it(run, monkeypatch):
@@ -282,7 +405,9 @@ def test_out_of_memory_says_what_lowers_it(run, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
     monkeypatch.setattr(SLLaMA, "forward", forward)
-    with pytest.raises(BadInput, match=r"step 1: out of memory with 6 clips of \d+ frames, \d+ tokens .*grad_accum=.*batch_size=.*activation_checkpointing=true.*max_frames="):
+    said = (r"step 1: out of memory with 6 clips of \d+ frames, \d+ tokens .*grad_accum=.*batch_size=.*"
+            "activation_checkpointing=true.*max_frames=")
+    with pytest.raises(BadInput, match=said):
         run("memory")
 
 
@@ -296,7 +421,8 @@ def random_llm(home):
 
 @LINUX
 @pytest.mark.long
-@pytest.mark.parametrize("env", [{}, {"MALLOC_MMAP_THRESHOLD_": "131072"}], ids=["as it is", "glibc gives back what is free"])
+@pytest.mark.parametrize("env", [{}, {"MALLOC_MMAP_THRESHOLD_": "131072"}],
+                         ids=["as it is", "glibc gives back what is free"])
 def test_the_estimate_is_what_a_run_then_holds(home, random_llm, env):
     """Peak of the anonymous memory above the imported program's."""
     said, held = faults.peak(home, f"llm={random_llm}", "max_steps=1", "batch_size=16", "eval_every=-1", **env)
@@ -319,14 +445,59 @@ def test_hostile_files(home):
         assert code == 1 and not faults.verdict(code, said) and len(said.strip().splitlines()) == 1, (what, code, said)
 
 
-@pytest.mark.parametrize("stage, change, word", [("sft", "window=4", "window"), ("sft", "ltn_dim=64", "ltn_dim"), ("sft", "backbone=googlenet", "googlenet"),
-                                                 ("align", "lora_rank=4", "lora_rank"), ("align", "adaptor=linear", "adaptor"), ("align", "llm={home}/other", "llm=")])
+@pytest.mark.parametrize("stage, change, word", [
+    ("sft", "window=4", "window"), ("sft", "ltn_dim=64", "ltn_dim"), ("sft", "backbone=googlenet", "googlenet"),
+    ("align", "lora_rank=4", "lora_rank"), ("align", "adaptor=linear", "adaptor"),
+    ("align", "llm={home}/other", "llm=")])
 def test_a_checkpoint_that_does_not_fit_is_refused_by_name(run, home, stage, change, word):
     if not (home / "fit").exists():
         run("fit", "max_steps=1")
         shutil.copytree(home / "data" / "toy" / "llm", home / "other")
     with pytest.raises(BadInput, match=word):
         run("fit", f"stage={stage}", change.format(home=home), "max_steps=2", *["resume=true"] * (stage == "align"))
+
+
+def test_a_checkpoint_of_an_unknown_adaptor_is_refused(run):
+    """Of the same weights: nothing else in it would tell."""
+    last = run("conv", "max_steps=1") / "last"
+    state = json.load(open(last / "state.json"))
+    state["config"]["adaptor"] = "conv"
+    (last / "state.json").write_text(json.dumps(state))
+    with pytest.raises(BadInput, match="adaptor=conv"):
+        load_model(str(last), "cpu")
+
+
+@pytest.mark.parametrize("way", ["resume", "init_from", "the align run beside it", "load_model"])
+def test_a_checkpoint_of_other_code_is_announced_in_one_line(run, home, capsys, way):
+    """A change in code is no variable, so no name refuses it. Where the code is the same, nothing is said."""
+    out = f"code-{way[:4]}"
+    last = run(out, "max_steps=1") / "last"
+    read = {"resume": lambda: run(out, "max_steps=1", "resume=true"),
+            "init_from": lambda: run("code-other", "max_steps=1", f"init_from={last}"),
+            "the align run beside it": lambda: run(out, "max_steps=1", "stage=sft"),
+            "load_model": lambda: load_model(str(last.parent), "cpu")}[way]
+
+    def said():
+        capsys.readouterr()
+        read()
+        return [line for line in capsys.readouterr().err.splitlines() if "other code" in line or ".py" in line]
+
+    assert said() == []
+    state = json.load(open(last / "state.json"))
+    files = {f"{name}.py" for name in ("train", "eval", "model", "lora", "data")}
+    assert state["code"].keys() == files | {f"lib/{path.name}" for path in (ROOT / "lib").glob("*.py")}
+    line = f"{last}: was written by other code than this; what differs: "
+    without = {name: digest for name, digest in state["code"].items() if name != "lib/tensors.py"}
+    for code, what in ((state["code"] | {"model.py": "0" * 12}, "model.py"), (without, "lib/tensors.py"),
+                       (without | {"train.py": "", "lib/gone.py": "0" * 12}, "lib/gone.py, lib/tensors.py, train.py")):
+        (last / "state.json").write_text(json.dumps(state | {"code": code}))
+        assert said() == [line + what]
+    if way == "resume":  # what goes on is this code's
+        run(out, "max_steps=2", "resume=true")
+        assert json.load(open(last / "state.json"))["code"] == state["code"] and said() == []
+    del state["code"]  # a checkpoint from before it was noted
+    (last / "state.json").write_text(json.dumps(state))
+    assert said() == []
 
 
 def test_another_data_set_under_the_same_name_is_refused(run, home):

@@ -8,28 +8,34 @@ import importlib.util
 import pytest
 import torch
 
-from config import BadInput
-from data import Tokenizer
-from eval import generate
-from model import LLaMA
+from lib.program import BadInput
+from lib.tokenizer import Tokenizer
+from model import LLaMA, generate
 from scripts import gguf_to_hf
 from tests.test_model import distance, meta_tensors, tiny_hf
 
 gguf, tokenizers = pytest.importorskip("gguf"), pytest.importorskip("tokenizers")
-NAMES = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output", "attention_norm": "attn_norm", "ffn_norm": "ffn_norm", "wq": "attn_q",
-         "wk": "attn_k", "wv": "attn_v", "wo": "attn_output", "w1": "ffn_gate", "w2": "ffn_down", "w3": "ffn_up"}
+NAMES = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output", "attention_norm": "attn_norm",
+         "ffn_norm": "ffn_norm", "wq": "attn_q", "wk": "attn_k", "wv": "attn_v", "wo": "attn_output", "w1": "ffn_gate",
+         "w2": "ffn_down", "w3": "ffn_up"}
 
 
 def write(path, model, **changes):
-    """A Hugging Face LLaMA as GGUF, its rows interleaved as Meta's are, with a byte-level BPE of <s>, </s>, the bytes and three merges."""
+    """
+    A Hugging Face LLaMA as GGUF, its rows interleaved as Meta's are, with a byte-level BPE of <s>, </s>, the bytes and
+    three merges.
+    """
     c = model.config
     merges = ["Ġ d", "e r", "Ġd er"]
-    tokens = ["<s>", "</s>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), *(m.replace(" ", "") for m in merges)]
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<s>", "</s>", *alphabet, *(m.replace(" ", "") for m in merges)]
     out = gguf.GGUFWriter(str(path), "llama")
-    out.add_block_count(c.num_hidden_layers), out.add_embedding_length(c.hidden_size), out.add_feed_forward_length(c.intermediate_size)
-    out.add_head_count(c.num_attention_heads), out.add_head_count_kv(c.num_key_value_heads), out.add_context_length(256)
+    out.add_block_count(c.num_hidden_layers), out.add_embedding_length(c.hidden_size)
+    out.add_feed_forward_length(c.intermediate_size), out.add_context_length(256)
+    out.add_head_count(c.num_attention_heads), out.add_head_count_kv(c.num_key_value_heads)
     out.add_layer_norm_rms_eps(c.rms_norm_eps), out.add_rope_freq_base(c.rope_parameters["rope_theta"])
-    out.add_tokenizer_model("gpt2"), out.add_tokenizer_pre(changes.get("pre", "smollm")), out.add_token_list(tokens), out.add_token_merges(merges)
+    out.add_tokenizer_model("gpt2"), out.add_tokenizer_pre(changes.get("pre", "smollm"))
+    out.add_token_list(tokens), out.add_token_merges(merges)
     out.add_token_types([3, 3] + [1] * (len(tokens) - 2)), out.add_bos_token_id(0), out.add_eos_token_id(1)
     for name, w in meta_tensors(model).items():
         if name != "rope.freqs":
@@ -66,5 +72,6 @@ def test_smollm2_knows_the_capital_of_france(tmp_path, monkeypatch, capsys):
     gguf_to_hf.main()
     llama, tokenizer = LLaMA.from_pretrained(f"{tmp_path}/smollm2"), Tokenizer(f"{tmp_path}/smollm2")
     ids = tokenizer.encode("The capital of France is")
-    (answer, _), = generate(llama, [(llama.tok_embeddings(torch.tensor([ids])), [len(ids)])], tokenizer.eos_ids, max_new_tokens=3)
+    stream = llama.tok_embeddings(torch.tensor([ids])), [len(ids)]
+    ((answer, _),) = generate(llama, [stream], tokenizer.eos_ids, max_new_tokens=3)
     assert tokenizer.decode(answer).startswith(" Paris")

@@ -1,5 +1,6 @@
 """
-What a sharded load holds in memory: two processes together little more than the model once. A model of 0.75 GB on the disk, for a moment.
+What a sharded load holds in memory: two processes together little more than the model once. A model of 0.75 GB on the
+disk, for a moment.
 
     python -m pytest tests/test_load.py
 """
@@ -14,28 +15,31 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from model import LLaMA, ModelArgs
-from weights import to_hf
+from lib.tensors import to_hf
+from lib.weights import ModelArgs
+from model import LLaMA
 
 ROOT = Path(__file__).parent.parent
 SIZE = dict(dim=1024, n_layers=14, n_heads=8, n_kv_heads=8, hidden_dim=2816, vocab_size=4000, head_dim=128)
 LOAD = """
 import sys, time, torch
 import train
-from config import configure
-from model import open_llm
+from lib.configurator import configure
+from lib.program import join
+from lib.weights import open_llm
 from scripts.memory import held, watch
 
 cfg = configure(train.__file__, [f"llm={sys.argv[1]}", "stage=sft"], stages=("align", "sft"))
 device = torch.device("cpu")
-train.setup(device)
+join(device)
 raw = open_llm(cfg.llm)
 model = train.build(cfg, raw.args, 64, device, torch.float32)  # on the meta device: what is held now is the program
 program, peak = held(), watch()
 model.load(raw, device, 0)
 assert not any(p.is_meta for p in model.parameters())
 time.sleep(0.05)
-print("HELD", peak[0] - program, sum(p.to_local().double().sum().item() for k, p in model.named_parameters() if k.startswith("llm.") and "lora_" not in k), flush=True)
+frozen = [p for k, p in model.named_parameters() if k.startswith("llm.") and "lora_" not in k]
+print("HELD", peak[0] - program, sum(p.to_local().double().sum().item() for p in frozen), flush=True)
 """
 
 
@@ -45,17 +49,21 @@ def write(folder, layout):
         shapes = {k: p.shape for k, p in LLaMA(ModelArgs(**SIZE)).named_parameters()}
     kinds = {s: torch.randn(s) for s in set(shapes.values())}
     if layout == "hf":
-        c = dict(model_type="llama", hidden_size=1024, num_hidden_layers=14, num_attention_heads=8, intermediate_size=2816, vocab_size=4000, rms_norm_eps=1e-5)
+        c = dict(model_type="llama", hidden_size=1024, num_hidden_layers=14, num_attention_heads=8,
+                 intermediate_size=2816, vocab_size=4000, rms_norm_eps=1e-5)
         (folder / "config.json").write_text(json.dumps(c))
         names = sorted(shapes)
         for i in range(3):
             save_file({to_hf(n): kinds[shapes[n]].clone() for n in names[i::3]}, folder / f"model-{i}.safetensors")
     else:
-        (folder / "params.json").write_text(json.dumps(dict(dim=1024, n_layers=14, n_heads=8, norm_eps=1e-5, vocab_size=-1)))
+        params = dict(dim=1024, n_layers=14, n_heads=8, norm_eps=1e-5, vocab_size=-1)
+        (folder / "params.json").write_text(json.dumps(params))
+        axis = lambda n: 1 if n.split(".")[-2] in ("wo", "w2", "tok_embeddings") else 0
         for i in range(2):
-            cut = lambda n, w: w if w.dim() == 1 else w.chunk(2, 1 if n.split(".")[-2] in ("wo", "w2", "tok_embeddings") else 0)[i]
+            cut = lambda n, w: w if w.dim() == 1 else w.chunk(2, axis(n))[i]
             torch.save({n: cut(n, kinds[s]).clone() for n, s in shapes.items()}, folder / f"consolidated.{i:02d}.pth")
-    return 4 * sum(s.numel() for s in shapes.values()), sum(kinds[s].double().sum().item() for s in shapes.values())
+    total = sum(kinds[s].double().sum().item() for s in shapes.values())
+    return 4 * sum(s.numel() for s in shapes.values()), total
 
 
 @pytest.mark.parametrize("layout", ["hf", "meta"])
@@ -66,8 +74,10 @@ def test_two_processes_hold_little_more_than_the_model(tmp_path, layout):
         pytest.skip("needs 2 GB of disk")
     size, total = write(tmp_path, layout)
     (tmp_path / "load.py").write_text(LOAD)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "load.py", tmp_path]
-    out = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               tmp_path / "load.py", tmp_path]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    out = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert out.returncode == 0, out.stderr[-2000:]
     held = [line.split()[1:] for line in out.stdout.splitlines() if line.startswith("HELD")]
     together = sum(int(h[0]) for h in held)

@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceTrainer
 from test_model import LLAMA3, TOKENS, distance, edit, hf_folder, meta_folder, tiny_hf, tiny_llama, tiny_sllama
 
-from config import BadInput
-from lora import TARGETS, LoRALinear, apply_lora, export_hf, load_lora, main, merge_lora, save_lora
+from lib.adapter import TARGETS
+from lib.program import BadInput
+from lib.tensors import to_hf
+from lib.weights import write_hf
+from lora import LoRALinear, apply_lora, load_lora, main, merge_lora, save_lora
 from model import LLaMA
-from weights import to_hf
 
 ALL = list(TARGETS)
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # among transformers and peft
@@ -43,7 +45,8 @@ def test_starts_as_the_identity():
     plain = tiny_llama()
     lora = apply_lora(tiny_llama(), 4, 8, ALL)
     assert torch.equal(plain(TOKENS), lora(TOKENS))
-    assert all(m.lora_A.abs().sum() > 0 for m in lora.modules() if isinstance(m, LoRALinear))  # with A zero too nothing would ever learn
+    # with A zero too nothing would ever learn
+    assert all(m.lora_A.abs().sum() > 0 for m in lora.modules() if isinstance(m, LoRALinear))
 
 
 def test_update_by_hand():
@@ -165,8 +168,9 @@ def peft_saves(folder, targets, **options):
     """PEFT makes, fills and saves a LoRA on a tiny model -> its own model."""
     peft = pytest.importorskip("peft")
     base = hf_folder(folder / "base")
-    modules = [TARGETS[t].split(".")[1] for t in targets]
-    theirs = peft.get_peft_model(base, peft.LoraConfig(**{**dict(r=3, lora_alpha=5, target_modules=modules), **options})).eval()
+    modules = [to_hf(t) for t in targets]
+    config = peft.LoraConfig(**{**dict(r=3, lora_alpha=5, target_modules=modules), **options})
+    theirs = peft.get_peft_model(base, config).eval()
     torch.manual_seed(8)
     for name, p in theirs.named_parameters():
         if "lora_" in name:
@@ -181,7 +185,8 @@ def test_we_read_what_peft_saves(tmp_path, targets):
     llama = load_lora(LLaMA.from_pretrained(str(tmp_path / "base")), str(tmp_path / "lora"))
     assert distance(theirs, llama) < 1e-4
     assert distance(theirs, merge_lora(llama)) < 1e-4
-    assert difference(llama, LLaMA.from_pretrained(str(tmp_path / "base"))) > 1e-1  # it is not the base that was compared
+    # it is not the base that was compared
+    assert difference(llama, LLaMA.from_pretrained(str(tmp_path / "base"))) > 1e-1
     (tmp_path / "lora/adapter_model.safetensors").unlink()
     theirs.save_pretrained(tmp_path / "lora", safe_serialization=False)  # adapter_model.bin, as PEFT wrote it once
     assert distance(theirs, load_lora(LLaMA.from_pretrained(str(tmp_path / "base")), str(tmp_path / "lora"))) < 1e-4
@@ -237,20 +242,23 @@ def test_an_option_that_is_set_is_refused_and_one_that_is_not_is_fine(tmp_path, 
         load_lora(tiny_llama(), folder)
 
 
-@pytest.mark.parametrize("options", [dict(lora_dropout=0.3), dict(init_lora_weights="gaussian"), dict(init_lora_weights=False),
-                                     dict(target_modules="all-linear", task_type="CAUSAL_LM"), dict(target_modules=r".*\.(q_proj|up_proj)")], ids=lambda x: comma(list(x)))
+@pytest.mark.parametrize("options", [
+    dict(lora_dropout=0.3), dict(init_lora_weights="gaussian"), dict(init_lora_weights=False),
+    dict(target_modules="all-linear", task_type="CAUSAL_LM"), dict(target_modules=r".*\.(q_proj|up_proj)")],
+    ids=lambda x: comma(list(x)))
 def test_options_of_peft_that_change_nothing(tmp_path, options):
     theirs = peft_saves(tmp_path, ["wq", "w3"], **options)
     assert distance(theirs, load_lora(LLaMA.from_pretrained(str(tmp_path / "base")), str(tmp_path / "lora"))) < 1e-4
 
 
-@pytest.mark.parametrize("option, value", [("use_rslora", True), ("use_dora", True), ("rank_pattern", {"q_proj": 4}), ("alpha_pattern", {"q_proj": 4}),
-                                           ("layers_to_transform", [0]), ("layers_to_transform", 1), ("bias", "all"), ("bias", "lora_only"),
-                                           ("modules_to_save", ["embed_tokens"]), ("init_lora_weights", "pissa"), ("init_lora_weights", "pissa_niter_4"),
-                                           ("init_lora_weights", "olora"), ("lora_bias", True), ("layer_replication", [[0, 2], [1, 2]]),
-                                           ("trainable_token_indices", [1, 2]), ("fan_in_fan_out", True)])
+@pytest.mark.parametrize("option, value", [
+    ("use_rslora", True), ("use_dora", True), ("rank_pattern", {"q_proj": 4}), ("alpha_pattern", {"q_proj": 4}),
+    ("layers_to_transform", [0]), ("layers_to_transform", 1), ("bias", "all"), ("bias", "lora_only"),
+    ("modules_to_save", ["embed_tokens"]), ("init_lora_weights", "pissa"), ("init_lora_weights", "pissa_niter_4"),
+    ("init_lora_weights", "olora"), ("lora_bias", True), ("layer_replication", [[0, 2], [1, 2]]),
+    ("trainable_token_indices", [1, 2]), ("fan_in_fan_out", True)])
 def test_options_of_peft_that_we_lack_are_refused_by_name(tmp_path, option, value):
-    # some options need other layers, or are refused by one version of PEFT or another: of those the saved file is edited
+    # some options need other layers, or are refused by some version of PEFT: of those the saved file is edited
     if option in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights"):
         peft_saves(tmp_path, ["wq", "wv"], **{option: value})
     else:
@@ -274,7 +282,8 @@ def test_adapters_that_do_not_fit(tmp_path):
             load_lora(tiny_llama(), str(folder))
         assert all(w in str(e.value) for w in words), f"{words} not in: {e.value}"
 
-    for key, value in (("peft_type", "LOHA"), ("peft_type", None), ("r", None), ("lora_alpha", None), ("r", 4), ("an_option_of_tomorrow", 1)):
+    for key, value in (("peft_type", "LOHA"), ("peft_type", None), ("r", None), ("lora_alpha", None), ("r", 4),
+                       ("an_option_of_tomorrow", 1)):
         with edit(folder, "adapter_config.json") as c:
             c.update({key: value}) if value else c.pop(key)
         refused("adapter_config.json", key)
@@ -302,24 +311,32 @@ def test_adapters_that_do_not_fit(tmp_path):
 
 def tokenizer(folder):
     """Put a tokenizer.model of 18 pieces into a folder."""
-    SentencePieceTrainer.train(sentence_iterator=iter(["the weather will be fine in the north"] * 9), model_prefix=str(folder / "tokenizer"),
-                               vocab_size=18, minloglevel=2)
+    SentencePieceTrainer.train(sentence_iterator=iter(["the weather will be fine in the north"] * 9),
+                               model_prefix=str(folder / "tokenizer"), vocab_size=18, minloglevel=2)
 
 
 def transformers_loads(folder, **how):
     return pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(folder, **how).eval()
 
 
-@pytest.mark.parametrize("kind, changes", [("llama", {}), ("llama", dict(rope_parameters=LLAMA3)), ("mistral", dict(head_dim=16)),
-                                           ("qwen2", dict(tie_word_embeddings=True))], ids=lambda x: x if isinstance(x, str) else comma(list(x)))
+def export(llama, folder, source, **how):
+    """A LLaMA in memory as a Hugging Face folder."""
+    dtype = llama.tok_embeddings.weight.dtype
+    write_hf(str(folder), llama.args, llama.state_dict().items(), str(source), dtype, **how)
+
+
+@pytest.mark.parametrize("kind, changes", [
+    ("llama", {}), ("llama", dict(rope_parameters=LLAMA3)), ("mistral", dict(head_dim=16)),
+    ("qwen2", dict(tie_word_embeddings=True))], ids=lambda x: x if isinstance(x, str) else comma(list(x)))
 @pytest.mark.parametrize("form", ["new", "old"])
 def test_export_from_hugging_face(tmp_path, kind, changes, form):
     hf_folder(tmp_path / "base", form, kind, **changes)
     (tmp_path / "base" / "tokenizer_config.json").write_text("{}")
     llama = merge_lora(with_lora(LLaMA.from_pretrained(str(tmp_path / "base"))))
-    export_hf(llama, str(tmp_path / "out"), str(tmp_path / "base"), shard_bytes=20_000)
+    export(llama, tmp_path / "out", tmp_path / "base", shard_bytes=20_000)
     files = {f.name for f in (tmp_path / "out").iterdir()}
-    assert {"config.json", "model.safetensors.index.json", "tokenizer_config.json"} <= files and sum("-of-" in f for f in files) > 2
+    assert {"config.json", "model.safetensors.index.json", "tokenizer_config.json"} <= files
+    assert sum("-of-" in f for f in files) > 2
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(p.nbytes for p in llama.parameters())
     assert distance(transformers_loads(tmp_path / "out"), llama) < 1e-4
@@ -333,14 +350,14 @@ def test_export_from_meta(tmp_path):
     meta_folder(base, model, shards=2, rope_theta=500.0)
     tokenizer(base)
     plain = LLaMA.from_pretrained(str(base))
-    export_hf(plain, out, str(base))
+    export(plain, out, base)
     assert (tmp_path / "out" / "model.safetensors").exists() and (tmp_path / "out" / "tokenizer.model").exists()
     assert distance(transformers_loads(out), plain) < 1e-4 and distance(model, plain) < 1e-4
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
     # weights that lie there in bfloat16 stay so, for transformers too, whatever type the source's config.json names
     merged = merge_lora(with_lora(LLaMA.from_pretrained(out, torch.bfloat16)))
-    export_hf(merged, str(tmp_path / "bf16"), out)
+    export(merged, tmp_path / "bf16", out)
     theirs = transformers_loads(tmp_path / "bf16", dtype="auto")
     assert theirs.dtype == torch.bfloat16
     assert torch.equal(theirs.model.layers[1].mlp.down_proj.weight, merged.layers[1].feed_forward.w2.weight)
@@ -350,7 +367,7 @@ def test_export_from_meta(tmp_path):
 def test_shards_are_filled_in_order_and_none_is_empty(tmp_path, shard_bytes):
     hf_folder(tmp_path / "base")
     llama = LLaMA.from_pretrained(str(tmp_path / "base"))
-    export_hf(llama, str(tmp_path / "out"), str(tmp_path / "base"), shard_bytes)
+    export(llama, tmp_path / "out", tmp_path / "base", shard_bytes=shard_bytes)
     expected, room = [], 0
     for name, p in llama.named_parameters():
         if not expected or room + p.nbytes > shard_bytes:  # one that is larger than a shard has one of its own
@@ -366,32 +383,38 @@ def test_shards_are_filled_in_order_and_none_is_empty(tmp_path, shard_bytes):
 def test_export_refuses(tmp_path):
     hf_folder(tmp_path / "base")
     llama = LLaMA.from_pretrained(str(tmp_path / "base"))
-    with pytest.raises(BadInput, match="not merged"):  # its update would be lost without a word
-        export_hf(with_lora(LLaMA.from_pretrained(str(tmp_path / "base"))), str(tmp_path / "out"), str(tmp_path / "base"))
+    with pytest.raises(BadInput, match="there is no tokenizer to copy"):
+        export(llama, tmp_path / "out", tmp_path / "absent")
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()
     with pytest.raises((BadInput, OSError)):
-        export_hf(llama, str(tmp_path / "out"), str(tmp_path / "base"))
+        export(llama, tmp_path / "out", tmp_path / "base")
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["precious"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_merge_program(tmp_path, monkeypatch, capsys, dtype):
-    """The merged LLM is of the type in which the raw one is stored, and rounded to it once."""
-    base, run = tmp_path / "base", tmp_path / "run"
+def trained(base, run, dtype="float32", targets=("wq", "w3")):
+    """A run whose best/ holds a LoRA on the tiny LLM in base, stored in dtype -> its model."""
     model = tiny_sllama(base)
     if dtype == "bfloat16":
         hf_folder(base, dtype=torch.bfloat16)
         model.llm = LLaMA.from_pretrained(str(base))
     (base / "generation_config.json").write_text('{"eos_token_id": 2}')
     tokenizer(base)
-    with_lora(model.llm, targets=["wq", "w3"])
+    with_lora(model.llm, targets=list(targets))
     save_lora(model.llm, str(run / "best"))
     save_file({k: v.detach().clone() for k, v in model.vision_state().items()}, run / "best" / "vision.safetensors")
-    config = dict(llm=str(base), bos_id=-1, eos_id=-1, ltn=True, ltn_dim=16, ltn_layers=1, ltn_heads=2, window=4, adaptor="mlp", prompt="{clip}",
-                  language="German", label_smoothing=0.0)
+    config = dict(llm=str(base), bos_id=-1, eos_id=-1, ltn=True, ltn_dim=16, ltn_layers=1, ltn_heads=2, window=4,
+                  adaptor="mlp", prompt="{clip}", language="German", label_smoothing=0.0)
     (run / "best" / "state.json").write_text(json.dumps({"config": config, "dim_in": 24, "step": 9}))
+    return model
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merge_program(tmp_path, monkeypatch, capsys, dtype):
+    """The merged LLM is of the type in which the raw one is stored, and rounded to it once."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    model = trained(base, run, dtype)
     monkeypatch.setattr("sys.argv", ["lora.py", "merge", f"ckpt={run}", f"to={tmp_path / 'merged'}"])
     main()
     assert str(run) in capsys.readouterr().out
@@ -415,3 +438,29 @@ def test_merge_program(tmp_path, monkeypatch, capsys, dtype):
     with pytest.raises(BadInput, match="has no LoRA"):
         main()
     assert not (tmp_path / "other").exists()
+
+
+def test_merge_program_loses_nothing_without_a_word(tmp_path, monkeypatch):
+    """Every update must find its weight in the LLM, both its halves must be there, and the LLM must be whole."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    trained(base, run)
+    adapter = run / "best" / "adapter_model.safetensors"
+    tensors, weights = load_file(adapter), load_file(base / "model.safetensors")
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+
+    def refused(llm, *words):
+        monkeypatch.setattr("sys.argv", ["lora.py", "merge", f"ckpt={run}", f"llm={llm}", f"to={tmp_path / 'merged'}"])
+        with pytest.raises(BadInput) as e:
+            main()
+        assert all(w in str(e.value) for w in words), f"{words} not in: {e.value}"
+        assert not (tmp_path / "merged").exists() and not (tmp_path / "merged.part").exists()
+
+    hf_folder(tmp_path / "other", num_hidden_layers=1)
+    refused(tmp_path / "other", str(run / "best"), "surplus tensor layers.1.attention.wq.lora_A")
+    hf_folder(tmp_path / "wide", intermediate_size=64)
+    refused(tmp_path / "wide", "layers.0.feed_forward.w3.lora_B", "(48, 3)", "(64, 3)")
+    save_file({k: v for k, v in tensors.items() if k != name}, adapter)
+    refused(base, "has no tensor layers.1.feed_forward.w3.lora_B")
+    save_file(tensors, adapter)
+    save_file({k: v for k, v in weights.items() if k != "model.norm.weight"}, base / "model.safetensors")
+    refused(base, str(base), "has no tensor norm.weight")

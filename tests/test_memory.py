@@ -1,5 +1,5 @@
 """
-scripts/memory.py: every row of the estimate, counted again by hand for a model so small that its tensors can be listed.
+lib/memory.py: every row of the estimate, counted again by hand for a model so small that its tensors can be listed.
 
     python -m pytest tests/test_memory.py
 """
@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train
-from model import ModelArgs
-from scripts.memory import estimate
+from lib.memory import estimate
+from lib.weights import ModelArgs
 
 # no two sizes alike, so that none can stand for another; heads together are wider than the model
 DIM, LAYERS, HEADS, KV, HEAD, HIDDEN, VOCAB, FEATURES, LTN = 12, 3, 4, 2, 10, 28, 51, 18, 16
@@ -60,7 +60,8 @@ def counted(cfg, n, frames, answers, prompt, s, cuda):
     """
     block, rest = tensors(cfg)
     everything = block * LAYERS + rest
-    share = lambda shape: math.prod((-(-shape[0] // n), *shape[1:]))  # of the rows the first process has the larger part
+    # of the rows the first process has the larger part
+    share = lambda shape: math.prod((-(-shape[0] // n), *shape[1:]))
     frozen = sum(share(shape) for shape, learns in everything if not learns) * s
     learning = sum(share(shape) for shape, learns in everything if learns) * 4
     sharded = n > 1 or s < 4 or cfg.cpu_offload

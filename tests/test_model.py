@@ -1,5 +1,6 @@
 """
-model.py, with tiny random weights: LLaMA against transformers in every layout, the band, packing, decoding with a cache, the loss.
+model.py and the parts of lib/ below it, with tiny random weights: LLaMA against transformers in every layout, the band,
+packing, decoding with a cache, the loss.
 
     python -m pytest tests/test_model.py
 """
@@ -21,25 +22,29 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from config import BadInput
-from data import Sample, Tokenizer, pack
-from eval import generate, translate
+from data import Sample, pack
+from eval import translate
+from lib.cnn import GoogLeNet, RandomCNN
+from lib.program import BadInput
+from lib.tensors import fill, from_hf, init_weight, to_hf
+from lib.tokenizer import Tokenizer
+from lib.weights import SIZES as LLM_SIZES
+from lib.weights import ModelArgs, open_llm
 from lora import apply_lora
-from model import SIZES as LLM_SIZES
-from model import Adaptor, Cache, GoogLeNet, LLaMA, LocalTransformer, ModelArgs, RandomCNN, SLLaMA, fill, init_weight, local_attention, open_llm
-from weights import from_hf, to_hf
+from model import Adaptor, Cache, LLaMA, LocalTransformer, SLLaMA, generate, local_attention
 
-SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=256)
+SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=256)
 # so short an original context that at heads of width 8 all three cases occur: kept, blended, stretched
-LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=64)
 TOKENS = torch.arange(100).view(2, 50) * 37 % 96
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the tests are made of
 
 def tiny_hf(kind="llama", **changes):
-    """A random Hugging Face model that is wide awake: its weights are large enough that a mistake anywhere moves the logits."""
+    """A random Hugging Face model that is wide awake: weights so large that a mistake anywhere moves the logits."""
     transformers = pytest.importorskip("transformers")
     name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[kind]
     config = getattr(transformers, name + "Config")(**{**SIZES, **changes})
@@ -51,7 +56,7 @@ def tiny_hf(kind="llama", **changes):
 
 
 def hf_folder(folder, form="new", kind="llama", shard_size="1GB", dtype=torch.float32, **changes):
-    """Save a tiny_hf. form: where config.json says how positions turn, in rope_parameters ("new") or at the top level ("old")."""
+    """Save a tiny_hf. form: config.json says how positions turn in rope_parameters ("new"), or at the top ("old")."""
     model = tiny_hf(kind, **changes)
     for p in model.parameters():
         p.data = p.data.to(dtype).float()  # rounded weights, but transformers' own tables of angles stay exact
@@ -83,7 +88,10 @@ class edit:
 
 @torch.no_grad()
 def distance(model, llama, tokens=TOKENS):
-    """The largest difference between the logits of transformers and ours, computed at once and, from a third on, word by word with a cache."""
+    """
+    The largest difference between the logits of transformers and ours, computed at once and, from a third on, word by
+    word with a cache.
+    """
     theirs = model(tokens).logits
     assert theirs.std() > 0.5  # logits near zero would be equal whatever the model did
     return max((theirs - llama(tokens)).abs().max().item(), (theirs - cached(llama, tokens)).abs().max().item())
@@ -102,12 +110,15 @@ def cached(llama, tokens):
     return torch.cat(out, 1)
 
 
-META = {"q_proj": "attention.wq", "k_proj": "attention.wk", "v_proj": "attention.wv", "o_proj": "attention.wo", "gate_proj": "feed_forward.w1",
-        "down_proj": "feed_forward.w2", "up_proj": "feed_forward.w3", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+META = {"q_proj": "attention.wq", "k_proj": "attention.wk", "v_proj": "attention.wv", "o_proj": "attention.wo",
+        "gate_proj": "feed_forward.w1", "down_proj": "feed_forward.w2", "up_proj": "feed_forward.w3",
+        "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+OTHERS = {"model.embed_tokens.weight": "tok_embeddings.weight", "model.norm.weight": "norm.weight",
+          "lm_head.weight": "output.weight"}
 
 
 def meta_tensors(model):
-    """The weights of a Hugging Face LLaMA as Meta lays them out, written apart from model.py: rows of wq and wk interleaved."""
+    """The weights of a Hugging Face LLaMA as Meta lays them out, written apart from lib: rows of wq, wk interleaved."""
     out = {"rope.freqs": torch.ones(4)}  # LLaMA 2's files hold this table; it is no weight
     heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
     for name, w in model.state_dict().items():
@@ -120,21 +131,27 @@ def meta_tensors(model):
                 w = w[rows]  # row i of the first half, row i of the second half, row i + 1 of the first half, ...
             name = f"layers.{parts[2]}.{META[kind]}.weight"
         else:
-            name = {"model.embed_tokens.weight": "tok_embeddings.weight", "model.norm.weight": "norm.weight", "lm_head.weight": "output.weight"}[name]
+            name = OTHERS[name]
         out[name] = w.detach().clone()
     return out
 
 
 def meta_folder(folder, model, shards=1, embedding_axis=1, **params):
-    """Write Meta's layout as Meta ships LLaMA 2: vocab_size -1, no n_kv_heads; params: what params.json says beyond that."""
+    """
+    Write Meta's layout as Meta ships LLaMA 2: vocab_size -1, no n_kv_heads; params: what params.json says beyond
+    that.
+    """
     folder.mkdir(exist_ok=True)
     c = model.config
-    say = dict(dim=c.hidden_size, n_layers=c.num_hidden_layers, n_heads=c.num_attention_heads, vocab_size=-1, multiple_of=16, norm_eps=c.rms_norm_eps)
+    say = dict(dim=c.hidden_size, n_layers=c.num_hidden_layers, n_heads=c.num_attention_heads, vocab_size=-1,
+               multiple_of=16, norm_eps=c.rms_norm_eps)
     (folder / "params.json").write_text(json.dumps({**say, **params}))
-    axes = {"wo": 1, "w2": 1, "tok_embeddings": embedding_axis}  # row-parallel layers; all other matrices are column-parallel
+    # row-parallel layers; all other matrices are column-parallel
+    axes = {"wo": 1, "w2": 1, "tok_embeddings": embedding_axis}
     for i in range(shards):
-        part = lambda name, w: w if w.dim() == 1 else w.chunk(shards, axes.get(name.split(".")[-2], 0))[i].clone()
-        torch.save({name: part(name, w) for name, w in meta_tensors(model).items()}, folder / f"consolidated.{i:02d}.pth")
+        part = lambda name, w: w.chunk(shards, axes.get(name.split(".")[-2], 0))[i].clone() if w.dim() > 1 else w
+        shard = {name: part(name, w) for name, w in meta_tensors(model).items()}
+        torch.save(shard, folder / f"consolidated.{i:02d}.pth")
 
 
 def awake(module):
@@ -146,7 +163,8 @@ def awake(module):
 
 
 def tiny_llama(vocab_size=96, **changes):
-    return awake(LLaMA(ModelArgs(**{**dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=vocab_size, head_dim=8), **changes}))).eval()
+    sizes = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=vocab_size, head_dim=8)
+    return awake(LLaMA(ModelArgs(**sizes | changes))).eval()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Raw weights: parity
@@ -182,7 +200,8 @@ def test_parity_would_notice_a_wrong_angle(tmp_path):
 def test_one_file_or_several_in_fp32_or_bf16(tmp_path, kind, dtype, shard_size):
     model = hf_folder(tmp_path, kind=kind, shard_size=shard_size, dtype=dtype)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 2) == (shard_size == "10KB")
-    assert distance(model, LLaMA.from_pretrained(str(tmp_path))) < 1e-4  # the same rounded weights, computed in fp32 by both
+    # the same rounded weights, computed in fp32 by both
+    assert distance(model, LLaMA.from_pretrained(str(tmp_path))) < 1e-4
     as_stored = LLaMA.from_pretrained(str(tmp_path), dtype)
     assert as_stored.norm.weight.dtype == dtype
     assert torch.equal(as_stored.layers[0].attention.wq.weight.float(), model.model.layers[0].self_attn.q_proj.weight)
@@ -191,7 +210,8 @@ def test_one_file_or_several_in_fp32_or_bf16(tmp_path, kind, dtype, shard_size):
         assert distance(model, LLaMA.from_pretrained(str(tmp_path))) < 1e-4
 
 
-@pytest.mark.parametrize("shards, embedding_axis", [(1, 1), (2, 1), (2, 0)], ids=["one file", "two as LLaMA 2", "two as LLaMA 3"])
+@pytest.mark.parametrize("shards, embedding_axis", [(1, 1), (2, 1), (2, 0)],
+                         ids=["one file", "two as LLaMA 2", "two as LLaMA 3"])
 def test_meta_layout(tmp_path, shards, embedding_axis):
     model = tiny_hf()
     meta_folder(tmp_path, model, shards, embedding_axis)
@@ -209,8 +229,10 @@ def test_params_that_the_weights_contradict(tmp_path, key, value):
     refused(tmp_path, f"params.json: {key}={value}, but its weights have")
 
 
-@pytest.mark.parametrize("name, billions", [("7B", 6.738), ("13B", 13.016), ("70B", 68.977), ("vicuna-7b-v1.5", 6.738), ("mistral-7b-instruct-v0.3", 7.248),
-                                            ("qwen2-7b-instruct", 7.616), ("deepseek-llm-7b-chat", 6.910), ("chinese-llama-2-7b", 6.929), ("smollm2-135m", 0.1345)])
+@pytest.mark.parametrize("name, billions", [
+    ("7B", 6.738), ("13B", 13.016), ("70B", 68.977), ("vicuna-7b-v1.5", 6.738), ("mistral-7b-instruct-v0.3", 7.248),
+    ("qwen2-7b-instruct", 7.616), ("deepseek-llm-7b-chat", 6.910), ("chinese-llama-2-7b", 6.929),
+    ("smollm2-135m", 0.1345)])
 def test_sizes(name, billions):
     raw = open_llm(f"random:{name}")  # the published numbers of parameters
     assert sum(torch.Size(s).numel() for s in raw.shapes.values()) / 1e9 == pytest.approx(billions, abs=0.0006)
@@ -221,7 +243,7 @@ def test_an_llm_in_one_line(tmp_path, capsys):
     hf_folder(tmp_path)
     raw = open_llm(str(tmp_path))
     sizes = "llama, 2 layers of width 32, 4 heads (2 of keys) of 8, SwiGLU 48, 96 tokens"
-    assert raw.describe(torch.float32) == f"{tmp_path}: {sizes}; 0.02M parameters, 0.000 GB in float32"
+    assert raw.describe(torch.float32) == f"LLM: {tmp_path}: {sizes}; 0.02M parameters, 0.000 GB in float32"
     seven = open_llm("random:7B")
     assert seven.describe(torch.bfloat16).endswith("; 6738.42M parameters, 13.477 GB in bfloat16")
     assert seven.describe(torch.float32).endswith("; 6738.42M parameters, 26.954 GB in float32")
@@ -230,15 +252,18 @@ def test_an_llm_in_one_line(tmp_path, capsys):
 
 
 def test_random_weights(monkeypatch):
-    monkeypatch.setitem(LLM_SIZES, "tiny", dict(dim=2048, n_layers=1, n_heads=16, n_kv_heads=8, hidden_dim=96, vocab_size=4096, qkv_bias=True))
+    sizes = dict(dim=2048, n_layers=1, n_heads=16, n_kv_heads=8, hidden_dim=96, vocab_size=4096, qkv_bias=True)
+    monkeypatch.setitem(LLM_SIZES, "tiny", sizes)
     a, b = (LLaMA.from_pretrained("random:tiny") for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
     w = a.tok_embeddings.weight  # more numbers than are drawn
     assert len(w.unique(dim=0)) == len(w) and (w.mean().abs() < 1e-3) and (w.std() * 2048**0.5 - 1).abs() < 0.01
-    assert not torch.equal(a.layers[0].feed_forward.w1.weight, a.layers[0].feed_forward.w3.weight)  # nor are matrices alike
+    # nor are matrices alike
+    assert not torch.equal(a.layers[0].feed_forward.w1.weight, a.layers[0].feed_forward.w3.weight)
     assert 0.1 < a(TOKENS).std() < 10 and a.norm.weight.eq(1).all() and a.layers[0].attention.wq.bias.eq(0).all()
     tokenizer = Tokenizer("random:tiny")
-    assert tokenizer.decode(tokenizer.encode("schön, 雪")) == "schön, 雪" and (tokenizer.bos_id, tokenizer.eos_ids) == (1, [2])
+    assert tokenizer.decode(tokenizer.encode("schön, 雪")) == "schön, 雪"
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, [2])
     refused("random:8B", "7B, 13B")
 
 
@@ -251,7 +276,8 @@ def test_meta_layout_that_says_everything(tmp_path):
 def test_folder_with_a_stray_params_json(tmp_path):
     # Mistral's folders on the hub hold a params.json of another kind beside the Hugging Face files
     model = hf_folder(tmp_path, kind="mistral")
-    (tmp_path / "params.json").write_text(json.dumps(dict(dim=32, n_layers=2, head_dim=8, hidden_dim=48, n_heads=4, norm_eps=1e-6)))
+    params = dict(dim=32, n_layers=2, head_dim=8, hidden_dim=48, n_heads=4, norm_eps=1e-6)
+    (tmp_path / "params.json").write_text(json.dumps(params))
     assert distance(model, LLaMA.from_pretrained(str(tmp_path))) < 1e-4
 
 
@@ -264,7 +290,8 @@ def test_stories260K_continues_as_llama2_c_does(real):
     folder = real / "stories260K"
     llama, tokenizer = LLaMA.from_pretrained(str(folder)), Tokenizer(str(folder))
     start = llama.tok_embeddings(torch.tensor([[tokenizer.bos_id]]))
-    (ids, ended), = generate(llama, [(start, [1])], [tokenizer.bos_id], max_new_tokens=200)  # these weights end a story with BOS
+    # these weights end a story with BOS
+    (ids, ended), = generate(llama, [(start, [1])], [tokenizer.bos_id], max_new_tokens=200)
     assert not ended
     assert tokenizer.decode(ids).encode() == (real / "stories260K_golden.txt").read_bytes()
 
@@ -287,9 +314,12 @@ def refused(folder, *words, tokens=None):
     (dict(quantization_config={"bits": 4}), ["quantization_config"]),
     (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), ["rope_parameters", "yarn"]),
     (dict(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}), ["rope_scaling", "linear"]),
-    (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), ["rope_scaling", "dynamic"]),  # beside rope_parameters: transformers obeys it
-    (dict(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}), ["rope_parameters"]),  # half of what llama3 needs
-    (dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}), ["rope_parameters", "partial_rotary_factor"]),
+    # beside rope_parameters: transformers obeys it
+    (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), ["rope_scaling", "dynamic"]),
+    # half of what llama3 needs
+    (dict(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}), ["rope_parameters"]),
+    (dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+     ["rope_parameters", "partial_rotary_factor"]),
     (dict(intermediate_size=64), ["w1"]),
     (dict(num_hidden_layers=3), ["layers.2."]),
     (dict(num_hidden_layers=1), ["layers.1."]),
@@ -302,7 +332,8 @@ def test_config_that_cannot_be_run(tmp_path, change, words):
     refused(tmp_path, *words)
 
 
-@pytest.mark.parametrize("key", ["model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size", "rms_norm_eps"])
+@pytest.mark.parametrize("key", ["model_type", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                                 "intermediate_size", "vocab_size", "rms_norm_eps"])
 def test_config_without_a_key(tmp_path, key):
     hf_folder(tmp_path)
     with edit(tmp_path) as c:
@@ -380,7 +411,8 @@ def test_damaged_meta_files(tmp_path):
     refused(tmp_path, "layers.1.ffn_norm.weight")
     torch.save({**tensors, "layers.1.attention.wq.bias": torch.ones(32)}, file)
     refused(tmp_path, "layers.1.attention.wq.bias")
-    for name in ("tok_embeddings.weight", "output.weight", "layers.0.attention.wk.weight", "layers.1.attention.wk.weight"):
+    wk = [f"layers.{n}.attention.wk.weight" for n in (0, 1)]
+    for name in ("tok_embeddings.weight", "output.weight", *wk):
         torch.save({**tensors, name: tensors[name][:-1].clone()}, file)
         refused(tmp_path, "its configuration says")
     file.unlink()
@@ -445,10 +477,12 @@ def test_local_attention_equals_dense(T, with_doc):
 
 
 def test_band_by_hand():
-    nothing, v = torch.zeros(1, 1, 6, 6), torch.eye(6)[None, None]  # equal scores: a row of the output shows whom it saw
-    assert (local_attention(nothing, nothing, v, 4)[0, 0] > 0).sum(1).tolist() == [3, 4, 5, 5, 4, 3]
-    assert (local_attention(nothing, nothing, v, 4, torch.tensor([[0, 0, 0, 1, 1, 1]]))[0, 0] > 0).sum(1).tolist() == [3, 3, 3, 3, 3, 3]
-    assert (local_attention(nothing, nothing, v, 0)[0, 0] > 0).sum(1).tolist() == [1] * 6
+    # equal scores: a row of the output shows whom it saw
+    nothing, v = torch.zeros(1, 1, 6, 6), torch.eye(6)[None, None]
+    seen = lambda window, doc=None: (local_attention(nothing, nothing, v, window, doc)[0, 0] > 0).sum(1).tolist()
+    assert seen(4) == [3, 4, 5, 5, 4, 3]
+    assert seen(4, torch.tensor([[0, 0, 0, 1, 1, 1]])) == [3, 3, 3, 3, 3, 3]
+    assert seen(0) == [1] * 6
 
 
 def test_local_transformer_sees_its_reach_and_no_further():
@@ -578,7 +612,8 @@ def prefixes(dim=32):
 @torch.no_grad()
 def next_log_probs(llama, prefix, answers):
     """log p of the token after prefix + each answer (equally long lists of ids), by a full forward."""
-    h = torch.cat([prefix.expand(len(answers), -1, -1), llama.tok_embeddings(torch.tensor(answers, dtype=torch.long))], 1)
+    written = llama.tok_embeddings(torch.tensor(answers, dtype=torch.long))
+    h = torch.cat([prefix.expand(len(answers), -1, -1), written], 1)
     return llama(h=h)[:, -1].log_softmax(-1)
 
 
@@ -587,7 +622,9 @@ def slow_beam(llama, prefix, eos, beam, length_penalty, max_new):
     live, ended = [(0.0, [])], []
     for step in range(1, max_new + 1):
         log_p = next_log_probs(llama, prefix, [ids for _, ids in live])
-        candidates = sorted(((s + log_p[b, v].item(), ids + [v]) for b, (s, ids) in enumerate(live) for v in range(log_p.shape[1])), reverse=True)
+        candidates = [(s + log_p[b, v].item(), ids + [v]) for b, (s, ids) in enumerate(live)
+                      for v in range(log_p.shape[1])]
+        candidates.sort(reverse=True)
         ended += [(s / ((5 + step) / 6) ** length_penalty, ids[:-1]) for s, ids in candidates[:beam] if ids[-1] in eos]
         live = [c for c in candidates if c[1][-1] not in eos][:beam]
         if len(ended) >= beam:
@@ -623,7 +660,8 @@ def test_beam_equals_slow_beam_search_and_batched_equals_single(beam, length_pen
 def test_beam_cases_are_not_all_alike():
     llama, h = tiny_llama(vocab_size=16), prefixes()
     for eos in ([3], [1, 3, 5, 7]):
-        lens = {len(ids) for beam in (1, 2, 5) for ids, _ in generate(llama, [(h[None], LENS)], eos, beam=beam, max_new_tokens=9)}
+        found = [a for n in (1, 2, 5) for a in generate(llama, [(h[None], LENS)], eos, beam=n, max_new_tokens=9)]
+        lens = {len(ids) for ids, _ in found}
         assert len(lens) > 2, lens
     penalised = [generate(llama, [(h[None], LENS)], [3], 5, p, 9) for p in (0.0, 2.0)]
     assert penalised[0] != penalised[1]
@@ -633,12 +671,14 @@ def test_beam_cases_are_not_all_alike():
 def test_wide_beam_finds_the_best_of_all_answers(length_penalty):
     llama, h, eos = tiny_llama(vocab_size=5), prefixes(), 2
     words = [0, 1, 3, 4]
-    found = generate(llama, [(h[None], LENS)], [eos], beam=100, length_penalty=length_penalty, max_new_tokens=3)  # nothing falls off the beam
+    how = dict(beam=100, length_penalty=length_penalty, max_new_tokens=3)  # nothing falls off the beam
+    found = generate(llama, [(h[None], LENS)], [eos], **how)
     for prefix, (ids, ended) in zip(h.split(LENS), found):
         scores = {}
         for n in range(3):
             for answer in itertools.product(words, repeat=n):
-                steps = [next_log_probs(llama, prefix, [list(answer[:i])])[0, t].item() for i, t in enumerate(answer + (eos,))]
+                steps = [next_log_probs(llama, prefix, [list(answer[:i])])[0, t].item()
+                         for i, t in enumerate(answer + (eos,))]
                 scores[answer] = sum(steps) / ((5 + n + 1) / 6) ** length_penalty
         assert ended and tuple(ids) == max(scores, key=scores.get)
 
@@ -648,7 +688,8 @@ def test_max_new_tokens_cuts():
     long = generate(llama, [(h[None], LENS)], [96], max_new_tokens=12)
     short = generate(llama, [(h[None], LENS)], [96], max_new_tokens=4)
     assert [(ids[:4], False) for ids, _ in long] == short
-    assert all(len(ids) == 1 and not ended for ids, ended in generate(llama, [(h[None], LENS)], [96], beam=3, max_new_tokens=1))
+    first = generate(llama, [(h[None], LENS)], [96], beam=3, max_new_tokens=1)
+    assert all(len(ids) == 1 and not ended for ids, ended in first)
 
 
 class Words:
@@ -675,8 +716,9 @@ def test_translate_keeps_the_order_and_does_not_depend_on_the_batch(tmp_path, ca
 def tiny_sllama(folder, tensors={}, seed=0, lora=(), **changes):
     """Built on the meta device, then loaded, as train.py does. The LLM is frozen. lora: the layers that have it."""
     hf_folder(folder)
-    cfg = SimpleNamespace(**{**dict(ltn=True, ltn_dim=16, ltn_layers=1, ltn_heads=2, window=4, adaptor="mlp", prompt="{clip}", language="German",
-                                    label_smoothing=0.0), **changes})
+    page = dict(ltn=True, ltn_dim=16, ltn_layers=1, ltn_heads=2, window=4, adaptor="mlp", prompt="{clip}",
+                language="German", label_smoothing=0.0)
+    cfg = SimpleNamespace(**page | changes)
     raw = open_llm(str(folder))
     with torch.device("meta"):
         model = SLLaMA(raw.args, 24, cfg)
@@ -689,7 +731,8 @@ def tiny_sllama(folder, tensors={}, seed=0, lora=(), **changes):
 
 def two_clips():
     torch.manual_seed(2)
-    return [Sample("a", torch.randn(3, 24), [1, 5], [7], [8, 9, 2]), Sample("b", torch.randn(2, 24), [1, 5], [7], [10, 2])]
+    first = Sample(torch.randn(3, 24), [1, 5], [7], [8, 9, 2])
+    return [first, Sample(torch.randn(2, 24), [1, 5], [7], [10, 2])]
 
 
 def test_load_gives_every_parameter_a_value(tmp_path):
@@ -714,7 +757,8 @@ def test_load_takes_a_checkpoint_and_names_what_does_not_fit(tmp_path):
     assert not any(k.startswith("llm.") for k in state)
     for name, value in tiny_sllama(tmp_path, state).vision_state().items():
         assert torch.equal(value, state[name]), name
-    for change, word in (({"adaptor.w1.weight": torch.ones(3, 3)}, "adaptor.w1.weight"), ({"adaptor.w9.weight": torch.ones(3)}, "adaptor.w9.weight")):
+    for change, word in (({"adaptor.w1.weight": torch.ones(3, 3)}, "adaptor.w1.weight"),
+                         ({"adaptor.w9.weight": torch.ones(3)}, "adaptor.w9.weight")):
         with pytest.raises(BadInput, match=word):
             tiny_sllama(tmp_path, {**state, **change})
     for missing in ("ltn.norm.weight", "std"):
@@ -774,7 +818,7 @@ def test_a_process_fills_its_own_rows(rows, processes):
 @pytest.mark.parametrize("window", [0, 4, 8, 12, 16])
 def test_window_of_the_configuration_is_the_reach_of_a_frame(tmp_path, window):
     model = tiny_sllama(tmp_path, window=window)
-    stream = lambda x: model.embed(pack([Sample("a", x, [], [], None)]))[0]
+    stream = lambda x: model.embed(pack([Sample(x, [], [], None)]))[0]
     x = torch.randn(40, 24)
     other = x.clone()
     other[20] += 3
@@ -808,7 +852,7 @@ def test_frames_enter_standardised_and_at_the_size_of_words(tmp_path):
     model.mean.copy_(torch.randn(24) * 300), model.std.copy_(torch.rand(24) + 0.01), model.scale.fill_(0.3)
     x = (model.mean + torch.randn(6, 24)).half()
     with torch.no_grad():
-        h = model.embed(pack([Sample("a", x[:2], [1, 5], [7], [8, 2]), Sample("b", x[2:], [], [], None)]))[0]
+        h = model.embed(pack([Sample(x[:2], [1, 5], [7], [8, 2]), Sample(x[2:], [], [], None)]))[0]
         frames = (x.double() - model.mean) / model.std @ model.adaptor.w1.weight.double().T * 0.3
         words = model.llm.tok_embeddings(torch.tensor([1, 5, 7, 8]))
     expected = torch.cat([words[:2], frames[:2].float(), words[2:], frames[2:].float()])
@@ -820,7 +864,8 @@ def test_initial_weights_are_a_function_of_name_shape_and_seed():
     a = init_weight("proj.weight", (64, 256), 0)
     torch.manual_seed(4)
     assert torch.equal(a, init_weight("proj.weight", (64, 256), 0))  # not of the global generator
-    assert not torch.equal(a, init_weight("other.weight", (64, 256), 0)) and not torch.equal(a, init_weight("proj.weight", (64, 256), 1))
+    for other in (init_weight("other.weight", (64, 256), 0), init_weight("proj.weight", (64, 256), 1)):
+        assert not torch.equal(a, other)
     assert abs(a.std().item() * 16 - 1) < 0.05  # 1/sqrt(fan in)
     assert init_weight("x.lora_B", (4, 2), 0).abs().sum() == 0
     assert init_weight("x.lora_A", (2, 16), 0).abs().max() <= 0.25  # kaiming_uniform(a=sqrt(5)): 1/sqrt(fan in)
@@ -844,11 +889,13 @@ def test_targets_by_hand():
     assert batch.frame_at.tolist() == [2, 3, 4, 10, 11] and batch.clip.tolist() == [0, 0, 0, 1, 1]
     assert batch.target_at.tolist() == [5, 6, 7, 12, 13]  # the last of the prompt, and each token of the answer
     assert batch.targets.tolist() == [8, 9, 2, 10, 2]  # the answers and their EOS, nothing else
-    batch = pack([Sample("a", torch.zeros(2, 24), [1], [], [8, 2])])  # align: nothing between the frames and the answer
-    assert batch.tokens.tolist() == [1, 0, 0, 8] and batch.target_at.tolist() == [2, 3] and batch.targets.tolist() == [8, 2]
+    batch = pack([Sample(torch.zeros(2, 24), [1], [], [8, 2])])  # align: nothing between the frames and the answer
+    assert batch.tokens.tolist() == [1, 0, 0, 8]
+    assert batch.target_at.tolist() == [2, 3] and batch.targets.tolist() == [8, 2]
 
 
-@pytest.mark.parametrize("changes", [{}, dict(ltn=False), dict(ltn_dim=0, ltn_heads=4, adaptor="linear")], ids=["", "no ltn", "no projection"])
+@pytest.mark.parametrize("changes", [{}, dict(ltn=False), dict(ltn_dim=0, ltn_heads=4, adaptor="linear")],
+                         ids=["", "no ltn", "no projection"])
 def test_loss_equals_clip_by_clip(tmp_path, changes):
     model = tiny_sllama(tmp_path, **changes)
     model.mean.fill_(0.3), model.std.fill_(1.7)
@@ -918,20 +965,23 @@ def test_googlenet_is_a_function_of_the_frame():
     assert not any(m.training for m in net.modules())
     torch.testing.assert_close(net.features(x[:1]), a[:1], rtol=1e-4, atol=1e-5)  # whatever frames are beside it
     assert sum(p.numel() for p in net.parameters()) == 6_624_904 - 1_025_000  # torchvision's, less its classifier
-    assert all(m.eps == 0.001 for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d))  # torchvision's too, and not PyTorch's default
+    # torchvision's too, and not PyTorch's default
+    assert all(m.eps == 0.001 for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d))
 
 
 def test_googlenet_loads_its_weights(tmp_path):
     net = googlenet()
     state = {**net.state_dict(), "fc.weight": torch.ones(1000, 1024), "aux1.conv.conv.weight": torch.ones(2, 2)}
     torch.save(state, tmp_path / "new.pth")
-    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)  # the format of torchvision's file, which is from 2018
+    # the format of torchvision's file, which is from 2018
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     save_file({k: v for k, v in state.items() if "num_batches" not in k}, tmp_path / "net.safetensors")
     for file in ("new.pth", "old.pth", "net.safetensors"):
         loaded = GoogLeNet().load(str(tmp_path / file)).state_dict()
         assert all(torch.equal(v, loaded[k]) for k, v in net.state_dict().items() if "num_batches" not in k), file
     name = "inception4c.branch3.1.bn.running_var"
-    for change, word in (({name: None}, name), ({"inception6.conv.weight": torch.ones(1)}, "inception6"), ({name: torch.ones(3)}, name)):
+    for change, word in (({name: None}, name), ({name: torch.ones(3)}, name),
+                         ({"inception6.conv.weight": torch.ones(1)}, "inception6")):
         torch.save({k: v for k, v in {**state, **change}.items() if v is not None}, tmp_path / "bad.pth")
         with pytest.raises(BadInput, match=word):
             GoogLeNet().load(str(tmp_path / "bad.pth"))

@@ -1,5 +1,5 @@
 """
-pickles.py: what a pickle may call, to the last name. How it reads the files that there are: test_readers.py.
+lib/pickles.py: what a pickle may call, to the last name. How it reads the files that there are: test_readers.py.
 
     python -m pytest tests/test_pickles.py
 """
@@ -7,8 +7,8 @@ import pickle
 
 import pytest
 
-from config import BadInput
-from pickles import Counted, Unpickler, read_pickle
+from lib.pickles import Counted, Unpickler, read_pickle
+from lib.program import BadInput
 
 # what plain containers, numpy's arrays of both its generations and torch's tensors are made of
 ALLOWED = {

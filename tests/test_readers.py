@@ -26,13 +26,23 @@ from conftest import ROOT
 from test_data import bad, shades, write_image
 
 import data
-import pickles
-import readers
-import video
 from data import Clips
-from pickles import read_pickle
-from readers import READERS, SPLITS, check, deal_out, read_clips, read_csl_daily, read_gfslt, read_how2sign, read_openasl, read_phoenix14t, read_slt
-from video import Store
+from lib import features, pickles, video
+from lib.check import check
+from lib.features import Store
+from lib.pickles import read_pickle
+from lib.readers import (
+    READERS,
+    SPLITS,
+    deal_out,
+    read_clips,
+    read_csl_daily,
+    read_gfslt,
+    read_how2sign,
+    read_openasl,
+    read_phoenix14t,
+    read_slt,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -65,8 +75,9 @@ def rows_of(folder, split):
 def neccam(split, n=3, width=8, seed=0, dtype=torch.float32):
     """Clips in neccam's form, of 2, 3, ... frames."""
     g = torch.Generator().manual_seed(seed + len(split))
-    return [{"name": f"{split}/clip{split}-{i}", "signer": f"Signer0{i}", "gloss": "REGEN KOMMEN", "text": f"regen {i} in {split} .",
-             "sign": torch.randn(i + 2, width, generator=g).to(dtype)} for i in range(n)]
+    return [{"name": f"{split}/clip{split}-{i}", "signer": f"Signer0{i}", "gloss": "REGEN KOMMEN",
+             "text": f"regen {i} in {split} .", "sign": torch.randn(i + 2, width, generator=g).to(dtype)}
+            for i in range(n)]
 
 
 def make_slt(folder, stem="phoenix14t.pami0", **options):
@@ -104,14 +115,17 @@ def own(tmp_path):
 def test_clips_tsv(own, tmp_path):
     splits, dealt = own("text\tfile\n Wie geht's? \ta.mp4\n\n\"quoted\"\td.x\nmit\u2028Zeichen\tc.gif\n")
     assert not dealt and splits == {"dev": [], "test": [], "train": [
-        {"name": "a", "text": "Wie geht's?", "video": str(tmp_path / "a.mp4")}, {"name": "d.x", "text": '"quoted"', "video": str(tmp_path / "d.x")},
+        {"name": "a", "text": "Wie geht's?", "video": str(tmp_path / "a.mp4")},
+        {"name": "d.x", "text": '"quoted"', "video": str(tmp_path / "d.x")},
         {"name": "c", "text": "mit\u2028Zeichen", "video": str(tmp_path / "c.gif")}]}
 
 
 def test_clips_tsv_as_windows_writes_it(own):
-    splits, dealt = own("\ufefffile\ttext\tsplit\tsigner\tgloss\r\na.mp4\tüber\ttest\tS1\tÜBER ICH\r\nb.mp4\tja\t\t\t\r\n")
+    splits, dealt = own("\ufefffile\ttext\tsplit\tsigner\tgloss\r\n"
+                        "a.mp4\tüber\ttest\tS1\tÜBER ICH\r\nb.mp4\tja\t\t\t\r\n")
     assert dealt and [r["name"] for r in splits["train"]] == ["b"] and not splits["dev"]
-    assert splits["test"][0] | {"video": ""} == {"name": "a", "text": "über", "video": "", "signer": "S1", "gloss": "ÜBER ICH"}
+    row = {"name": "a", "text": "über", "video": "", "signer": "S1", "gloss": "ÜBER ICH"}
+    assert splits["test"][0] | {"video": ""} == row
     assert "signer" not in splits["train"][0]
 
 
@@ -133,9 +147,10 @@ def test_wrong_clips_tsv(own, tmp_path, table, says):
 
 
 @pytest.mark.parametrize("line, trouble", [
-    ("z.mp4\tnein", "z.mp4 does not exist"), ("b.mp4\t ", "clip b: has an empty text"), ("a.mp4\tnein", "clip a: stands there already, in train"),
-    ("a.gif\tnein", "a.mp4"), ("d.x\tnein", "has no frames"), ("b.mp4\tnein", "is an empty file"), ("../x.mp4\tnein", "inside the folder"), ("/x.mp4\tnein", "inside the folder"),
-    ("__metadata__.gif\tnein", "inside the folder")])
+    ("z.mp4\tnein", "z.mp4 does not exist"), ("b.mp4\t ", "clip b: has an empty text"),
+    ("a.mp4\tnein", "clip a: stands there already, in train"), ("a.gif\tnein", "a.mp4"),
+    ("d.x\tnein", "has no frames"), ("b.mp4\tnein", "is an empty file"), ("../x.mp4\tnein", "inside the folder"),
+    ("/x.mp4\tnein", "inside the folder"), ("__metadata__.gif\tnein", "inside the folder")])
 def test_broken_own_clips(own, tmp_path, line, trouble):
     for name in ("a.mp4", "a.gif", "__metadata__.gif"):
         (tmp_path / name).write_text("full")
@@ -150,7 +165,9 @@ def test_no_clips_tsv(tmp_path):
         read_clips(str(tmp_path / "absent"))
 
 
-@pytest.mark.parametrize("n, ratio, want", [(20, "0.8,0.1,0.1", (16, 2, 2)), (1000, "0.8,0.1,0.1", (800, 100, 100)), (30, "1,0,0", (30, 0, 0)), (21, ".5,.25,.25", (10, 6, 5))])
+@pytest.mark.parametrize("n, ratio, want", [
+    (20, "0.8,0.1,0.1", (16, 2, 2)), (1000, "0.8,0.1,0.1", (800, 100, 100)), (30, "1,0,0", (30, 0, 0)),
+    (21, ".5,.25,.25", (10, 6, 5))])
 def test_deal_out(n, ratio, want):
     rows = [{"name": f"clip{i}"} for i in range(n)]
     splits = deal_out(rows, ratio)
@@ -170,7 +187,8 @@ def test_from_20_clips_on_some_are_held_out(tmp_path, monkeypatch, n, dealt):
     assert [len(rows_of(folder, split)) for split in SPLITS if (folder / f"{split}.jsonl").exists()] == dealt
 
 
-@pytest.mark.parametrize("args", [["reader=phoenix"], ["device=tpu"], ["fps=-1"], ["workers=-1"], ["dataset="], ["root="]], ids=str)
+@pytest.mark.parametrize("args", [["reader=phoenix"], ["device=tpu"], ["fps=-1"], ["workers=-1"], ["dataset="],
+                                  ["root="]], ids=str)
 def test_a_wrong_word_of_the_command_line(tmp_path, monkeypatch, capsys, args):
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, tmp_path, f"root={tmp_path}", *args)
@@ -213,8 +231,9 @@ def test_phoenix_real(real, root):
         home = real / "phoenix14t" / PHOENIX
         with open(home / f"annotations/manual/PHOENIX-2014-T.{split}.corpus.csv", encoding="utf-8", newline="") as f:
             source = list(csv.DictReader(f, delimiter="|", quoting=csv.QUOTE_NONE))
-        assert [(r["name"], r["text"], r["signer"], r["gloss"]) for r in splits[split]] == [(r["name"], r["translation"], r["speaker"], r["orth"]) for r in source]
-        assert len(data.read_video(splits[split][0]["video"])) == 2
+        found = [(r["name"], r["text"], r["signer"], r["gloss"]) for r in splits[split]]
+        assert found == [(r["name"], r["translation"], r["speaker"], r["orth"]) for r in source]
+        assert len(video.read_video(splits[split][0]["video"])) == 2
 
 
 def test_phoenix_quotes_and_separators(tmp_path):
@@ -225,7 +244,9 @@ def test_phoenix_quotes_and_separators(tmp_path):
 
 @pytest.mark.parametrize("form, rate", [("phoenix14t", 25), ("csl_daily", 30)])
 def test_frame_folders_have_the_rate_of_their_data_set(tmp_path, monkeypatch, form, rate):
-    """They cannot say it themselves; a store says it to whoever extracts another clip. The data set's name says its form."""
+    """
+    They cannot say it themselves; a store says it to whoever extracts another clip. The data set's name says its form.
+    """
     if form == "phoenix14t":
         root = make_phoenix(tmp_path, {s: {s: "regen"} for s in SPLITS})
     else:
@@ -258,8 +279,12 @@ def test_phoenix_wrong(tmp_path):
 
 
 def test_phoenix_to_store(tmp_path, monkeypatch, capsys):
-    """The whole way, with a byte order mark and a frame folder missing, one empty, one repeated name: strict says which, strict=false goes on."""
-    make_phoenix(tmp_path, {"train": {"a": "eins", "b": "zwei", "c": " "}, "dev": {"d": "eins", "a": "drei"}, "test": {"e": "zwei", "f": "x"}})
+    """
+    The whole way, with a byte order mark and a frame folder missing, one empty, one repeated name: strict says which,
+    strict=false goes on.
+    """
+    make_phoenix(tmp_path, {"train": {"a": "eins", "b": "zwei", "c": " "}, "dev": {"d": "eins", "a": "drei"},
+                            "test": {"e": "zwei", "f": "x"}})
     home = tmp_path / PHOENIX
     table = home / "annotations/manual/PHOENIX-2014-T.train.corpus.csv"
     table.write_bytes(b"\xef\xbb\xbf" + table.read_bytes())
@@ -271,29 +296,37 @@ def test_phoenix_to_store(tmp_path, monkeypatch, capsys):
         run(monkeypatch, tmp_path, *args)
     listed = (tmp_path / "data/set/problems.txt").read_text().splitlines()
     out = capsys.readouterr().out
-    for line, begin, word in zip(listed, ("train: clip b: ", "train: clip c: ", "dev: clip a: ", "test: clip f: "), ("has no frames", "empty text", "already, in train", "does not exist"), strict=True):
+    begins = "train: clip b: ", "train: clip c: ", "dev: clip a: ", "test: clip f: "
+    words = "has no frames", "empty text", "already, in train", "does not exist"
+    for line, begin, word in zip(listed, begins, words, strict=True):
         assert line.startswith(begin) and word in line and f"problem: {line}\n" in out
     assert not (tmp_path / "data/set/train.jsonl").exists()  # nothing was computed
     folder = run(monkeypatch, tmp_path, *args, "strict=false")
     assert [[r["name"] for r in rows_of(folder, s)] for s in SPLITS] == [["a"], ["d"], ["e"]]
-    assert rows_of(folder, "dev")[0] | {"video": ""} == {"name": "d", "text": "eins", "video": "", "signer": "Signer01", "gloss": "REGEN KOMMEN", "frames": 2}
+    assert rows_of(folder, "dev")[0] | {"video": ""} == {
+        "name": "d", "text": "eins", "video": "", "signer": "Signer01", "gloss": "REGEN KOMMEN", "frames": 2}
     assert len(Clips(str(tmp_path / "data"), "set", "toycnn", "train")) == 1
 
 
 def test_exit_code(tmp_path):
     make_phoenix(tmp_path, {"train": {"a": ""}})
-    done = subprocess.run([sys.executable, "data.py", "dataset=phoenix14t", f"root={tmp_path}", f"data_dir={tmp_path}/data"], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "1 clip(s)" in done.stderr and "clip a: has an empty text" in done.stdout
+    command = [sys.executable, "data.py", "dataset=phoenix14t", f"root={tmp_path}", f"data_dir={tmp_path}/data"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "1 clip(s)" in done.stderr
+    assert "clip a: has an empty text" in done.stdout
 
 # ---------------------------------------------------------------------------------------------------------------------
 # CSL-Daily, How2Sign, OpenASL
 
 def make_csl(root, frames="sentence/frames_512x512"):
-    info = [{"name": f"S00000{i}_P0000_T00", "length": 2, "label_gloss": ["他", "谁"], "label_char": chars, "label_word": ["x"], "label_postag": ["r"], "signer": i, "time": 0}
-            for i, chars in enumerate([["他", "是", "谁", "？"], ["Ａ", "b", "，", "3"], ["好", "。"]])]
+    texts = [["他", "是", "谁", "？"], ["Ａ", "b", "，", "3"], ["好", "。"]]
+    info = [{"name": f"S00000{i}_P0000_T00", "length": 2, "label_gloss": ["他", "谁"], "label_char": chars,
+             "label_word": ["x"], "label_postag": ["r"], "signer": i, "time": 0} for i, chars in enumerate(texts)]
     (root / "sentence_label").mkdir(parents=True)
     write_pickle(root / "sentence_label/csl2020ct_v2.pkl", {"info": info, "gloss_map": ["a"]}, zipped=False, protocol=3)
-    (root / "sentence_label/split_1.txt").write_text("name|split\nS000000_P0000_T00|train\nS000009_P0000_T00|train\nS000001_P0000_T00|dev\nS000002_P0000_T00|test\n")
+    splits = {0: "train", 9: "train", 1: "dev", 2: "test"}
+    table = "name|split\n" + "".join(f"S00000{i}_P0000_T00|{s}\n" for i, s in splits.items())
+    (root / "sentence_label/split_1.txt").write_text(table)
     for e in info:
         folder = root / frames / e["name"]
         folder.mkdir(parents=True)
@@ -302,11 +335,14 @@ def make_csl(root, frames="sentence/frames_512x512"):
     return root
 
 
-@pytest.mark.parametrize("frames", ["sentence/frames_512x512", "sentences", "sentence_frames-512x512", "sentence_frames-512x512/frames_512x512", "sentence"])
+@pytest.mark.parametrize("frames", ["sentence/frames_512x512", "sentences", "sentence_frames-512x512",
+                                    "sentence_frames-512x512/frames_512x512", "sentence"])
 def test_csl_daily(tmp_path, frames, capsys):
     splits, dealt = read_csl_daily(str(make_csl(tmp_path / "csl", frames).parent))
     assert dealt and [[r["text"] for r in splits[s]] for s in SPLITS] == [["他是谁？"], ["Ａb，3"], ["好。"]]
-    assert splits["train"] == [{"name": "S000000_P0000_T00", "text": "他是谁？", "video": str(tmp_path / "csl" / frames / "S000000_P0000_T00"), "signer": 0, "gloss": "他 谁", "frames": 2}]
+    folder = str(tmp_path / "csl" / frames / "S000000_P0000_T00")
+    assert splits["train"] == [{"name": "S000000_P0000_T00", "text": "他是谁？", "video": folder, "signer": 0,
+                                "gloss": "他 谁", "frames": 2}]
     assert "S000009_P0000_T00" in capsys.readouterr().out  # in split_1.txt without a text: said
     good, problems, notes, *_ = check(splits)
     assert not problems and good == splits and "published are 18401/1077/1176" in notes[0]
@@ -331,20 +367,24 @@ def test_csl_daily_wrong(tmp_path):
         read_csl_daily(str(tmp_path))
 
 
-@pytest.mark.parametrize("table, clips", [(".", "."), (".", "{}"), (".", "{}/raw_videos"), ("{}", "{}_raw_videos"), ("{}_rgb_front_clips", "{}_rgb_front_clips/raw_videos"),
-                                          ("sentence_level/{}/text/en/raw_text/re_aligned", "sentence_level/{}/rgb_front/raw_videos")])
+@pytest.mark.parametrize("table, clips", [
+    (".", "."), (".", "{}"), (".", "{}/raw_videos"), ("{}", "{}_raw_videos"),
+    ("{}_rgb_front_clips", "{}_rgb_front_clips/raw_videos"),
+    ("sentence_level/{}/text/en/raw_text/re_aligned", "sentence_level/{}/rgb_front/raw_videos")])
 def test_how2sign(tmp_path, table, clips):
     header = "VIDEO_ID\tVIDEO_NAME\tSENTENCE_ID\tSENTENCE_NAME\tSTART_REALIGNED\tEND_REALIGNED\tSENTENCE\n"
     for s in ("train", "val", "test"):
         for folder in (table, clips):
             (tmp_path / folder.format(s)).mkdir(parents=True, exist_ok=True)
         (tmp_path / table.format(s) / f"how2sign_realigned_{s}.csv").write_text(
-            header + f'-x\t-x-5-rgb_front\t-x_0\t-x_0-{s}\t0.1\t2.5\tIt\'s 5" wide.\n' + f'-x\t-x-5-rgb_front\t-x_1\t-x_1-{s}\t0.1\t2.5\t"""Hi,"" he said."\n')
+            header + f'-x\t-x-5-rgb_front\t-x_0\t-x_0-{s}\t0.1\t2.5\tIt\'s 5" wide.\n'
+            + f'-x\t-x-5-rgb_front\t-x_1\t-x_1-{s}\t0.1\t2.5\t"""Hi,"" he said."\n')
         for i in range(2):
             (tmp_path / clips.format(s) / f"-x_{i}-{s}.mp4").write_text("video")
     splits, _ = read_how2sign(str(tmp_path))
     for split, s in zip(SPLITS, ("train", "val", "test")):
-        assert [(r["name"], r["text"]) for r in splits[split]] == [(f"-x_0-{s}", 'It\'s 5" wide.'), (f"-x_1-{s}", '"Hi," he said.')]
+        rows = [(r["name"], r["text"]) for r in splits[split]]
+        assert rows == [(f"-x_0-{s}", 'It\'s 5" wide.'), (f"-x_1-{s}", '"Hi," he said.')]
     assert not check(splits)[1]
     os.remove(splits["dev"][1]["video"])
     assert "dev: clip -x_1-val" in check(read_how2sign(str(tmp_path))[0])[1][0]
@@ -356,12 +396,15 @@ def test_how2sign(tmp_path, table, clips):
 def test_openasl(tmp_path, folder):
     (tmp_path / folder).mkdir(exist_ok=True)
     names = ["a-00:00:01.000-00:00:02.500", "b", "c"]
-    (tmp_path / "openasl-v1.0.tsv").write_text("vid\tyid\tstart\tend\traw-text\ttokenized-text\tgloss\tsplit\n" + "".join(
-        f'{n}\ty\t00:00:01.000\t00:00:02.000\tHe said "{n[0]}".\the said\t\t{s}\n' for n, s in zip(names, ("train", "valid", "test"))))
+    rows = [f'{n}\ty\t00:00:01.000\t00:00:02.000\tHe said "{n[0]}".\the said\t\t{s}\n'
+            for n, s in zip(names, ("train", "valid", "test"))]
+    header = "vid\tyid\tstart\tend\traw-text\ttokenized-text\tgloss\tsplit\n"
+    (tmp_path / "openasl-v1.0.tsv").write_text(header + "".join(rows))
     (tmp_path / folder / (names[0].replace(":", "%") + ".mp4")).write_text("video")
     (tmp_path / folder / "b.mp4").write_text("video")
     splits, _ = read_openasl(str(tmp_path))
-    assert [[(r["name"], r["text"]) for r in splits[s]] for s in SPLITS] == [[(n, f'He said "{n[0]}".')] for n in names]
+    found = [[(r["name"], r["text"]) for r in splits[s]] for s in SPLITS]
+    assert found == [[(n, f'He said "{n[0]}".')] for n in names]
     problems = check(splits)[1]
     assert len(problems) == 1 and "test: clip c" in problems[0]
 
@@ -372,7 +415,8 @@ def test_gfslt_real(real):
     splits, _ = read_gfslt(str(real / "labels"))
     for split in SPLITS:
         source = unpickled(real / "labels" / f"labels.{split}")
-        assert [(split + "/" + r["name"], r["text"], r.get("gloss", ""), r["frames"]) for r in splits[split]] == [(n, e["text"], e["gloss"], len(e["imgs_path"])) for n, e in source.items()]
+        found = [(split + "/" + r["name"], r["text"], r.get("gloss", ""), r["frames"]) for r in splits[split]]
+        assert found == [(n, e["text"], e["gloss"], len(e["imgs_path"])) for n, e in source.items()]
     assert [len(splits[s]) for s in SPLITS] == [7096, 519, 642]
     *_, table, _ = check(splits)
     assert table[3].split() == ["test", "642", "642", "642", "32"]
@@ -382,31 +426,38 @@ def test_csl_variant_real(real):
     splits, _ = read_gfslt(str(real / "labels" / "csl_daily.labels.{split}"))
     for split in SPLITS:
         source = unpickled(real / "labels" / f"csl_daily.labels.{split}")
-        assert [(r["name"], r["text"], r["gloss"]) for r in splits[split]] == [(n, e["text"], " ".join(e["gloss"])) for n, e in source.items()]
+        found = [(r["name"], r["text"], r["gloss"]) for r in splits[split]]
+        assert found == [(n, e["text"], " ".join(e["gloss"])) for n, e in source.items()]
     assert splits["train"][0]["video"].endswith("S000000_P0000_T00.mp4")
 
 
 @pytest.mark.parametrize("inside", [".", "features/fullFrame-210x260px", PHOENIX + "/features/fullFrame-210x260px"])
 def test_gfslt_frames(tmp_path, inside):
-    clip = {"name": "train/a", "text": "ja", "gloss": "JA", "length": 2, "imgs_path": ["train/a/images0001.png", "train/a/images0002.png"]}
-    write_pickle(tmp_path / "labels.train", {"train/a": clip, "train/b": {"name": "train/b", "text": "nein.", "gloss": "NEIN", "length": 2}})
+    a = {"name": "train/a", "text": "ja", "gloss": "JA", "length": 2,
+         "imgs_path": ["train/a/images0001.png", "train/a/images0002.png"]}
+    b = {"name": "train/b", "text": "nein.", "gloss": "NEIN", "length": 2}
+    write_pickle(tmp_path / "labels.train", {"train/a": a, "train/b": b})
     for name in "ab":
         (tmp_path / inside / "train" / name).mkdir(parents=True)
         for i in (1, 2):
             (tmp_path / inside / "train" / name / f"images000{i}.png").touch()
     good, problems, notes, *_ = check(read_gfslt(str(tmp_path))[0])
-    assert not problems and [(r["name"], r["text"], r["frames"]) for r in good["train"]] == [("a", "ja", 2), ("b", "nein.", 2)] and notes == ["dev: no clips", "test: no clips"]
+    assert not problems and notes == ["dev: no clips", "test: no clips"]
+    assert [(r["name"], r["text"], r["frames"]) for r in good["train"]] == [("a", "ja", 2), ("b", "nein.", 2)]
 
 
 def test_slt_real(real):
     splits, _ = read_slt(str(real / "labels"))
     for split in SPLITS:
         source = unpickled(real / "labels" / f"neccam.phoenix14t.{split}")
-        assert [(f"{split}/{r['name']}", r["text"] + " .", r["gloss"], r["signer"], r["frames"]) for r in splits[split]] == [
-            (e["name"], e["text"], e["gloss"], e["signer"], e["num_frames"]) for e in source]
+        found = [(f"{split}/{r['name']}", r["text"] + " .", r["gloss"], r["signer"], r["frames"])
+                 for r in splits[split]]
+        assert found == [(e["name"], e["text"], e["gloss"], e["signer"], e["num_frames"]) for e in source]
 
 
-@pytest.mark.parametrize("content, says", [([], "list or a dict"), ("x", "list or a dict"), ([{"name": "a"}], "no text `text`"), ([{"name": 3, "text": "x"}], "no text `name`"), ([7], "clip number 1")])
+@pytest.mark.parametrize("content, says", [
+    ([], "list or a dict"), ("x", "list or a dict"), ([{"name": "a"}], "no text `text`"),
+    ([{"name": 3, "text": "x"}], "no text `name`"), ([7], "clip number 1")])
 def test_labels_of_another_form(tmp_path, content, says):
     path = write_pickle(tmp_path / "labels.train", content)
     with bad(path, says):
@@ -420,28 +471,34 @@ def test_no_labels(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Pickles
 
-CASES = {"float32": np.arange(6, dtype=np.float32).reshape(2, 3), "big-endian": np.arange(6, dtype=">f8").reshape(3, 2), "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
-         "float16": np.ones((1, 4), np.float16), "int": np.arange(4)[:, None], "large": np.random.default_rng(0).standard_normal((300, 100))}
+CASES = {"float32": np.arange(6, dtype=np.float32).reshape(2, 3), "big-endian": np.arange(6, dtype=">f8").reshape(3, 2),
+         "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)), "float16": np.ones((1, 4), np.float16),
+         "int": np.arange(4)[:, None], "large": np.random.default_rng(0).standard_normal((300, 100))}
 
 
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("case", CASES)
 def test_numpy_arrays(tmp_path, case, protocol):
     x = CASES[case]
-    content = {"a": x, "n": np.float32(2.5), "i": np.int64(7), "s": np.str_("ü"), "more": [(1, 2.5, None, True), {"x", "y"}, collections.OrderedDict(a=1), b"\x00\xff", "für", 10**30]}
+    more = [(1, 2.5, None, True), {"x", "y"}, collections.OrderedDict(a=1), b"\x00\xff", "für", 10**30]
+    content = {"a": x, "n": np.float32(2.5), "i": np.int64(7), "s": np.str_("ü"), "more": more}
     path = write_pickle(tmp_path / "p", content, protocol % 2 == 0, protocol)
     got = read_pickle(path)
     assert got["a"].data.dtype == x.dtype and got["a"].data.tobytes("F") == x.tobytes("F") and got["a"].shape == x.shape
     assert {k: v for k, v in got.items() if k != "a"} == {k: v for k, v in content.items() if k != "a"}
-    assert read_pickle(path, values=False)["a"].shape == x.shape and read_pickle(path, values=False)["a"].data is None
+    outline = read_pickle(path, values=False)
+    assert outline["a"].shape == x.shape and outline["a"].data is None
 
 
-@pytest.mark.parametrize("x", [torch.randn(3, 4), torch.randn(4, 3).T, torch.randn(10, 4)[2:5], torch.randn(3, 4).half(), torch.randn(3, 4).double(), torch.randn(3, 4).bfloat16(), torch.randn(300, 40)],
-                         ids=["plain", "transposed", "slice", "half", "double", "bfloat16", "large"])
+@pytest.mark.parametrize("x", [
+    torch.randn(3, 4), torch.randn(4, 3).T, torch.randn(10, 4)[2:5], torch.randn(3, 4).half(),
+    torch.randn(3, 4).double(), torch.randn(3, 4).bfloat16(), torch.randn(300, 40)],
+    ids=["plain", "transposed", "slice", "half", "double", "bfloat16", "large"])
 def test_torch_tensors(tmp_path, x):
     path = write_pickle(tmp_path / "p", [x, torch.tensor([])])
     got, empty = read_pickle(path)
-    assert (torch.from_numpy(got.data.copy()) == (x.float() if x.dtype == torch.bfloat16 else x)).all() and got.shape == x.shape and empty.shape == (0,)
+    assert (torch.from_numpy(got.data.copy()) == (x.float() if x.dtype == torch.bfloat16 else x)).all()
+    assert got.shape == x.shape and empty.shape == (0,)
     assert [a.shape for a in read_pickle(path, values=False)] == [x.shape, (0,)]
 
 
@@ -459,20 +516,40 @@ def old_reduce(module, name, arg):
     return f"c{module}\n{name}\n(V{arg}\ntR.".encode()
 
 
+def touch(mark):
+    """What pickles to a call that makes the file `mark`."""
+    return Call(os.system, f"touch {mark}")
+
+
+def text_of(command):
+    """A short text as protocol 4 writes it."""
+    return b"\x8c" + bytes([len(command)]) + command.encode()
+
+
 HOSTILE = {
-    "system": lambda mark: pickle.dumps(Call(os.system, f"touch {mark}"), 4), "system, protocol 0": lambda mark: pickle.dumps(Call(os.system, f"touch {mark}"), 0),
-    "GLOBAL": lambda mark: old_reduce("os", "system", f"touch {mark}"), "GLOBAL builtins": lambda mark: old_reduce("builtins", "eval", f"open({str(mark)!r},'w')"),
-    "INST": lambda mark: f"(Vtouch {mark}\nios\nsystem\n.".encode(), "OBJ": lambda mark: f"(cos\nsystem\nVtouch {mark}\no.".encode(),
-    "STACK_GLOBAL": lambda mark: b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c" + bytes([len(f"touch {mark}")]) + f"touch {mark}".encode() + b"\x85R.",
-    "dotted": lambda mark: b"\x80\x04\x8c\x05numpy\x8c\x0edtype.__init__\x93.", "getattr": lambda mark: pickle.dumps(Call(getattr, collections.OrderedDict, "fromkeys")),
-    "inside a container": lambda mark: pickle.dumps([{"name": "a", "text": Call(os.system, f"touch {mark}")}]),
-    "exec in numpy": lambda mark: old_reduce("numpy.testing._private.utils", "runstring", f"open({str(mark)!r},'w')"), "numpy.load": lambda mark: old_reduce("numpy", "load", mark),
-    "torch.load": lambda mark: old_reduce("torch", "load", mark), "torch hub": lambda mark: old_reduce("torch.hub", "load", mark), "partial": lambda mark: b"cfunctools\npartial\n.",
-    "EXT1": lambda mark: b"\x80\x02\x82\x01.", "persistent id": lambda mark: b"Pid\n.", "copyreg": lambda mark: b"ccopyreg\n_reconstructor\n.",
-    "storage that calls": lambda mark: pickle.dumps(Call(torch.storage._load_from_bytes, pickle.dumps(Call(os.system, f"touch {mark}")))),
-    "saved tensor that calls": lambda mark: pickle.dumps(Call(torch.storage._load_from_bytes, saved(Call(os.system, f"touch {mark}")))),
+    "system": lambda mark: pickle.dumps(touch(mark), 4),
+    "system, protocol 0": lambda mark: pickle.dumps(touch(mark), 0),
+    "GLOBAL": lambda mark: old_reduce("os", "system", f"touch {mark}"),
+    "GLOBAL builtins": lambda mark: old_reduce("builtins", "eval", f"open({str(mark)!r},'w')"),
+    "INST": lambda mark: f"(Vtouch {mark}\nios\nsystem\n.".encode(),
+    "OBJ": lambda mark: f"(cos\nsystem\nVtouch {mark}\no.".encode(),
+    "STACK_GLOBAL": lambda mark: b"\x80\x04\x8c\x02os\x8c\x06system\x93" + text_of(f"touch {mark}") + b"\x85R.",
+    "dotted": lambda mark: b"\x80\x04\x8c\x05numpy\x8c\x0edtype.__init__\x93.",
+    "getattr": lambda mark: pickle.dumps(Call(getattr, collections.OrderedDict, "fromkeys")),
+    "inside a container": lambda mark: pickle.dumps([{"name": "a", "text": touch(mark)}]),
+    "exec in numpy": lambda mark: old_reduce("numpy.testing._private.utils", "runstring", f"open({str(mark)!r},'w')"),
+    "numpy.load": lambda mark: old_reduce("numpy", "load", mark),
+    "torch.load": lambda mark: old_reduce("torch", "load", mark),
+    "torch hub": lambda mark: old_reduce("torch.hub", "load", mark),
+    "partial": lambda mark: b"cfunctools\npartial\n.", "EXT1": lambda mark: b"\x80\x02\x82\x01.",
+    "persistent id": lambda mark: b"Pid\n.", "copyreg": lambda mark: b"ccopyreg\n_reconstructor\n.",
+    "storage that calls": lambda mark: pickle.dumps(
+        Call(torch.storage._load_from_bytes, pickle.dumps(touch(mark)))),
+    "saved tensor that calls": lambda mark: pickle.dumps(
+        Call(torch.storage._load_from_bytes, saved(touch(mark)))),
     "subtype of array": lambda mark: b"cnumpy.core.multiarray\n_reconstruct\n(cos\nsystem\n(I0\ntS'b'\ntR.",
-    "BUILD on a class": lambda mark: b"cnumpy\ndtype\n(N}V__init__\ncbuiltins\nset\nstb0cnumpy\ndtype\n(Vf4\ntRcbuiltins\neval\n.",
+    "BUILD on a class": lambda mark: (b"cnumpy\ndtype\n(N}V__init__\ncbuiltins\nset\nstb0"
+                                      b"cnumpy\ndtype\n(Vf4\ntRcbuiltins\neval\n."),
 }
 
 
@@ -514,31 +591,41 @@ def test_the_hostile_pickles_are_hostile(tmp_path):
 
 def array_state(shape, dtype="f4", raw=b"\0" * 16, fields=None):
     """A numpy array by hand: any shape, any dtype over any bytes."""
-    return (b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntcbuiltins\nset\n)RtR(I1\n" + pickle.dumps(shape, 0)[:-1] +
-            b"cnumpy\ndtype\n(V" + dtype.encode() + b"\nI0\nI1\ntR(I3\nV<\nN" + pickle.dumps(fields, 0)[:-1] + b"NI-1\nI-1\nI0\ntbI00\n" + pickle.dumps(raw, 4)[2:-1].replace(b"\x94", b"") + b"tb.")
+    return (b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntcbuiltins\nset\n)RtR(I1\n"
+            + pickle.dumps(shape, 0)[:-1] + b"cnumpy\ndtype\n(V" + dtype.encode() + b"\nI0\nI1\ntR(I3\nV<\nN"
+            + pickle.dumps(fields, 0)[:-1] + b"NI-1\nI-1\nI0\ntbI00\n"
+            + pickle.dumps(raw, 4)[2:-1].replace(b"\x94", b"") + b"tb.")
 
 
 def torch_rebuild(size, stride, offset=0):
-    return Call(torch._utils._rebuild_tensor_v2, torch.storage.TypedStorage(wrap_storage=torch.zeros(4).untyped_storage(), dtype=torch.float32, _internal=True), offset, size, stride, False, collections.OrderedDict())
+    four = torch.zeros(4).untyped_storage()
+    storage = torch.storage.TypedStorage(wrap_storage=four, dtype=torch.float32, _internal=True)
+    return Call(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, collections.OrderedDict())
 
 
 def compressed():
     """torch's own file of a storage, deflated: a thousandth of what it unpacks to."""
-    f = io.BytesIO()
-    with zipfile.ZipFile(f, "w", zipfile.ZIP_DEFLATED) as z, zipfile.ZipFile(io.BytesIO(saved(torch.zeros(10**6).untyped_storage()))) as source:
+    f, plain = io.BytesIO(), io.BytesIO(saved(torch.zeros(10**6).untyped_storage()))
+    with zipfile.ZipFile(f, "w", zipfile.ZIP_DEFLATED) as z, zipfile.ZipFile(plain) as source:
         for name in source.namelist():
             z.writestr(name, source.read(name))
     return f.getvalue()
 
 
+PETA = struct.pack("<Q", 10**15)
 SHAPES = {
-    "petabyte of numpy": array_state((10**6, 10**9)), "negative": array_state((-1, -4)), "object": array_state((2,), "O"), "void": array_state((2,), "V8"), "fields": array_state((4,), "f4", fields=("a",)),
-    "wrong bytes": array_state((5,)), "petabyte of torch": pickle.dumps(torch_rebuild((10**6, 10**9), (10**9, 1))), "stride 0": pickle.dumps(torch_rebuild((10**6, 10**9), (0, 0))),
-    "beyond the storage": pickle.dumps(torch_rebuild((4,), (2,))), "offset": pickle.dumps(torch_rebuild((4,), (1,), 1)), "negative offset": pickle.dumps(torch_rebuild((2,), (1,), -2)),
-    "compressed tensor": pickle.dumps(Call(torch.storage._load_from_bytes, compressed())), "memo of 64 GB": b"\x80\x02Nr\xff\xff\xff\xffN0N0",
-    "petabyte of bytes": b"\x80\x04\x8e" + struct.pack("<Q", 10**15) + b".", "petabyte of bytearray": b"\x80\x05\x96" + struct.pack("<Q", 10**15) + b".",
-    "frame of a petabyte": b"\x80\x04\x95" + struct.pack("<Q", 10**15) + b"N.", "negative length": b"\x80\x02T" + struct.pack("<i", -5) + b".",
-    "nothing": b"", "text": b"not a pickle at all", "no end": pickle.dumps([1, 2, 3])[:-1], "popped empty": b"0.", "garbage": bytes(range(256))}
+    "petabyte of numpy": array_state((10**6, 10**9)), "negative": array_state((-1, -4)),
+    "object": array_state((2,), "O"), "void": array_state((2,), "V8"), "fields": array_state((4,), "f4", fields=("a",)),
+    "wrong bytes": array_state((5,)), "petabyte of torch": pickle.dumps(torch_rebuild((10**6, 10**9), (10**9, 1))),
+    "stride 0": pickle.dumps(torch_rebuild((10**6, 10**9), (0, 0))),
+    "beyond the storage": pickle.dumps(torch_rebuild((4,), (2,))),
+    "offset": pickle.dumps(torch_rebuild((4,), (1,), 1)),
+    "negative offset": pickle.dumps(torch_rebuild((2,), (1,), -2)),
+    "compressed tensor": pickle.dumps(Call(torch.storage._load_from_bytes, compressed())),
+    "memo of 64 GB": b"\x80\x02Nr\xff\xff\xff\xffN0N0", "petabyte of bytes": b"\x80\x04\x8e" + PETA + b".",
+    "petabyte of bytearray": b"\x80\x05\x96" + PETA + b".", "frame of a petabyte": b"\x80\x04\x95" + PETA + b"N.",
+    "negative length": b"\x80\x02T" + struct.pack("<i", -5) + b".", "nothing": b"", "text": b"not a pickle at all",
+    "no end": pickle.dumps([1, 2, 3])[:-1], "popped empty": b"0.", "garbage": bytes(range(256))}
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -571,7 +658,8 @@ def test_gzip_bomb(tmp_path, monkeypatch):
 
 def test_truncated_and_damaged_gzip(tmp_path):
     raw = gzip.compress(pickle.dumps(neccam("train", 50)))
-    for content in (raw[:len(raw) // 2], raw[:-4], raw[:-8] + b"\0\0\0\0" + raw[-4:], raw[:500] + b"\xff\xff\xff" + raw[503:]):
+    for content in (raw[:len(raw) // 2], raw[:-4], raw[:-8] + b"\0\0\0\0" + raw[-4:],
+                    raw[:500] + b"\xff\xff\xff" + raw[503:]):
         (tmp_path / "p").write_bytes(content)
         with bad(tmp_path / "p"):
             read_pickle(str(tmp_path / "p"))
@@ -591,9 +679,12 @@ def test_slt_with_features_inside(tmp_path, monkeypatch, capsys):
     folder = run(monkeypatch, tmp_path, "reader=slt", f"root={tmp_path / 'slt'}", "backbone=pami0")
     for split, clips in made.items():
         store = Store(str(folder / "pami0" / f"{split}.safetensors"))
-        assert [(r["name"], r["text"], r["frames"]) for r in rows_of(folder, split)] == [(e["name"].split("/")[1], e["text"][:-2], len(e["sign"])) for e in clips]
+        found = [(r["name"], r["text"], r["frames"]) for r in rows_of(folder, split)]
+        assert found == [(e["name"].split("/")[1], e["text"][:-2], len(e["sign"])) for e in clips]
         assert all(same(store[e["name"].split("/")[1]], e["sign"]) for e in clips) and len(store.names) == len(clips)
-        assert json.loads(store.metadata["settings"]) == {"backbone": "pami0", "weights": "", "imported": True, "features": f"{tmp_path}/slt/phoenix14t.pami0.{{split}}"}
+        assert json.loads(store.metadata["settings"]) == {
+            "backbone": "pami0", "weights": "", "imported": True,
+            "features": f"{tmp_path}/slt/phoenix14t.pami0.{{split}}"}
     assert len(Clips(str(tmp_path / "data"), "set", "pami0", "test")) == 3
     assert "video" not in rows_of(folder, "train")[0]
 
@@ -612,21 +703,26 @@ def save_as(form, folder, prefix):
         elif form == "safetensors":
             safetensors.torch.save_file(arrays, folder / f"f.{split}.safetensors")
         elif form in SMALL:
-            safetensors.torch.save_file({n: x.to(SMALL[form]) for n, x in arrays.items()}, folder / f"f.{split}.safetensors")
+            small = {n: x.to(SMALL[form]) for n, x in arrays.items()}
+            safetensors.torch.save_file(small, folder / f"f.{split}.safetensors")
         else:
             for n, x in arrays.items():
                 path = folder / ("npy" if "{split}" not in form else split) / f"{n}.npy"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 np.save(path, x.numpy())
-    return str(folder / {"pickle": "f.{split}", "pickle of dicts": "f.{split}", "safetensors": "f.{split}.safetensors", "bfloat16": "f.{split}.safetensors", "float8": "f.{split}.safetensors"}.get(form, form))
+    pickled, tensors = "f.{split}", "f.{split}.safetensors"
+    return str(folder / {"pickle": pickled, "pickle of dicts": pickled, "safetensors": tensors, "bfloat16": tensors,
+                         "float8": tensors}.get(form, form))
 
 
 @pytest.mark.parametrize("prefix", [True, False])
-@pytest.mark.parametrize("form", ["pickle", "pickle of dicts", "safetensors", "bfloat16", "float8", "{split}", "{split}/{name}.npy", "npy"])
+@pytest.mark.parametrize("form", ["pickle", "pickle of dicts", "safetensors", "bfloat16", "float8", "{split}",
+                                  "{split}/{name}.npy", "npy"])
 def test_forms_of_features(tmp_path, monkeypatch, form, prefix):
     make_slt(tmp_path / "slt", width=2, seed=9)  # other features, not to be taken
     pattern = save_as(form, tmp_path, prefix)
-    folder = run(monkeypatch, tmp_path, "reader=slt", f"root={tmp_path / 'slt'}", f"features={pattern}", "backbone=timm/resnet")
+    folder = run(monkeypatch, tmp_path, "reader=slt", f"root={tmp_path / 'slt'}", f"features={pattern}",
+                 "backbone=timm/resnet")
     for split in SPLITS:
         store = Store(str(folder / "timm/resnet" / f"{split}.safetensors"))
         for e in neccam(split):
@@ -641,7 +737,8 @@ def test_features_of_own_clips(tmp_path, monkeypatch):
         safetensors.numpy.save_file({name: a[name][:, :2].copy()}, tmp_path / f"{split}.safetensors")
         (tmp_path / "npy" / split).mkdir(parents=True)
         np.save(tmp_path / "npy" / split / f"{name}.npy", a[f"{split}/{name}"][:, :3])
-    folder = run(monkeypatch, tmp_path, f"root={tmp_path}", f"features={tmp_path}/{{split}}.safetensors,{tmp_path}/npy", "backbone=two")
+    folder = run(monkeypatch, tmp_path, f"root={tmp_path}", f"features={tmp_path}/{{split}}.safetensors,{tmp_path}/npy",
+                 "backbone=two")
     for split, name in (("train", "a"), ("dev", "b")):
         want = np.concatenate([a[name][:, :2], a[f"{split}/{name}"][:, :3]], 1)
         assert same(Store(str(folder / "two" / f"{split}.safetensors"))[f"{split}/{name}"], want)
@@ -649,7 +746,9 @@ def test_features_of_own_clips(tmp_path, monkeypatch):
 
 def test_concatenated_pickles(tmp_path, monkeypatch):
     one, two = make_slt(tmp_path / "slt", width=8), make_slt(tmp_path / "slt", "phoenix14t.pami1", width=5, seed=7)
-    folder = run(monkeypatch, tmp_path, "reader=slt", f"root={tmp_path / 'slt'}", f"features={tmp_path}/slt/phoenix14t.pami0.{{split}},{tmp_path}/slt/phoenix14t.pami1.{{split}}", "backbone=pami01")
+    patterns = ",".join(f"{tmp_path}/slt/phoenix14t.{pami}.{{split}}" for pami in ("pami0", "pami1"))
+    folder = run(monkeypatch, tmp_path, "reader=slt", f"root={tmp_path / 'slt'}", f"features={patterns}",
+                 "backbone=pami01")
     for split in SPLITS:
         store = Store(str(folder / "pami01" / f"{split}.safetensors"))
         for a, b in zip(one[split], two[split]):
@@ -657,9 +756,12 @@ def test_concatenated_pickles(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change, says", [
-    (lambda clips: clips.pop(1), "clip cliptrain-1: has no features in"), (lambda clips: clips[1].update(sign=torch.zeros(3)), "(3,), not (frames, width)"),
-    (lambda clips: clips[1].update(sign=torch.zeros(0)), "features=states"), (lambda clips: clips[1].update(sign=torch.zeros(0, 8)), "(0, 8)"),
-    (lambda clips: clips[1].update(sign=torch.zeros(3, 7)), "7 wide, those of the first clip 8"), (lambda clips: clips[1].update(sign="x"), "has no features")])
+    (lambda clips: clips.pop(1), "clip cliptrain-1: has no features in"),
+    (lambda clips: clips[1].update(sign=torch.zeros(3)), "(3,), not (frames, width)"),
+    (lambda clips: clips[1].update(sign=torch.zeros(0)), "features=states"),
+    (lambda clips: clips[1].update(sign=torch.zeros(0, 8)), "(0, 8)"),
+    (lambda clips: clips[1].update(sign=torch.zeros(3, 7)), "7 wide, those of the first clip 8"),
+    (lambda clips: clips[1].update(sign="x"), "has no features")])
 def test_features_of_a_clip_are_wrong(tmp_path, monkeypatch, change, says):
     make_slt(tmp_path / "slt")
     clips = neccam("train")
@@ -682,11 +784,15 @@ def test_frames_of_two_files_differ(tmp_path):
     (tmp_path / "cliptrain-1.npy").write_bytes(b"\x93NUMPY\x01\0")
     with open(tmp_path / "cliptrain-2.npy", "wb") as f:
         np.lib.format.write_array(f, np.array([os.system], object), allow_pickle=True)
-    good, problems, *_ = check({"train": read_slt(str(tmp_path / "slt"))[0]["train"], "dev": [], "test": []}, [f"{tmp_path}/slt/phoenix14t.pami0.{{split}}", str(tmp_path)])
-    assert "2 frames" in problems[0] and "9 frames" in problems[0] and "cannot be read as an array" in problems[1] and "cannot be read as an array" in problems[2]
+    rows = read_slt(str(tmp_path / "slt"))[0]["train"]
+    patterns = [f"{tmp_path}/slt/phoenix14t.pami0.{{split}}", str(tmp_path)]
+    good, problems, *_ = check({"train": rows, "dev": [], "test": []}, patterns)
+    assert "2 frames" in problems[0] and "9 frames" in problems[0]
+    assert "cannot be read as an array" in problems[1] and "cannot be read as an array" in problems[2]
 
 
-@pytest.mark.parametrize("value, says", [(70000.0, "7e+04"), (float("inf"), "not finite"), (float("nan"), "not finite"), (-1e9, "1e+09")])
+@pytest.mark.parametrize("value, says", [(70000.0, "7e+04"), (float("inf"), "not finite"), (float("nan"), "not finite"),
+                                         (-1e9, "1e+09")])
 def test_what_float16_cannot_hold(tmp_path, monkeypatch, value, says):
     made = make_slt(tmp_path / "slt")
     made["dev"][1]["sign"][1, 3] = value
@@ -696,14 +802,16 @@ def test_what_float16_cannot_hold(tmp_path, monkeypatch, value, says):
 
 
 def test_largest_float16_is_kept():
-    assert readers.half(np.array([[65504.0, -65504, 65519, 6e-8]]), "x").tolist() == [[65504, -65504, 65504, np.float16(6e-8)]]
+    x = np.array([[65504.0, -65504, 65519, 6e-8]])
+    assert features.half(x, "x").tolist() == [[65504, -65504, 65504, np.float16(6e-8)]]
 
 
 def test_no_file_of_features(tmp_path, monkeypatch):
     make_slt(tmp_path / "slt")
     for pattern in ("absent.{split}", "absent.{split}.safetensors"):
         with bad("absent.train"):
-            run(monkeypatch, tmp_path, "reader=slt", f"root={tmp_path / 'slt'}", f"features={tmp_path}/{pattern}", "backbone=x")
+            run(monkeypatch, tmp_path, "reader=slt", f"root={tmp_path / 'slt'}", f"features={tmp_path}/{pattern}",
+                "backbone=x")
     for label in ("../x", "/x", "", ".parts"):
         with bad("backbone="):
             run(monkeypatch, tmp_path, "reader=slt", f"root={tmp_path / 'slt'}", f"backbone={label}")
@@ -723,11 +831,13 @@ def test_names_cannot_leave(tmp_path, monkeypatch):
 
 
 def test_many_problems_are_all_in_the_file(tmp_path, monkeypatch, capsys):
-    (tmp_path / "clips.tsv").write_text("file\ttext\tsplit\n" + "".join(f"{i}.mp4\tx\ttrain\n" for i in range(30)))
+    lines = "".join(f"{i}.mp4\tx\ttrain\n" for i in range(30))
+    (tmp_path / "clips.tsv").write_text("file\ttext\tsplit\n" + lines)
     with bad("30 clip(s)"):
         run(monkeypatch, tmp_path, f"root={tmp_path}")
     out = capsys.readouterr().out
-    assert out.count("problem: ") == 21 and "and 10 more" in out and len((tmp_path / "data/set/problems.txt").read_text().splitlines()) == 30
+    assert out.count("problem: ") == 21 and "and 10 more" in out
+    assert len((tmp_path / "data/set/problems.txt").read_text().splitlines()) == 30
     with bad("no clip is left"):
         run(monkeypatch, tmp_path, f"root={tmp_path}", "strict=false")
 
@@ -754,16 +864,20 @@ def test_states(tmp_path, monkeypatch, real, capsys):
             for frame, states in zip(x, zip(*[e["alignments"][f"pami{i}"].split() for i in range(3)])):
                 vectors.setdefault(states, []).append(frame)
     same_states = [torch.stack(v[:2]) for v in vectors.values() if len(v) > 1]
-    assert 0.5 < np.mean([torch.corrcoef(v)[0, 1] for v in same_states]) < 0.7  # 1.5 of 2.5 in common: the same states look alike, the noise does not
-    a, b = (readers.standin(name, [["0"] * 50] * 3, 1.0) - readers.standin(name, [["0"] * 50] * 3, 0.0) for name in ("a", "b"))
-    assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.02 and abs(a.std() - 1) < 0.02  # each clip has a noise of its own
+    # 1.5 of 2.5 in common: the same states look alike, the noise does not
+    assert 0.5 < np.mean([torch.corrcoef(v)[0, 1] for v in same_states]) < 0.7
+    noise = lambda name: np.subtract(*(features.standin(name, [["0"] * 50] * 3, sigma) for sigma in (1.0, 0.0)))
+    a, b = noise("a"), noise("b")
+    # each clip has a noise of its own
+    assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.02 and abs(a.std() - 1) < 0.02
     first = {s: (folder / "standin" / f"{s}.safetensors").read_bytes() for s in SPLITS}
     run(monkeypatch, tmp_path, *args)
     assert first == {s: (folder / "standin" / f"{s}.safetensors").read_bytes() for s in SPLITS}  # the same every time
     run(monkeypatch, tmp_path, *args, "sigma=0", "backbone=quiet")
     e = source["dev"][0]
     quiet = Store(str(folder / "quiet/dev.safetensors"))[e["name"].split("/")[1]]
-    want = sum(w * np.stack([readers.state_vector(i, int(s)) for s in e["alignments"][f"pami{i}"].split()]) for i, w in enumerate((1, 0.5, 0.5)))
+    vectors = lambda i: np.stack([features.state_vector(i, int(s)) for s in e["alignments"][f"pami{i}"].split()])
+    want = sum(w * vectors(i) for i, w in enumerate((1, 0.5, 0.5)))
     assert same(quiet, want)
 
 
@@ -771,7 +885,8 @@ def test_states_need_alignments(tmp_path, monkeypatch):
     make_slt(tmp_path / "slt")
     with bad("9 clip(s)"):
         run(monkeypatch, tmp_path, "reader=slt", f"root={tmp_path / 'slt'}", "features=states")
-    assert "clip cliptrain-0" in (line := (tmp_path / "data/set/problems.txt").read_text().splitlines()[0]) and "no alignments" in line
+    line = (tmp_path / "data/set/problems.txt").read_text().splitlines()[0]
+    assert "clip cliptrain-0" in line and "no alignments" in line
     with bad("reader=slt"):
         (tmp_path / "clips.tsv").write_text("file\ttext\na.mp4\tx\n")
         run(monkeypatch, tmp_path, f"root={tmp_path}", "features=states")
@@ -784,19 +899,12 @@ def test_every_reader_is_there():
 # ---------------------------------------------------------------------------------------------------------------------
 # More of the readers
 
-
 def test_the_end_of_a_text_of_neccam(tmp_path):
     """ " ." goes once from the end and nothing else does: a text may end in points of its own."""
     texts = ["regen am abend .", "usw. .", "regen . .", "ende.", ". .", "sonne .."]
     write_pickle(tmp_path / "phoenix14t.pami0.train", [{"name": f"train/{i}", "text": t} for i, t in enumerate(texts)])
-    assert [r["text"] for r in read_slt(str(tmp_path))[0]["train"]] == [
-        "regen am abend",
-        "usw.",
-        "regen .",
-        "ende.",
-        ".",
-        "sonne ..",
-    ]
+    found = [r["text"] for r in read_slt(str(tmp_path))[0]["train"]]
+    assert found == ["regen am abend", "usw.", "regen .", "ende.", ".", "sonne .."]
 
 
 def test_a_clip_that_lies_in_two_folders(tmp_path):
@@ -807,26 +915,21 @@ def test_a_clip_that_lies_in_two_folders(tmp_path):
     header = "SENTENCE_NAME\tSENTENCE\n"
     (tmp_path / "how2sign_realigned_val.csv").write_text(header + "a\there\nb\there\nc\there\nd\there\n")
     (tmp_path / "val/how2sign_realigned_val.csv").write_text(header + "a\tthere\n")
-    for name, folders in (
-        ("a", (".", raw, "raw_videos")),
-        ("b", (".", "val_raw_videos", "val")),
-        ("c", (".", "raw_videos")),
-    ):
+    for name, folders in {"a": (".", raw, "raw_videos"), "b": (".", "val_raw_videos", "val"),
+                          "c": (".", "raw_videos")}.items():
         for folder in folders:
             (tmp_path / folder / f"{name}.mp4").write_text("video")
     rows = read_how2sign(str(tmp_path))[0]["dev"]
     assert [(r["name"], r["text"]) for r in rows] == [(n, "here") for n in "abcd"]
-    assert [os.path.normpath(r["video"]) for r in rows] == [
-        str(tmp_path / f) for f in (f"{raw}/a.mp4", "val_raw_videos/b.mp4", "raw_videos/c.mp4", "d.mp4")
-    ]
+    files = f"{raw}/a.mp4", "val_raw_videos/b.mp4", "raw_videos/c.mp4", "d.mp4"
+    assert [os.path.normpath(r["video"]) for r in rows] == [str(tmp_path / f) for f in files]
     (tmp_path / "openasl-v1.0.tsv").write_text("vid\traw-text\tsplit\na\tone\ttrain\nb\ttwo\tval\nx:y\tthree\ttest\n")
     (tmp_path / "clips").mkdir()
     for name in ("a", "b", "x%y"):
         (tmp_path / "clips" / f"{name}.mp4").write_text("video")
     splits = read_openasl(str(tmp_path))[0]
-    assert [os.path.normpath(splits[s][0]["video"]) for s in SPLITS] == [
-        str(tmp_path / f) for f in ("a.mp4", "b.mp4", "clips/x%y.mp4")
-    ]
+    files = "a.mp4", "b.mp4", "clips/x%y.mp4"
+    assert [os.path.normpath(splits[s][0]["video"]) for s in SPLITS] == [str(tmp_path / f) for f in files]
     (tmp_path / "openasl-v1.0.tsv").write_text("vid\traw-text\tsplit\na\tone\tdev1\n")
     with bad("openasl-v1.0.tsv:2", "clip a", "dev1"):
         read_openasl(str(tmp_path))
@@ -856,9 +959,8 @@ def test_csl_daily_cells_have_spaces_and_numbers(tmp_path):
     write_pickle(tmp_path / "sentence_label/csl2020ct_v2.pkl", {"info": info}, zipped=False)
     (tmp_path / "sentence_label/split_1.txt").write_text("name|split\n S000000_P0000_T00 | test \n")
     splits = read_csl_daily(str(tmp_path))[0]
-    assert [r | {"video": ""} for r in splits["test"]] == [
-        {"name": "S000000_P0000_T00", "text": "3个人", "video": "", "signer": 0, "frames": 2}
-    ] and not splits["train"]
+    row = {"name": "S000000_P0000_T00", "text": "3个人", "video": "", "signer": 0, "frames": 2}
+    assert [r | {"video": ""} for r in splits["test"]] == [row] and not splits["train"]
 
 
 def test_gfslt_videos(tmp_path):
@@ -866,10 +968,8 @@ def test_gfslt_videos(tmp_path):
     The kin of labels.train for CSL-Daily: a video_path, which goes before the name; a clip may lie under its split;
     what is empty is left out.
     """
-    clips = {
-        "a": {"name": "a", "text": "ja", "gloss": ["A", "B"], "video_path": "x/one.mp4", "signer": ""},
-        "train/b": {"name": "train/b", "text": "nein", "gloss": "", "num_frames": 7},
-    }
+    clips = {"a": {"name": "a", "text": "ja", "gloss": ["A", "B"], "video_path": "x/one.mp4", "signer": ""},
+             "train/b": {"name": "train/b", "text": "nein", "gloss": "", "num_frames": 7}}
     write_pickle(tmp_path / "csl_daily.labels.train", clips)
     (tmp_path / "sentence-crop/x").mkdir(parents=True)
     (tmp_path / "sentence-crop/x/one.mp4").write_text("video")
@@ -878,8 +978,7 @@ def test_gfslt_videos(tmp_path):
         splits, dealt = read_gfslt(str(root))
         assert dealt and splits["train"] == [
             {"name": "a", "text": "ja", "video": f"{tmp_path}/sentence-crop/x/one.mp4", "gloss": "A B"},
-            {"name": "b", "text": "nein", "video": f"{tmp_path}/fullFrame-210x260px/train/b", "frames": 7},
-        ]
+            {"name": "b", "text": "nein", "video": f"{tmp_path}/fullFrame-210x260px/train/b", "frames": 7}]
 
 
 def test_the_order_of_dealing_out():
@@ -893,25 +992,18 @@ def test_the_order_of_dealing_out():
 # ---------------------------------------------------------------------------------------------------------------------
 # More of the check
 
-
-@pytest.mark.parametrize(
-    "form, counts",
-    [("{:02}April_2010_Thursday_heute-{}", (7096, 519, 642)), ("S{1:06}_P{0:04}_T01", (18401, 1077, 1176))],
-)
+@pytest.mark.parametrize("form, counts", [
+    ("{:02}April_2010_Thursday_heute-{}", (7096, 519, 642)), ("S{1:06}_P{0:04}_T01", (18401, 1077, 1176))])
 def test_published_numbers_of_clips(form, counts):
     """
-    As many as the authors published: no note. One less: a note that says both, and the table says what was
-    published.
+    As many as the authors published: no note. One less: a note that says both, and the table says what was published.
     """
     clips = [{"name": form.format(i % 100, i), "text": "x", "video": "absent.mp4"} for i in range(sum(counts))]
     train, dev, test = counts
-    splits = {"train": clips[:train], "dev": clips[train : train + dev], "test": clips[train + dev :]}
+    splits = {"train": clips[:train], "dev": clips[train:train + dev], "test": clips[train + dev:]}
     _, problems, notes, table, _ = check(splits)
-    assert (
-        not notes
-        and len(problems) == sum(counts)
-        and [line.split()[:4] for line in table[1:]] == [[s, str(n), str(n), str(n)] for s, n in zip(SPLITS, counts)]
-    )
+    assert not notes and len(problems) == sum(counts)
+    assert [line.split()[:4] for line in table[1:]] == [[s, str(n), str(n), str(n)] for s, n in zip(SPLITS, counts)]
     for split in SPLITS:
         (note,) = check(splits | {split: splits[split][1:]})[2]
         less = tuple(n - (s == split) for s, n in zip(SPLITS, counts))
@@ -921,28 +1013,14 @@ def test_published_numbers_of_clips(form, counts):
 def test_the_table_of_the_check(tmp_path):
     """Clips, problems, and how many texts of a split stand in train, each counted by hand."""
     (tmp_path / "a.mp4").write_text("full")
-    row = lambda name, text: {
-        "name": name,
-        "text": text,
-        "video": str(tmp_path / ("a.mp4" if name[0] != "x" else "absent.mp4")),
-    }
-    splits = {
-        "train": [row("a", "eins"), row("b", "zwei"), row("xc", "drei")],
-        "dev": [row("d", "eins"), row("e", "eins"), row("xf", "drei"), row("g", "vier")],
-        "test": [],
-    }
+    file = lambda name: str(tmp_path / ("a.mp4" if name[0] != "x" else "absent.mp4"))
+    row = lambda name, text: {"name": name, "text": text, "video": file(name)}
+    splits = {"train": [row("a", "eins"), row("b", "zwei"), row("xc", "drei")],
+              "dev": [row("d", "eins"), row("e", "eins"), row("xf", "drei"), row("g", "vier")], "test": []}
     good, problems, notes, table, shapes = check(splits)
-    assert [line.split() for line in table[1:]] == [
-        ["train", "3", "1"],
-        ["dev", "4", "1", "3"],
-        ["test", "0", "0", "0"],
-    ]
-    assert (
-        [len(good[s]) for s in SPLITS] == [2, 3, 0]
-        and len(problems) == 2
-        and notes == ["test: no clips"]
-        and shapes == {}
-    )
+    assert [" ".join(line.split()) for line in table[1:]] == ["train 3 1", "dev 4 1 3", "test 0 0 0"]
+    assert [len(good[s]) for s in SPLITS] == [2, 3, 0] and len(problems) == 2
+    assert notes == ["test: no clips"] and shapes == {}
 
 
 def test_a_name_twice_says_where_it_stood(tmp_path):
@@ -955,26 +1033,16 @@ def test_a_name_twice_says_where_it_stood(tmp_path):
 
 def test_frames_beside_their_labels(tmp_path):
     """
-    Fewer frames than the labels say are a note, and so are more; half a character is a problem in a text as in a
-    name.
+    Fewer frames than the labels say are a note, and so are more; half a character is a problem in a text as in a name.
     """
     for n in range(3):
         (tmp_path / f"{n}.png").touch()
     row = lambda name, text="x", **more: {"name": name, "text": text, "video": str(tmp_path)} | more
-    good, problems, notes, *_ = check(
-        {
-            "train": [row("a", frames=2), row("b", frames=3), row("c", frames=4), row("d"), row("e", "x\ud800")],
-            "dev": [],
-            "test": [],
-        }
-    )
-    assert (
-        notes[:2] == ["train: clip a: 3 frames, its labels say 2", "train: clip c: 3 frames, its labels say 4"]
-        and len(notes) == 4
-    )
-    assert [r["name"] for r in good["train"]] == ["a", "b", "c", "d"] and problems == [
-        "train: clip e: its text has half a character"
-    ]
+    train = [row("a", frames=2), row("b", frames=3), row("c", frames=4), row("d"), row("e", "x\ud800")]
+    good, problems, notes, *_ = check({"train": train, "dev": [], "test": []})
+    assert notes[:2] == ["train: clip a: 3 frames, its labels say 2", "train: clip c: 3 frames, its labels say 4"]
+    assert len(notes) == 4 and [r["name"] for r in good["train"]] == ["a", "b", "c", "d"]
+    assert problems == ["train: clip e: its text has half a character"]
 
 
 def test_frame_folders_of_known_data_sets_have_their_rate(tmp_path, monkeypatch):
@@ -987,24 +1055,11 @@ def test_frame_folders_of_known_data_sets_have_their_rate(tmp_path, monkeypatch)
     for image in (tmp_path / "csl").rglob("*.jpg"):
         write_image(image, shades(90)[0])
     for form, rate in (("phoenix14t", 25), ("csl_daily", 30)):
-        folder = run(
-            monkeypatch,
-            tmp_path,
-            f"reader={form}",
-            f"root={tmp_path / form.split('14')[0].split('_')[0]}",
-            "workers=0",
-            "device=cpu",
-        )
+        root = tmp_path / form.split("14")[0].split("_")[0]
+        folder = run(monkeypatch, tmp_path, f"reader={form}", f"root={root}", "workers=0", "device=cpu")
         assert json.loads(Store(str(folder / "toycnn/train.safetensors")).metadata["settings"])["fps"] == rate
-    folder = run(
-        monkeypatch,
-        tmp_path,
-        "reader=phoenix14t",
-        f"root={tmp_path / 'phoenix'}",
-        "workers=0",
-        "device=cpu",
-        "fps=12.5",
-    )
+    folder = run(monkeypatch, tmp_path, "reader=phoenix14t", f"root={tmp_path / 'phoenix'}", "workers=0", "device=cpu",
+                 "fps=12.5")
     assert rows_of(folder, "train")[0]["frames"] == 5
 
 
@@ -1022,10 +1077,8 @@ def test_problems_that_are_mended_are_forgotten(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # More of ready features
 
-
-@pytest.mark.parametrize(
-    "dtype, fine", [("f2", True), ("f8", True), ("i8", True), ("u1", True), ("?", False), ("c8", False), ("S3", False)]
-)
+@pytest.mark.parametrize("dtype, fine", [("f2", True), ("f8", True), ("i8", True), ("u1", True), ("?", False),
+                                         ("c8", False), ("S3", False)])
 def test_features_are_numbers(tmp_path, monkeypatch, dtype, fine):
     """Floats and whole numbers are features; yes and no, complex numbers and texts are a mistake."""
     x = np.array([[1, 0], [0, 1], [1, 1]]).astype(dtype)
@@ -1042,48 +1095,28 @@ def test_features_are_numbers(tmp_path, monkeypatch, dtype, fine):
 def test_features_whose_dev_split_is_called_val(tmp_path, monkeypatch):
     made = make_slt(tmp_path / "slt", width=2, seed=9)
     for split, name in (("train", "train"), ("dev", "val"), ("test", "test")):
-        write_pickle(
-            tmp_path / f"f.{name}",
-            {e["name"]: np.full((len(e["sign"]), 3), ord(name[0]), np.float32) for e in made[split]},
-        )
-    folder = run(
-        monkeypatch,
-        tmp_path,
-        "reader=slt",
-        f"root={tmp_path / 'slt'}",
-        f"features={tmp_path}/f.{{split}}",
-        "backbone=x",
-    )
+        arrays = {e["name"]: np.full((len(e["sign"]), 3), ord(name[0]), np.float32) for e in made[split]}
+        write_pickle(tmp_path / f"f.{name}", arrays)
+    folder = run(monkeypatch, tmp_path, "reader=slt", f"root={tmp_path / 'slt'}", f"features={tmp_path}/f.{{split}}",
+                 "backbone=x")
     for split, letter in (("train", "t"), ("dev", "v"), ("test", "t")):
         store = Store(str(folder / "x" / f"{split}.safetensors"))
-        assert all(
-            (store[e["name"].split("/")[1]] == ord(letter)).all()
-            and len(store[e["name"].split("/")[1]]) == len(e["sign"])
-            for e in made[split]
-        )
+        for e in made[split]:
+            x = store[e["name"].split("/")[1]]
+            assert (x == ord(letter)).all() and len(x) == len(e["sign"])
 
 
 def test_standins_by_hand(tmp_path, monkeypatch):
-    """
-    A state's vector follows from its stream and number, a clip's noise from its name: everybody's stand-ins are the
-    same.
-    """
+    """A state's vector follows from its stream and number, a clip's noise from its name: for everybody the same."""
     streams = {"pami0": [4, 4, 7], "pami1": [0, 2, 2], "pami2": [9, 9, 9]}
     clip = {"name": "train/a", "text": "ja .", "alignments": {k: " ".join(map(str, v)) for k, v in streams.items()}}
-    odd = [
-        {"name": "train/b", "alignments": clip["alignments"] | {"pami1": "1 2"}},
-        {"name": "train/c", "alignments": clip["alignments"] | {"pami2": "1 x 2"}},
-        {"name": "train/d"},
-    ]
+    odd = [{"name": "train/b", "alignments": clip["alignments"] | {"pami1": "1 2"}},
+           {"name": "train/c", "alignments": clip["alignments"] | {"pami2": "1 x 2"}}, {"name": "train/d"}]
     write_pickle(tmp_path / "neccam.phoenix14t.train", [clip] + [{"text": "x ."} | e for e in odd])
-    folder = run(
-        monkeypatch, tmp_path, "reader=slt", f"root={tmp_path}", "features=states", "sigma=0.5", "strict=false"
-    )
-    assert [line.split(":")[1] for line in (folder / "problems.txt").read_text().splitlines()] == [
-        " clip b",
-        " clip c",
-        " clip d",
-    ]
+    folder = run(monkeypatch, tmp_path, "reader=slt", f"root={tmp_path}", "features=states", "sigma=0.5",
+                 "strict=false")
+    listed = (folder / "problems.txt").read_text().splitlines()
+    assert [line.split(":")[1] for line in listed] == [" clip b", " clip c", " clip d"]
     vector = lambda *key: np.random.default_rng([*key]).standard_normal(1024, np.float32)
     clean = np.stack([vector(0, a) + 0.5 * vector(1, b) + 0.5 * vector(2, c) for a, b, c in zip(*streams.values())])
     noise = np.random.default_rng([3, *b"a"]).standard_normal((3, 1024), np.float32)

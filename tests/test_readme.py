@@ -1,56 +1,62 @@
 """
-What the README says of the code: each of its commands runs, in its order and on next to nothing, and its line counts are right.
+What the README says of the code: each of its commands runs, in its order and on next to nothing, and the files, names
+and tests that it sends a reader to are there.
 
     python -m pytest tests/test_readme.py
 """
-import ast
-import io
 import re
 import runpy
 import shlex
 import signal
 import sys
-import tokenize
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SMALL
+from conftest import ROOT, SMALL
 from safetensors.numpy import save_file
 from test_data import shades, write_image
 from test_readers import make_csl, make_phoenix, make_slt, write_pickle
 from test_train import in_processes
 
-import config
-from config import configure
-from model import GoogLeNet
+from lib import program as programs
+from lib.cnn import GoogLeNet
+from lib.configurator import configure
+from lib.video import read_video
 from scripts.toy import write_mp4
-from video import read_video
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [c.strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() for c in line.split("#")[0].split("&&")]
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
+COMMANDS = [c.strip() for block in BLOCKS for line in block.splitlines() for c in line.split("#")[0].split("&&")]
 STAGES = {"train.py": ("align", "sft")}
 
 
-def lines_of_code(path):
-    """Lines that hold code: no blank ones, no comments, no docstrings."""
-    source, lines = path.read_text(encoding="utf-8"), set()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER):
-            lines |= set(range(token.start[0], token.end[0] + 1))
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
-            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    return len(lines)
+def section(title):
+    return re.search(rf"^## {title}\n(.*?)^## ", README, re.M | re.S)[1]
 
 
-@pytest.mark.parametrize("name", ["train.py", "model.py", "lora.py", "data.py", "eval.py"])
-def test_line_counts(name):
-    said = int(re.search(rf"`{re.escape(name)}` \|.*\| (\d+) \|", README)[1])
-    assert abs(said - lines_of_code(ROOT / name)) <= 0.03 * said
+def test_what_is_where():
+    """Every file of ours that the page names is there; its tables name the five and all scripts, and no other."""
+    for name in re.findall(r"`([\w/]+\.py)\b", README):
+        assert any((ROOT / folder / name).is_file() for folder in (".", "scripts", "config")), name
+    first, scripts, *_ = re.findall(r"^(?:\|.*\n)+", section("What is where"), re.M)
+    named = lambda table: {f for row in table.splitlines() for f in re.findall(r"`([\w/]+\.py)`", row.split("|")[1])}
+    assert named(first) == {path.name for path in ROOT.glob("*.py")}
+    assert named(scripts) == {path.name for path in (ROOT / "scripts").glob("*.py")} - {"__init__.py"}
+    assert not re.search(r"\| *\d+ *\|", first)  # lengths stand in tests/test_house.py alone
+
+
+def test_where_to_change_what():
+    """Each name stands in the file that the table names beside it, and each test that it names is there."""
+    rows = [row.split("|")[1:4] for row in section("Change it").splitlines() if row.startswith("| ")][1:]
+    assert len(rows) == 8
+    for _, where, shown in rows:
+        for name, file in re.findall(r"`([\w.]+)` (?:in|of) `([\w/]+\.py)`", where):
+            source = (ROOT / file).read_text(encoding="utf-8")
+            assert all(re.search(rf"\b{part}\b", source) for part in name.removesuffix("()").split(".")), name
+        for file, word in re.findall(r"`(tests/\w+\.py)(?: -k (\w+))?`", shown):
+            assert re.search(rf"^def test_\w*{word}", (ROOT / file).read_text(encoding="utf-8"), re.M), (file, word)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(r"\b(train|eval|data|lora)\.py", c)])
@@ -69,7 +75,8 @@ OURS = [c for c in COMMANDS if c and not re.match(OTHERS, c)]
 # these two really under torchrun, the others in this process
 TORCHRUN = [next((c for c in OURS if re.match(rf"torchrun \S+ {name}", c)), "") for name in ("train.py", "eval.py")]
 TRAIN = [*SMALL, "epochs=1"]
-RULES = {  # what the command looks like, the first that fits: words that make it short, the file that it leaves, what it says
+# what the command looks like, the first that fits: words that make it short, the file that it leaves, what it says
+RULES = {
     r"train\.py help$": ([], "", r"^window = 8 +frames.*paper: 8"),
     r"train\.py .*estimate=true": (TRAIN, "", r"^  in all +\d+\.\d\d GB$"),
     r"train\.py": (TRAIN, "{out_dir}/{dataset}/{run}/{stage}/last/state.json", r"^learns: .* in all"),
@@ -80,7 +87,8 @@ RULES = {  # what the command looks like, the first that fits: words that make i
     r"data\.py dataset=mine": ([], "{data_dir}/{dataset}/{backbone}/test.safetensors", "^test "),
     r"data\.py": (["workers=0"], "{data_dir}/{dataset}/{backbone}/test.safetensors", "^test "),
     r"lora\.py merge": ([], "{to}/model.safetensors", "merged in"),
-    r"walkthrough\.py": (["max_new_tokens=8"], "", "^reference: "),
+    r"scripts\.walkthrough": (["max_new_tokens=8"], "", "^reference: "),
+    r"scripts\.toy": (["n_train=12", "n_dev=2", "n_test=2", "text_steps=2"], "tiny/toy/test.jsonl", "toy: built in"),
     r"scripts\.report": (["clips=2"], "out/toy/sft/report.html", "report.html"),
     r"scripts\.gguf_to_hf": (["file=tiny.gguf"], "{to}/model.safetensors", ""),
 }
@@ -88,7 +96,10 @@ RULES = {  # what the command looks like, the first that fits: words that make i
 
 @pytest.fixture(scope="module")
 def there(home):
-    """What the README takes for granted, under the names that it uses: a toy (of 28 clips), FOLDER, FEATS, LLAMA, GoogLeNet's weights, clip.mp4."""
+    """
+    What the README takes for granted, under the names that it uses: a toy (of 28 clips), FOLDER, FEATS, LLAMA,
+    GoogLeNet's weights, clip.mp4.
+    """
     (home / "config").symlink_to(ROOT / "config")
     (home / "LLAMA").symlink_to(home / "data" / "toy" / "llm")
     folder = home / "FOLDER"
@@ -99,13 +110,15 @@ def there(home):
         write_mp4(str(home / path), read_video(str(home / "data" / "toy" / "clips" / f"{number:05}.mp4"))[:8])
 
     clip(22, "clip.mp4"), clip(23, "data/toy/clips/01100.mp4")
-    # FOLDER is all data sets in one: neccam's pickles, which hold alignments too, PHOENIX-2014T's and CSL-Daily's frames, own clips
+    # FOLDER is all data sets in one: neccam's pickles, which hold alignments too, PHOENIX-2014T's and CSL-Daily's
+    # frames, own clips
     made = make_slt(folder)
     for split, entries in made.items():
         for e in entries:
             e["alignments"] = {f"pami{i}": " ".join("7" * len(e["sign"])) for i in range(3)}
         write_pickle(folder / f"phoenix14t.pami0.{split}", entries)
-    features = {split: {e["name"].removeprefix(split + "/"): e["sign"].numpy() for e in entries} for split, entries in made.items()}
+    features = {split: {e["name"].removeprefix(split + "/"): e["sign"].numpy() for e in entries}
+                for split, entries in made.items()}
     make_phoenix(folder, {split: dict.fromkeys(names, "regen") for split, names in features.items()})
     for image in make_csl(folder).glob("sentence/frames_512x512/*/*.jpg"):
         write_image(image, shades(50)[0])
@@ -143,10 +156,10 @@ def run(command, home, monkeypatch, capsys):
         said = in_processes(2, home, "", *words, program=path).stdout
     else:
         monkeypatch.setattr(sys, "argv", [str(path), *words])
-        monkeypatch.setattr(config, "launch", lambda main: main())  # the real one ends the process with an error
+        monkeypatch.setattr(programs, "launch", lambda main: main())  # the real one ends the process with an error
         capsys.readouterr()
         try:
-            with torch.enable_grad():  # and as before at the end: walkthrough.py turns gradients off
+            with torch.enable_grad():  # and as before at the end: the walkthrough turns gradients off
                 runpy.run_path(str(path), run_name="__main__")
         except SystemExit as e:
             assert not e.code, capsys.readouterr().err
@@ -164,7 +177,7 @@ def run(command, home, monkeypatch, capsys):
 @pytest.mark.filterwarnings("ignore:__array__")  # what matplotlib says of tensors
 @pytest.mark.parametrize("number", range(len(OURS)), ids=OURS)
 def test_commands_run(number, there, ran, monkeypatch, capsys):
-    """Those that stand before it and were left out (-k, -m) are run first: most need what the earlier ones have made."""
+    """Those before it that were left out (-k, -m) are run first: most need what the earlier ones have made."""
     while len(ran) <= number:
         ran.append(OURS[len(ran)])
         try:

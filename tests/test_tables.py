@@ -1,5 +1,6 @@
 """
-scripts/tables.py: every row is one command that train.py understands, the paper's figures are the paper's, and a few rows run end to end.
+scripts/tables.py: every row is one command that train.py understands, the paper's figures are the paper's, and a few
+rows run end to end.
 
     python -m pytest tests/test_tables.py
 """
@@ -8,17 +9,17 @@ import json
 import os
 import re
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 
 import eval as evaluation
 import train
-from config import BadInput, configure
+from lib.configurator import configure
+from lib.program import BadInput
 from scripts import faults, tables, toy
 
-ROOT = Path(__file__).resolve().parents[1]
 EVERY = [(n, row) for n, rows in tables.ROWS.items() for row in rows]
 
 
@@ -37,14 +38,16 @@ def test_every_row_is_a_command(monkeypatch, setting, stage):
             base = base or got
             assert got == base  # the row that stands in seven tables is one run
         assert os.path.exists(os.path.dirname(got.llm)) or got.llm.startswith(("weights/", "data/"))
-    assert base.window == 8 and base.lora_rank == 8 and base.adaptor == "mlp" and (stage == "align" or base.train_embeddings)
+    assert base.window == 8 and base.lora_rank == 8 and base.adaptor == "mlp"
+    assert stage == "align" or base.train_embeddings
 
 
 def test_rows_that_share_a_run():
     rows = {label: row for n in (4, 8) for row in tables.ROWS[n] for label in [(n, row[0])]}
     keys = lambda stage: [tables.key_of(row, stage) for (n, _), row in rows.items() if n == 8]
     assert len(set(keys("align"))) == 1 and len(set(keys("sft"))) == 4
-    assert tables.key_of(rows[4, "7B, adaptor, word embeddings, LoRA"], "sft") == tables.key_of(rows[8, "LoRA rank 8"], "sft") == "7B"
+    same = rows[4, "7B, adaptor, word embeddings, LoRA"], rows[8, "LoRA rank 8"]
+    assert [tables.key_of(row, "sft") for row in same] == ["7B", "7B"]
 
 
 def test_figures_are_the_papers():
@@ -56,7 +59,9 @@ def test_figures_are_the_papers():
     for n, row in EVERY:
         figures = [float(x) for x in re.findall(r"\d+\.?\d*", text[start[n]:start[n] + 900])]
         data = row[4]
-        assert any(figures[i:i + 2] == list(data) for i in range(len(figures))) or (n == 1 and data[0] in figures and data[1] in figures) or row[0].startswith("Inception"), row
+        beside = any(figures[i:i + 2] == list(data) for i in range(len(figures)))
+        apart = n == 1 and data[0] in figures and data[1] in figures
+        assert beside or apart or row[0].startswith("Inception"), row
     assert {n: len(rows) for n, rows in tables.ROWS.items()} == {1: 2, 2: 2, 3: 6, 4: 6, 5: 8, 6: 8, 7: 10, 8: 4, 9: 4}
 
 
@@ -64,9 +69,11 @@ def test_write(tmp_path):
     score = lambda b: {"bleu": [b + 3, b + 2, b + 1, b], "rouge": b + 9.0}
     cfg = SimpleNamespace(setting="toy", to=str(tmp_path))
     text = tables.write(3, [[score(60), score(62)], [score(70)], [score(90)], None, [score(80.0)], [score(80.2)]], cfg)
-    assert "| 7B, linear | 40.63 | 18.48 | 70.00 ± 1.41 | **61.00 ± 1.41** | toy" in text and "| 13B, linear | 41.59 | 20.42 | failed | failed |" in text
+    assert "| 7B, linear | 40.63 | 18.48 | 70.00 ± 1.41 | **61.00 ± 1.41** | toy" in text
+    assert "| 13B, linear | 41.59 | 20.42 | failed | failed |" in text
     assert "GELU beats a linear layer (7B): paper 20.86 against 18.48, here 90.00 against 61.00: agrees" in text
-    assert "no difference" in text.splitlines()[-1] and "linear layer (13B)" not in text  # a row that failed proves nothing
+    # a row that failed proves nothing
+    assert "no difference" in text.splitlines()[-1] and "linear layer (13B)" not in text
     rows = list(csv.DictReader(open(tmp_path / "table3.csv")))
     assert rows[2]["bleu1"] == "93.00" and rows[3]["bleu4"] == "failed" and (tmp_path / "table3.md").read_text() == text
     assert "published: ROUGE 48.90, BLEU-4 22.52" in tables.write(1, [[score(1)], [score(2)]], cfg)
@@ -75,28 +82,18 @@ def test_write(tmp_path):
 CLAIMED = {  # what the paper says of its rows: the better one, the worse one, their BLEU-4
     1: [("SL-LLaMA 13B", "SL-LLaMA 7B", 23.73, 20.86)],
     2: [("SL-LLaMA 13B", "SL-LLaMA 7B", 13.42, 11.77)],
-    3: [
-        ("7B, MLP with GELU", "7B, linear", 20.86, 18.48),
+    3: [("7B, MLP with GELU", "7B, linear", 20.86, 18.48),
         ("7B, MLP with GELU", "7B, MLP without activation", 20.86, 18.06),
         ("13B, MLP with GELU", "13B, linear", 23.73, 20.42),
-        ("13B, MLP with GELU", "13B, MLP without activation", 23.73, 19.74),
-    ],
-    4: [
-        ("7B, adaptor, word embeddings, LoRA", "7B, adaptor and word embeddings", 20.86, 16.12),
-        ("13B, adaptor, word embeddings, LoRA", "13B, adaptor and word embeddings", 23.73, 16.42),
-    ],
+        ("13B, MLP with GELU", "13B, MLP without activation", 23.73, 19.74)],
+    4: [("7B, adaptor, word embeddings, LoRA", "7B, adaptor and word embeddings", 20.86, 16.12),
+        ("13B, adaptor, word embeddings, LoRA", "13B, adaptor and word embeddings", 23.73, 16.42)],
     5: [],
+    6: [(f"{row}, with the local transformer", f"{row}, without the local transformer", a, b) for row, a, b in (
+        ("7B, PHOENIX-2014T", 20.86, 19.27), ("7B, CSL-Daily", 11.77, 11.42), ("13B, PHOENIX-2014T", 23.73, 21.43),
+        ("13B, CSL-Daily", 13.42, 13.34))],
     7: [],
     8: [("LoRA rank 8", "LoRA rank 4", 20.86, 18.48)],
-    6: [
-        (f"{llm}, {data}, with the local transformer", f"{llm}, {data}, without the local transformer", a, b)
-        for llm, data, a, b in (
-            ("7B", "PHOENIX-2014T", 20.86, 19.27),
-            ("7B", "CSL-Daily", 11.77, 11.42),
-            ("13B", "PHOENIX-2014T", 23.73, 21.43),
-            ("13B", "CSL-Daily", 13.42, 13.34),
-        )
-    ],
     9: [("window 8", f"window {w}", 20.86, b) for w, b in ((4, 19.64), (12, 20.02), (16, 19.42))],
 }
 
@@ -105,24 +102,16 @@ CLAIMED = {  # what the paper says of its rows: the better one, the worse one, t
 def test_every_claim_compares_the_rows_that_it_names(tmp_path, number):
     """Each row is given a score of its own: a claim's line tells which two it has looked at, and who won."""
     here = {row[0]: 10.0 * i for i, row in enumerate(tables.ROWS[number])}
-    text = tables.write(
-        number,
-        [[{"bleu": [0, 0, 0, b], "rouge": 0}] for b in here.values()],
-        SimpleNamespace(setting="paper", to=str(tmp_path)),
-    )
+    scores = [[{"bleu": [0, 0, 0, b], "rouge": 0}] for b in here.values()]
+    text = tables.write(number, scores, SimpleNamespace(setting="paper", to=str(tmp_path)))
     found = re.findall(r"^- .*: paper ([\d.]+) against ([\d.]+), here ([\d.]+) against ([\d.]+): (\w+)$", text, re.M)
-    assert [tuple(map(float, line[:4])) for line in found] == [
-        (p, q, here[a], here[b]) for a, b, p, q in CLAIMED[number]
-    ]
-    assert [line[4] for line in found] == [
-        "agrees" if here[a] > here[b] else "disagrees" for a, b, *_ in CLAIMED[number]
-    ]
+    claimed = CLAIMED[number]
+    assert [tuple(map(float, line[:4])) for line in found] == [(p, q, here[a], here[b]) for a, b, p, q in claimed]
+    assert [line[4] for line in found] == ["agrees" if here[a] > here[b] else "disagrees" for a, b, *_ in claimed]
 
 
-@pytest.mark.parametrize(
-    "difference, verdict",
-    [(0.5, "agrees"), (0.4, "no difference (below 0.5)"), (-0.4, "no difference (below 0.5)"), (-0.5, "disagrees")],
-)
+@pytest.mark.parametrize("difference, verdict", [
+    (0.5, "agrees"), (0.4, "no difference (below 0.5)"), (-0.4, "no difference (below 0.5)"), (-0.5, "disagrees")])
 def test_verdicts(tmp_path, difference, verdict):
     scores = [[{"bleu": [0, 0, 0, b], "rouge": 0}] for b in (20.0, 20 + difference, 0.0, 0.0)]
     assert tables.write(8, scores, SimpleNamespace(setting="paper", to=str(tmp_path))).rstrip().endswith(": " + verdict)
@@ -158,15 +147,11 @@ def recorded(tmp_path, monkeypatch):
     def call(*args, fails=""):
         run.commands.clear()
         run.fails = fails
-        monkeypatch.setattr(
-            "sys.argv", ["tables.py", f"out_dir={tmp_path}/out", f"to={tmp_path}/tables", "jobs=1", *args]
-        )
+        where = [f"out_dir={tmp_path}/out", f"to={tmp_path}/tables"]
+        monkeypatch.setattr("sys.argv", ["tables.py", *where, "jobs=1", *args])
         tables.main()
-        trained = [
-            dict(a.split("=", 1) for a in c[1:] if "=" in a) | {"configs": [a for a in c[1:] if "=" not in a]}
-            for c in run.commands
-            if c[0] == "train.py"
-        ]
+        trained = [dict(a.split("=", 1) for a in c[1:] if "=" in a) | {"configs": [a for a in c[1:] if "=" not in a]}
+                   for c in run.commands if c[0] == "train.py"]
         return trained, [c[1] for c in run.commands if c[0] == "eval.py"]
 
     return call
@@ -181,31 +166,22 @@ def test_rows_that_differ_in_sft_alone_share_their_align_run(recorded, tmp_path)
     ]
     assert len([s for s in stages if s[0] == "sft"]) == len(set(scored)) == 12
     for c in trained:
-        assert (
-            ("freeze_llm" in c) <= (c["stage"] == "sft")
-            and ("train_embeddings" in c) <= (c["stage"] == "sft")
-            and c["resume"] == "true"
-        )
-        if c["stage"] == "sft":
+        sft = c["stage"] == "sft"
+        assert ("freeze_llm" in c) <= sft and ("train_embeddings" in c) <= sft and c["resume"] == "true"
+        if sft:
             size = c["configs"][0].removeprefix("config/phoenix14t_").removesuffix(".py").upper()
-            assert c["init_from"] == f"{tmp_path}/out/phoenix14t/tables/paper/{size}/{c['seed']}/align" and c[
-                "run"
-            ].endswith(f"/{c['seed']}")
+            assert c["init_from"] == f"{tmp_path}/out/phoenix14t/tables/paper/{size}/{c['seed']}/align"
+            assert c["run"].endswith(f"/{c['seed']}")
             assert f"ckpt={tmp_path}/out/phoenix14t/{c['run']}/sft" in scored
     learns = {(c.get("freeze_llm"), c.get("train_embeddings")) for c in trained if c["stage"] == "sft"}
     assert learns == {("True", "False"), ("True", None), (None, None)}
-    trained, scored = recorded(
-        "table=8", "setting=paper", "seeds=2"
-    )  # rank 8 is Table 4's best row, and scored already
-    assert (
-        sorted(c["lora_rank"] for c in trained if c["stage"] == "sft") == sorted(["4", "16", "32"] * 2)
-        and len(scored) == 6
-    )
+    trained, scored = recorded("table=8", "setting=paper", "seeds=2")
+    # rank 8 is Table 4's best row, and scored already
+    ranks = sorted(c["lora_rank"] for c in trained if c["stage"] == "sft")
+    assert ranks == sorted(["4", "16", "32"] * 2) and len(scored) == 6
     assert sum(c["stage"] == "align" for c in trained) == 2  # train.py itself sees that they are done
-    assert (
-        "5.00" in (tmp_path / "tables/table4.md").read_text()
-        and "± 0.00" in (tmp_path / "tables/tables.md").read_text()
-    )
+    assert "5.00" in (tmp_path / "tables/table4.md").read_text()
+    assert "± 0.00" in (tmp_path / "tables/tables.md").read_text()
 
 
 def test_rows_that_differ_before_sft_have_an_align_run_of_their_own(recorded):
@@ -215,43 +191,45 @@ def test_rows_that_differ_before_sft_have_an_align_run_of_their_own(recorded):
     assert len({c["run"] for c in trained}) == len({c.get("init_from") for c in trained if c["stage"] == "sft"}) == 4
     trained, _ = recorded("table=6", "setting=paper")
     assert [(c["configs"][0], c.get("ltn")) for c in trained if c["stage"] == "align"] == [
-        (f"config/{data}_{size}.py", ltn)
-        for size in ("7b", "13b")
-        for data in ("phoenix14t", "csl_daily")
-        for ltn in ("False", None)
-    ]
+        (f"config/{data}_{size}.py", ltn) for size in ("7b", "13b") for data in ("phoenix14t", "csl_daily")
+        for ltn in ("False", None)]
 
 
 def test_a_row_that_fails_loses_no_other(recorded, tmp_path):
     with pytest.raises(BadInput, match="^1 runs failed: lora_rank=16 went wrong"):
         recorded("table=8", "setting=paper", fails="lora_rank=16")
     lines = (tmp_path / "tables/table8.md").read_text().splitlines()
-    assert [line.split("|")[5].strip() for line in lines if line.startswith("| LoRA")] == [
-        "**1.00**",
-        "**1.00**",
-        "failed",
-        "**1.00**",
-    ]
+    cells = [line.split("|")[5].strip() for line in lines if line.startswith("| LoRA")]
+    assert cells == ["**1.00**", "**1.00**", "failed", "**1.00**"]
 
 
 @pytest.mark.long
 def test_end_to_end(home, tmp_path, monkeypatch, capsys):
-    """Two rows that share an align run and one that cannot run: the others are not lost, and a second call runs only that one again."""
+    """
+    Two rows that share an align run and one that cannot run: the others are not lost, and a second call runs only that
+    one again.
+    """
     for stage in ("align", "sft"):
         monkeypatch.setitem(tables.SETTINGS["toy"], stage, ["max_clips=6", "epochs=1", "batch_size=3", "eval_every=-1"])
-    monkeypatch.setitem(tables.ROWS, 8, [("eight", "7B", tables.PHOENIX, {}, (1, 2)), ("four", "7B", tables.PHOENIX, {"lora_rank": 4}, (3, 4)),
+    monkeypatch.setitem(tables.ROWS, 8, [("eight", "7B", tables.PHOENIX, {}, (1, 2)),
+                                         ("four", "7B", tables.PHOENIX, {"lora_rank": 4}, (3, 4)),
                                          ("none", "7B", tables.PHOENIX, {"lora_rank": 0}, (5, 6))])
-    monkeypatch.setattr("sys.argv", ["tables.py", "table=8", f"data_dir={home}/data", f"out_dir={tmp_path}/out", f"to={tmp_path}/tables"])
+    where = [f"data_dir={home}/data", f"out_dir={tmp_path}/out", f"to={tmp_path}/tables"]
+    monkeypatch.setattr("sys.argv", ["tables.py", "table=8", *where])
     ran = []
 
     def run(command, *args, real=tables.run):
-        """A process for each, as tables.run has it, but forked from this one, which has imported all that they need. The one that fails is started as always."""
+        """
+        A process for each, as tables.run has it, but forked from this one, which has imported all that they need. The
+        one that fails is started as always.
+        """
         def job():
             sys.argv = command[1:] if command[0] == "-m" else command
             {"train.py": train.main, "eval.py": evaluation.main, "scripts.toy": toy.main}[sys.argv[0]]()
 
         ran.append(command)
-        if "lora_rank=0" in command or sys.platform == "darwin":  # there torch computes no gradients in a forked process
+        # on macOS torch computes no gradients in a forked process
+        if "lora_rank=0" in command or sys.platform == "darwin":
             return real(command, *args)
         code, said = faults.forked(job, 100)
         assert code == 0, said
@@ -264,7 +242,8 @@ def test_end_to_end(home, tmp_path, monkeypatch, capsys):
         programs = [c[0] for c in ran if c[0] != "-m"]
         assert programs.count("eval.py") == (0 if again else 2)
         text = (tmp_path / "tables" / "table8.md").read_text()
-        assert re.search(r"\| eight \| 1 \| 2 \| \d+\.\d\d \| \*\*\d+\.\d\d\*\* \| toy", text) and "| none | 5 | 6 | failed |" in text
+        assert re.search(r"\| eight \| 1 \| 2 \| \d+\.\d\d \| \*\*\d+\.\d\d\*\* \| toy", text)
+        assert "| none | 5 | 6 | failed |" in text
     runs = sorted(os.listdir(tmp_path / "out" / "toy" / "tables" / "toy"))
     assert runs == ["7B", "7B,lora_rank=0", "7B,lora_rank=4"] or runs == ["7B", "7B,lora_rank=4"]
     config = json.load(open(tmp_path / "out/toy/tables/toy/7B,lora_rank=4/1337/sft/config.json"))

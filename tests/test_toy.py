@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from config import BadInput
-from data import Tokenizer, stateless
+from lib.program import BadInput
+from lib.tensors import stateless
+from lib.tokenizer import Tokenizer
+from lib.video import read_video
 from model import LLaMA
-from scripts import toy
-from video import read_video
+from scripts import small_llm, toy
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,9 @@ def test_sentences_follow_from_the_seed(every):
 def test_what_is_tested_was_never_read(monkeypatch, tmp_path, every):
     """Neither the train clips nor the LLaMA's text hold a dev or a test sentence."""
     seen = {}
-    monkeypatch.setattr(toy, "make_clips", lambda root, seed, language, counts, workers, show: seen.update(clips=toy.sentences(seed, sum(counts.values())), counts=counts))
+    clips = lambda root, seed, language, counts, workers, show: seen.update(
+        clips=toy.sentences(seed, sum(counts.values())), counts=counts)
+    monkeypatch.setattr(toy, "make_clips", clips)
     monkeypatch.setattr(toy, "train_llama", lambda folder, texts, *_, **sizes: seen.update(texts=texts))
     for name in ("read_clips", "prepare", "Extractor"):
         monkeypatch.setattr(toy, name, lambda *args, **kwargs: [None])
@@ -55,7 +58,8 @@ def test_what_is_tested_was_never_read(monkeypatch, tmp_path, every):
 
 
 def test_signs_stand_in_another_order_than_german_words():
-    (signs,) = [s for s, shaken, g in toy.sentences(1337, None) if g == "am montag regnet es im süden später bei zehn grad"]
+    german = "am montag regnet es im süden später bei zehn grad"
+    (signs,) = [s for s, shaken, g in toy.sentences(1337, None) if g == german]
     assert signs == ["ZEHN", "SUED", "MONTAG", "SPAETER", "REGEN"]
 
 
@@ -106,7 +110,8 @@ def test_every_sign_can_be_rendered():
     for i, sign in enumerate(toy.SIGNS):
         right, left, fingers, head = toy.choreography([sign], 0, table, stateless(i))
         assert len(right) == len(left) == len(fingers) == len(head) > 8
-        assert all(np.isfinite(x).all() for x in (right, left, head)) and abs(right).max() < 1.1 and abs(left).max() < 1.1  # in the picture
+        assert all(np.isfinite(x).all() for x in (right, left, head))
+        assert abs(right).max() < 1.1 and abs(left).max() < 1.1  # in the picture
 
 
 def test_mp4_holds_every_frame(tmp_path):
@@ -127,16 +132,17 @@ def trained(tmp_path_factory, every):
     folder = str(tmp_path_factory.mktemp("toy") / "llm")
     made = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toy, "LLaMA", lambda args: made.append(LLaMA(args)) or made[-1])
-        toy.train_llama(folder, [g for *_, g in every[:500]], 1337, 2, 4)
+        patch.setattr(small_llm, "LLaMA", lambda args: made.append(LLaMA(args)) or made[-1])
+        small_llm.train_llama(folder, [g for *_, g in every[:500]], 1337, 2, 4)
     return SimpleNamespace(folder=folder, tokenizer=Tokenizer(folder), model=made[0])
 
 
 def test_content_words():
-    draw = lambda text, k=0: toy.content_words(text, stateless(k))
+    draw = lambda text, k=0: small_llm.content_words(text, stateless(k))
     text = "am montag gibt es im süden keine wolken"
     kept = [draw(text, k) for k in range(200)]
-    assert all({"montag", "süden", "nicht", "wolken"} <= set(words) <= {*text.split(), "nicht"} - {"keine"} for words in kept)
+    least, most = {"montag", "süden", "nicht", "wolken"}, {*text.split(), "nicht"} - {"keine"}
+    assert all(least <= set(words) <= most for words in kept)
     assert len({tuple(words) for words in kept if len(words) == 4}) == 24  # in any order
     assert sum(len(words) == 4 for words in kept) > 100  # function words are the exception
 
@@ -144,25 +150,27 @@ def test_content_words():
 def test_text_batches(trained, every):
     texts = [g for *_, g in every[:12]]
     tokenizer = trained.tokenizer
-    tokens, lens, at, targets, signed = toy.text_batch_of(texts, tokenizer, stateless(0))
+    tokens, lens, at, targets, signed = small_llm.text_batch_of(texts, tokenizer, stateless(0))
     N = tokens.shape[1]
     assert tokens.shape == (1, N) and signed.shape == (N,) and sum(lens) == N and len(lens) == 12
     answers = [tokenizer.encode(t) + [tokenizer.eos_id] for t in texts]
     assert targets.tolist() == sum(answers, [])
-    prompt = tokenizer.encode(toy.PROMPT.replace("{language}", "German").split("{clip}")[1].strip())
+    prompt = tokenizer.encode(small_llm.PROMPT.replace("{language}", "German").split("{clip}")[1].strip())
     start, i, prompted = 0, 0, 0
     for n, answer, text in zip(lens, answers, texts):
         document, blurred = tokens[0, start:start + n].tolist(), signed[start:start + n]
         assert document[0] == tokenizer.bos_id
-        assert at[i:i + len(answer)].tolist() == list(range(start + n - len(answer), start + n))  # each target is the token after its place
+        # each target is the token after its place
+        assert at[i:i + len(answer)].tolist() == list(range(start + n - len(answer), start + n))
         assert document[n - len(answer) + 1:] == answer[:-1]
         words = [t for t, b in zip(document, blurred) if b]
         assert set(tokenizer.decode(words).split()) <= set(text.split()) | {"nicht"}
-        assert len(words) > len(set(words)) and not blurred[n - len(answer) + 1:].any()  # as long as a sign; what is learnt stays clear
+        # as long as a sign; what is learnt stays clear
+        assert len(words) > len(set(words)) and not blurred[n - len(answer) + 1:].any()
         prompted += document[n - len(answer) + 1 - len(prompt):n - len(answer) + 1] == prompt
         start, i = start + n, i + len(answer)
     assert 0 < prompted < 12  # about half of them
-    again = toy.text_batch_of(texts, tokenizer, stateless(0))
+    again = small_llm.text_batch_of(texts, tokenizer, stateless(0))
     assert (tokens == again[0]).all() and (signed == again[-1]).all()
 
 
@@ -176,24 +184,26 @@ def test_tokenizer(trained, every):
 
 
 def test_llama_folder(trained):
-    assert sorted(os.listdir(trained.folder)) == ["consolidated.00.pth", "params.json", "tokenizer.model"]  # Meta's layout
+    # Meta's layout
+    assert sorted(os.listdir(trained.folder)) == ["consolidated.00.pth", "params.json", "tokenizer.model"]
     params = json.load(open(os.path.join(trained.folder, "params.json")))
     assert params["dim"] == 128 and params["vocab_size"] == -1  # as Meta ships it
     llama = LLaMA.from_pretrained(trained.folder)
     assert llama.args.vocab_size >= trained.tokenizer.vocab_size
-    saved, kept = torch.load(os.path.join(trained.folder, "consolidated.00.pth"), weights_only=True), trained.model.state_dict()
+    saved = torch.load(os.path.join(trained.folder, "consolidated.00.pth"), weights_only=True)
+    kept, query = trained.model.state_dict(), "layers.0.attention.wq.weight"
     assert saved.keys() == kept.keys()
-    assert (saved["layers.0.attention.wq.weight"] != kept["layers.0.attention.wq.weight"]).any()  # rotary pairs side by side in the file
+    assert (saved[query] != kept[query]).any()  # rotary pairs side by side in the file
     tokens = torch.tensor([[1, 300, 301, 302, 5, 6, 7, 400]])
     with torch.no_grad():
         torch.testing.assert_close(llama(tokens), trained.model(tokens), rtol=0, atol=0)  # there and back
 
 
 def test_llama_follows_from_the_seed(trained, tmp_path, every):
-    toy.train_llama(str(tmp_path / "llm"), [g for *_, g in every[:500]], 1337, 2, 4)
+    small_llm.train_llama(str(tmp_path / "llm"), [g for *_, g in every[:500]], 1337, 2, 4)
     for name in os.listdir(trained.folder):
         if name.endswith(".pth"):
-            a, b = (torch.load(os.path.join(f, name), weights_only=True) for f in (trained.folder, str(tmp_path / "llm")))
+            a, b = (torch.load(f"{folder}/{name}", weights_only=True) for folder in (trained.folder, tmp_path / "llm"))
             assert all((a[k] == b[k]).all() for k in a)
         else:
             assert open(os.path.join(trained.folder, name), "rb").read() == open(tmp_path / "llm" / name, "rb").read()
@@ -205,46 +215,45 @@ def test_other_llms(tmp_path, every, llm):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("tokenizers")
     folder = str(tmp_path / llm)
-    toy.train_llama(folder, [g for *_, g in every[:500]], 1, 2, 4, **toy.LLMS[llm])
+    small_llm.train_llama(folder, [g for *_, g in every[:500]], 1, 2, 4, **toy.LLMS[llm])
     llama, tokenizer = LLaMA.from_pretrained(folder), Tokenizer(folder)
     assert llama.args.model_type == toy.LLMS[llm].get("model_type", "llama") and tokenizer.fit(llama.args.vocab_size)
     assert (tokenizer.bos_id == -1) == (llm == "llm_qwen2")
     text = every[0][2]
     assert tokenizer.decode(tokenizer.encode(text)).strip() == text
     tokens = torch.tensor([tokenizer.encode(text)])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
-        torch.testing.assert_close(llama(tokens), transformers.AutoModelForCausalLM.from_pretrained(folder)(tokens).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(llama(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
 
 
 def test_chinese():
     every = toy.sentences(1338, None, "Chinese")
-    texts = [toy.written(words, "Chinese") for *_, words in every]
-    assert len(set(texts)) == len(every) == 17280 and not any(" " in t for t in texts) and all(t.endswith("。") for t in texts)
+    texts = [small_llm.written(words, "Chinese") for *_, words in every]
+    assert len(set(texts)) == len(every) == 17280
+    assert not any(" " in t for t in texts) and all(t.endswith("。") for t in texts)
     for signs, shaken, words in every:
         assert (shaken >= 0) == bool({"不会", "没有"} & set(words.split()))
     assert "星期一在南部再次会下雨，气温十度。" in texts
-    kept = toy.content_words("星期一 在 南部 再次 不会 下雨 ， 气温 十 度 。", stateless(3))
+    kept = small_llm.content_words("星期一 在 南部 再次 不会 下雨 ， 气温 十 度 。", stateless(3))
     assert {"星期一", "南部", "再次", "不", "下雨", "十"} <= set(kept)
 
 
 # ---- the table of clips
 
-
 def test_the_table_is_what_was_signed(tmp_path, monkeypatch):
     """
-    clips.tsv: so many of each split, each sentence with its signs in signing order, the mark on the sign with the
-    head shake.
+    clips.tsv: so many of each split, each sentence with its signs in signing order, the mark on the sign with the head
+    shake.
     """
-    monkeypatch.setattr(
-        toy, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers)
-    )  # other processes take seconds to start
+    # other processes take seconds to start
+    monkeypatch.setattr(toy, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
     shown, counts = [], {"train": 6, "dev": 2, "test": 3}
     toy.make_clips(str(tmp_path / "clips"), 1337, "German", counts, 1, shown.append)
     header, *lines = (tmp_path / "clips/clips.tsv").read_text(encoding="utf-8").splitlines()
     rows = [dict(zip(header.split("\t"), line.split("\t"))) for line in lines]
-    assert [r["split"] for r in rows] == ["train"] * 6 + ["dev"] * 2 + ["test"] * 3 and [r["file"] for r in rows] == [
-        f"{i:05}.mp4" for i in range(11)
-    ]
+    assert [r["split"] for r in rows] == ["train"] * 6 + ["dev"] * 2 + ["test"] * 3
+    assert [r["file"] for r in rows] == [f"{i:05}.mp4" for i in range(11)]
     assert shown == list(range(1, 12)) and len({r["text"] for r in rows}) == 11
     for i, (row, (signs, shaken, text)) in enumerate(zip(rows, toy.sentences(1337, 11))):
         assert row["text"] == text
@@ -257,21 +266,17 @@ def test_the_table_is_what_was_signed(tmp_path, monkeypatch):
 
 def test_how_much_of_the_language_there_is(every):
     """
-    8 times, 6 places, 6 kinds of weather with and without head shake, 4 manners and 5 degrees or none: each
-    combination once.
+    8 times, 6 places, 6 kinds of weather with and without head shake, 4 manners and 5 degrees or none: each combination
+    once.
     """
     assert len(every) == 8 * 6 * 6 * 2 * 5 * 6 and len(toy.SIGNS) == len(set(toy.SIGNS)) == 8 + 6 + 6 + 4 + 5
     assert sum(shaken >= 0 for _, shaken, _ in every) == len(every) // 2
     count = lambda sign: sum(sign in signs for signs, *_ in every)
-    assert [count(s) * n for s, n in (("HEUTE", 8), ("RHEIN", 6), ("NEBEL", 6), ("OFT", 5), ("ZEHN", 6))] == [
-        len(every)
-    ] * 5
+    for sign, n in (("HEUTE", 8), ("RHEIN", 6), ("NEBEL", 6), ("OFT", 5), ("ZEHN", 6)):
+        assert count(sign) * n == len(every)
     german = {g for *_, g in every}
-    for text in (
-        "in der nacht gibt es auf den inseln wieder keinen nebel bei dreißig grad",
-        "am abend weht an der küste oft der wind nicht",
-        "heute scheint im norden die sonne",
-    ):
+    for text in ("in der nacht gibt es auf den inseln wieder keinen nebel bei dreißig grad",
+                 "am abend weht an der küste oft der wind nicht", "heute scheint im norden die sonne"):
         assert text in german
     assert toy.GERMAN.keys() == toy.CHINESE.keys() == set(toy.SIGNS)
 
@@ -280,25 +285,15 @@ def test_another_language_is_signed_otherwise(monkeypatch, tmp_path):
     """toy_zh: a seed of its own, so that neither signs nor sentences are toy's, and Chinese sentences."""
     asked = []
     monkeypatch.setattr(toy, "make_clips", lambda root, seed, language, *_: asked.append((seed, language)))
-    monkeypatch.setattr(
-        toy,
-        "train_llama",
-        lambda folder, texts, seed, steps, batch, language, **sizes: asked.append(
-            (seed, language, steps, batch, sizes)
-        ),
-    )
+    train = lambda folder, texts, seed, steps, batch, language, **sizes: asked.append(
+        (seed, language, steps, batch, sizes))
+    monkeypatch.setattr(toy, "train_llama", train)
     for name in ("read_clips", "prepare", "Extractor"):
         monkeypatch.setattr(toy, name, lambda *args, **kwargs: [None])
     toy.build(str(tmp_path), "toy_zh", "llm_mistral", seed=7, text_steps=5, text_batch=6)
     assert sorted(asked, key=len) == [(8, "Chinese"), (11, "Chinese", 5, 6, toy.LLMS["llm_mistral"])]
     assert json.loads((tmp_path / "toy_zh" / "toy.json").read_text()) == {
-        "seed": 7,
-        "n_train": 1000,
-        "n_dev": 100,
-        "n_test": 100,
-        "text_steps": 5,
-        "text_batch": 6,
-    }
+        "seed": 7, "n_train": 1000, "n_dev": 100, "n_test": 100, "text_steps": 5, "text_batch": 6}
     with pytest.raises(BadInput, match="made with seed=7, not 8"):
         toy.build(str(tmp_path), "toy_zh", "llm", seed=8)
     asked.clear()
@@ -308,8 +303,8 @@ def test_another_language_is_signed_otherwise(monkeypatch, tmp_path):
 
 def test_movements_and_hands():
     """
-    A sign's hand moves around its place, the other hand mirrors it, waits in front of the body or rests, and both
-    come back to rest.
+    A sign's hand moves around its place, the other hand mirrors it, waits in front of the body or rests, and both come
+    back to rest.
     """
     t = np.linspace(0, 1, 9)
     paths = [toy.movement(kind, t) for kind in range(8)]
@@ -321,7 +316,5 @@ def test_movements_and_hands():
         middle = len(right) // 2
         assert np.allclose(right[[0, -1]], toy.REST[1]) and np.allclose(left[[0, -1]], toy.REST[0]) and not head.any()
         assert np.allclose(left[middle], other if other else right[middle] * (-1, 1))
-        assert (
-            tuple(fingers[middle]) == (table[sign][2], table[sign][2] if table[sign][3] else 0)
-            and abs(right[middle] - table[sign][0]).max() < 0.26
-        )
+        assert tuple(fingers[middle]) == (table[sign][2], table[sign][2] if table[sign][3] else 0)
+        assert abs(right[middle] - table[sign][0]).max() < 0.26

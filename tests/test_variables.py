@@ -29,11 +29,15 @@ import eval as evaluation
 import lora
 import model
 import train
-from config import BadInput, configure, pick_device, pick_dtype, read_literals
-from data import Tokenizer
+from lib.cnn import GoogLeNet, RandomCNN, he_init
+from lib.configurator import configure, read_literals
+from lib.extract import Extractor
+from lib.features import Store
+from lib.program import BadInput, pick_device, pick_dtype
+from lib.scores import rouge
+from lib.tokenizer import Tokenizer
 from model import LLaMA, SLLaMA
 from scripts.toy import write_mp4
-from video import Extractor, Store
 
 # program -> variable -> the tests that say what it does
 TABLE = {"train.py": {}, "eval.py": {}, "data.py": {}, "lora.py": {}}
@@ -132,9 +136,9 @@ def run(request, world, train_here, monkeypatch, capsys):
             (saw.batches if self.training else saw.dev).append(batch)
             return real(self, batch)
 
-        def block(self, *args, real=model.Block.forward, **more):
-            saw.blocks += self.attention.window is None  # those of the LLM
-            return real(self, *args, **more)
+        def block(self, x, rope, at, attend, *how, real=model.Block.forward):
+            saw.blocks += attend is model.causal_attention  # those of the LLM
+            return real(self, x, rope, at, attend, *how)
 
         def translate(*args, **more):
             given = inspect.signature(evaluation.translate).bind(*args, **more).arguments
@@ -166,8 +170,10 @@ def run(request, world, train_here, monkeypatch, capsys):
 def read_run(saw):
     """Add what lies in a run's folder."""
     last = saw.folder / "last"
-    saw.log = rows(saw.folder / "log.jsonl")
-    saw.logged, saw.scored = [e["step"] for e in saw.log], [e["step"] for e in saw.log if "dev_loss" in e]
+    entries = rows(saw.folder / "log.jsonl")
+    saw.log, saw.looks = ([e for e in entries if kind in e] for kind in ("loss", "dev_loss"))
+    assert len(saw.log) + len(saw.looks) == len(entries)  # a line is of a step or of a look at dev
+    saw.logged, saw.scored = ([e["step"] for e in lines] for lines in (saw.log, saw.looks))
     saw.state = json.load(open(last / "state.json"))
     saw.vision, saw.moments = load_file(last / "vision.safetensors"), load_file(last / "optimizer.safetensors")
     saw.learns = {k.removeprefix("exp_avg.") for k in saw.moments if k.startswith("exp_avg.")}
@@ -402,10 +408,10 @@ def test_the_language_s_code_picks_the_tokens_of_bleu_and_rouge(run, world):
     refs = [texts(world / "data" / "toy", "dev")[i] for i in (0, 2)]
     hyps = ["heute regnet es im norden"] * 2
     for lang, cut in (("zh", "char"), ("", "13a")):
-        (entry,) = run("max_clips=6", "epochs=1", "eval_every=0", f"lang={lang}").log
+        (entry,) = run("max_clips=6", "epochs=1", "eval_every=0", f"lang={lang}").looks
         want = sacrebleu.metrics.BLEU(tokenize=cut, force=True).corpus_score(hyps, [refs]).score
         assert entry["dev_bleu"][3] == pytest.approx(want)
-        assert entry["dev_rouge"] == evaluation.rouge(hyps, refs, lang or "de")
+        assert entry["dev_rouge"] == rouge(hyps, refs, lang or "de")
     with pytest.raises(BadInput, match="lang: say the code of Esperanto"):
         run("language=Esperanto", "lang=")
 
@@ -423,7 +429,7 @@ def test_label_smoothing_by_hand_and_none_on_dev(run):
     one, uniform = losses(saw.batches[:1])
     assert abs(one - uniform) > 0.1
     assert saw.log[0]["loss"] == pytest.approx(0.8 * one + 0.2 * uniform, rel=1e-5)
-    assert saw.log[-1]["dev_loss"] == pytest.approx(losses(saw.dev)[0], rel=1e-5)
+    assert saw.looks[-1]["dev_loss"] == pytest.approx(losses(saw.dev)[0], rel=1e-5)
 
 
 @does("train.py", "grad_accum=3")
@@ -588,7 +594,7 @@ def test_how_many_dev_clips_are_decoded_and_how(run, world):
         assert given["beam"] == 5
         assert ends(given["features"]) == ends(dev[i] for i in chosen)
     saw = run("max_clips=6", "epochs=1", "eval_every=0", "eval_clips=0")
-    assert not saw.decoded and "dev_bleu" not in saw.log[-1] and saw.scored == [1] and (saw.folder / "best").exists()
+    assert not saw.decoded and "dev_bleu" not in saw.looks[-1] and saw.scored == [1] and (saw.folder / "best").exists()
     assert run("max_clips=6", "epochs=1", "eval_every=0", "beam=1").decoded[0]["beam"] == 1
 
 
@@ -865,7 +871,7 @@ def test_a_video_is_the_same_as_its_features(score, result, world):
     assert [len(x) for x in split.calls[0]["features"]] == [12] * 4
     assert torch.equal(one, split.calls[0]["features"][0])
     assert "thinned out evenly to max_frames=12" in saw.err
-    assert "4 of 4 test clips are longer than max_frames=12" in split.out
+    assert "data: 4 test clips are longer than max_frames=12" in split.out
 
 
 @does("eval.py", "videos=HOME/some")
@@ -1046,7 +1052,7 @@ def test_the_cnn_and_its_weights(make, tmp_path, monkeypatch):
         return np.zeros((len(batch), 4), np.float16)
 
     monkeypatch.setattr(Extractor, "compute", compute)
-    want = model.he_init(model.GoogLeNet(), seed=7).state_dict()
+    want = he_init(GoogLeNet(), seed=7).state_dict()
     save_file(want, tmp_path / "cnn.safetensors")
     folder = make()
     assert all(torch.equal(t, want[k]) for k, t in nets[-1].state_dict().items())
@@ -1054,7 +1060,7 @@ def test_the_cnn_and_its_weights(make, tmp_path, monkeypatch):
     make("weights=random")
     assert not torch.equal(nets[-1].conv1.conv.weight, want["conv1.conv.weight"])
     make("backbone=toycnn", "weights=")
-    assert type(nets[-1]) is model.RandomCNN
+    assert type(nets[-1]) is RandomCNN
 
 
 @does("data.py", "fps=12.5")

@@ -1,5 +1,6 @@
 """
-walkthrough.py on a tiny run, as a program and as a notebook's cells: every assert in it holds, and it ends with the sentence that eval.py writes.
+scripts/walkthrough.py on a tiny run, as a program and as a notebook's cells: every assert in it holds, and it ends with
+the sentence that eval.py writes.
 
     python -m pytest tests/test_walkthrough.py
 """
@@ -10,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMALL
@@ -19,15 +19,16 @@ import train
 from data import Clips
 from eval import load_model, translate
 
-WALK = str(ROOT / "walkthrough.py")
+WALK = ["-m", "scripts.walkthrough"]
 
 
 @pytest.fixture(scope="module")
 def walked(home):
     """The folder of the small toy, with both stages of a run on it in out/toy."""
+    how = [f"data_dir={home}/data", f"out_dir={home}/out", *SMALL, "eval_every=-1"]
     with pytest.MonkeyPatch.context() as patch:
         for stage in ("align", "sft"):
-            patch.setattr(sys, "argv", ["train.py", f"stage={stage}", f"data_dir={home}/data", f"out_dir={home}/out", *SMALL, "eval_every=-1"])
+            patch.setattr(sys, "argv", ["train.py", f"stage={stage}", *how])
             train.main()
     return home
 
@@ -38,8 +39,10 @@ def walk(folder, *command, hide=()):
     path.mkdir(exist_ok=True)
     for name in hide:
         (path / f"{name}.py").write_text("raise ImportError")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path)] * bool(hide) + [str(ROOT)]), "MPLBACKEND": "Agg", "PYTHONIOENCODING": "utf-8"}
-    return subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, encoding="utf-8", timeout=120)
+    places = os.pathsep.join([str(path)] * bool(hide) + [str(ROOT)])
+    env = {**os.environ, "PYTHONPATH": places, "MPLBACKEND": "Agg", "PYTHONIOENCODING": "utf-8"}
+    return subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True,
+                          encoding="utf-8", timeout=120)
 
 
 def expected(ckpt, clip, eos_id=None, **how):
@@ -64,16 +67,15 @@ def as_printed(sentence):
 
 def an_ending(run, clip, **how):
     """
-    A token that as EOS makes the model end its sentence, whatever little it has learnt: its own EOS if it has learnt that,
-    else one of those it writes, from the middle of the sentence back to the first. With that one
-    even the empty sentence is an ending.
+    A token that as EOS makes the model end its sentence, whatever little it has learnt: its own EOS if it has learnt
+    that, else one of those it writes, from the middle of the sentence back to the first. With that one even the empty
+    sentence is an ending.
     """
     _, tokens, _ = expected(run, clip, **how)
     if len(tokens) < how["max_new_tokens"]:
         return load_model(str(run), device="cpu")[1].eos_id
-    return next(
-        i for i in tokens[len(tokens) // 2 :: -1] if len(expected(run, clip, i, **how)[1]) < how["max_new_tokens"]
-    )
+    ends = lambda i: len(expected(run, clip, i, **how)[1]) < how["max_new_tokens"]
+    return next(filter(ends, tokens[len(tokens) // 2::-1]))
 
 
 def test_program(walked):
@@ -84,21 +86,32 @@ def test_program(walked):
     state["config"]["eos_id"] = an_ending(walked / "out/toy/sft", 1, **how)
     (ckpt / "state.json").write_text(json.dumps(state))
     sentence, _, reference = expected(ckpt, 1, **how)
-    done = walk(walked, WALK, f"ckpt={ckpt}", "clip=1", *(f"{k}={v}" for k, v in how.items()))
+    done = walk(walked, *WALK, f"ckpt={ckpt}", "clip=1", *(f"{k}={v}" for k, v in how.items()))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     assert f"model:     {sentence}\nreference: {reference}\n" in done.stdout and "   done: " in done.stdout
     assert f"this clip     {sentence}\n" in done.stdout
-    assert [line.split(".")[0] for line in done.stdout.splitlines() if line.startswith("## ")] == [f"## {n}" for n in range(11)]  # the prose is printed
+    titles = [line.split(".")[0] for line in done.stdout.splitlines() if line.startswith("## ")]
+    assert titles == [f"## {n}" for n in range(11)]  # the prose is printed
     assert "\n. # # # # # # # # # . " in done.stdout  # the band
     pictures = re.findall(r"^\[(.*\.png)\]$", done.stdout, re.M)
-    assert len(pictures) == (5 if importlib.util.find_spec("matplotlib") else 0) and all((walked / f).exists() for f in pictures)
+    assert len(pictures) == (5 if importlib.util.find_spec("matplotlib") else 0)
+    assert all((walked / f).exists() for f in pictures)
+
+
+def cells_of(**changes):
+    """The walkthrough's cells, with these values on its page one."""
+    source = (ROOT / "scripts" / "walkthrough.py").read_text(encoding="utf-8")
+    for name, value in changes.items():
+        source, n = re.subn(rf"^{name} = \w+", f"{name} = {value}", source, flags=re.M)
+        assert n == 1
+    return re.split(r"^# %%(?: \[markdown\])?$", source, flags=re.M)
 
 
 def test_cells_without_matplotlib(walked):
     """A notebook has no command line and no __file__, its cells share their names, and page one is edited in place."""
-    source = Path(WALK).read_text(encoding="utf-8").replace("max_new_tokens = 200", "max_new_tokens = 12")
-    cells = re.split(r"^# %%(?: \[markdown\])?$", source, flags=re.M)
-    (walked / "cells.py").write_text(f"cells = {cells!r}\nnames = dict(get_ipython=None)\nfor cell in cells:\n    exec(cell, names)\n")
+    cells = cells_of(max_new_tokens=12)
+    (walked / "cells.py").write_text(
+        f"cells = {cells!r}\nnames = dict(get_ipython=None)\nfor cell in cells:\n    exec(cell, names)\n")
     done = walk(walked, "cells.py", "-f", "kernel.json", hide=["matplotlib"])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     sentence, _, reference = expected(walked / "out/toy/sft", 23 % 4, max_new_tokens=12)
@@ -106,8 +119,19 @@ def test_cells_without_matplotlib(walked):
     assert "█" in done.stdout and ".png" not in done.stdout
 
 
+def test_a_notebook_beside_it_finds_the_project():
+    """VS Code and Jupyter start in the folder of the file."""
+    first = next(cell for cell in cells_of() if "import torch" in cell)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, "-c", f"exec({first!r}, dict(get_ipython=None))"]
+    done = subprocess.run(command, cwd=ROOT / "scripts", env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_nothing_to_walk_through(tmp_path):
     """No checkpoint: one line that names the two commands."""
-    done = walk(tmp_path, WALK)
+    done = walk(tmp_path, *WALK)
     assert done.returncode == 1 and not done.stdout
-    assert re.fullmatch(r"walkthrough.py: out/toy/sft: holds no checkpoint.*; python train.py stage=align && python train.py stage=sft makes .*", done.stderr.strip())
+    said = (r"walkthrough.py: out/toy/sft: holds no checkpoint.*; "
+            "python train.py stage=align && python train.py stage=sft makes .*")
+    assert re.fullmatch(said, done.stderr.strip())

@@ -1,5 +1,5 @@
 """
-weights.py: what a folder's JSON may say and what that means, which of its files are read, how shards are joined.
+lib/weights.py: what a folder's JSON may say and what that means, which of its files are read, how shards are joined.
 That the logits then are those of transformers: test_model.py.
 
     python -m pytest tests/test_weights.py
@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_model import edit, hf_folder, meta_folder, refused, tiny_hf
 
-import weights
-from config import BadInput
-from model import LLaMA, open_llm
-from weights import check_names, from_hf, load_json, load_tensors, to_hf
+from lib import files
+from lib.files import load_json
+from lib.program import BadInput
+from lib.tensors import check_names, from_hf, load_tensors, to_hf
+from lib.weights import open_llm
+from model import LLaMA
 
 
 @pytest.fixture(scope="module")
@@ -260,10 +262,11 @@ def test_json_is_an_object_and_not_too_large(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text('{"a": [1, 2]}')
     assert load_json(str(path)) == {"a": [1, 2]}
-    monkeypatch.setattr(weights, "MAX_JSON", 13)
+    monkeypatch.setattr(files, "MAX_JSON", 13)
     load_json(str(path))
-    for text, said in (('{"a": [1, 2]} ', "more than"), ("[1]", "is not a JSON object"),
-                       ("null", "is not a JSON object"), ('{"a":', "cannot be read as JSON"), ("[" * 9, "cannot be read as JSON")):
+    for text, said in (('{"a": [1, 2]} ', "more than .*files.MAX_JSON"), ("[1]", "is not a JSON object"),
+                       ("null", "is not a JSON object"), ('{"a":', "cannot be read as JSON"),
+                       ("[" * 9, "cannot be read as JSON")):
         path.write_text(text)
         with pytest.raises(BadInput, match=said):
             load_json(str(path))

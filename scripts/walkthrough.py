@@ -2,11 +2,12 @@
 """
 # SL-LLaMA, piece by piece: one clip becomes one sentence
 
-Cells for VS Code and Jupyter (with jupytext), or a program that prints. Every part is called as the project's own programs call it; where that
-teaches something the same is computed by hand beside it, and an `assert` says that the two agree.
+Cells for VS Code and Jupyter (with jupytext), or a program that prints. Every part is called as the project's own
+programs call it. Where that teaches something the same is computed by hand beside it, and an `assert` says that the
+two agree.
 
-    python walkthrough.py            # seconds, after both stages of train.py on the toy; pictures go to out/walkthrough
-    python walkthrough.py clip=3     # another clip of the test split
+    python -m scripts.walkthrough            # seconds, after both stages of train.py on the toy
+    python -m scripts.walkthrough clip=3     # another clip of the test split; pictures go to out/walkthrough
 """
 # %%
 import copy
@@ -14,14 +15,21 @@ import math
 import os
 import sys
 
+# a notebook stands in scripts/ or above it
+sys.path.insert(1, ".." if os.path.basename(os.getcwd()) == "scripts" else ".")
+
 import torch
 import torch.nn.functional as F
 
-from config import BadInput, configure
-from data import Clips, Extractor, Sample, pack, prompt_ids, read_video
-from eval import controlled, load_model, translate
+from data import Clips, Sample, pack, prompt_ids
+from eval import load_model, translate
+from lib.configurator import configure
+from lib.controls import controlled
+from lib.extract import Extractor
+from lib.program import BadInput
+from lib.video import read_video
 from lora import apply_lora, layers, merge_lora
-from model import LLaMA, local_attention, rope_table
+from model import LLaMA, causal_attention, local_attention, rope_table, sees
 from scripts.attention import recorded
 
 ckpt = "out/toy/sft"  # run folder of the sft stage, on the toy
@@ -52,9 +60,13 @@ def tell():
 
 
 def show(name, panels, labels=(), size=(11, 22)):
-    """Pictures side by side, {title: (h, w) or (h, w, 3)}, perhaps with a label a row: as a figure, and in a terminal as characters."""
+    """
+    Pictures side by side, {title: (h, w) or (h, w, 3)}, perhaps with a label a row.
+    As a figure, and in a terminal as characters, so many rows and columns of them.
+    """
     if plt:
-        figure, axes = plt.subplots(1, len(panels), figsize=(max(6, 2.4 * len(panels)), 3.2), squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(1, len(panels), figsize=(max(6, 2.4 * len(panels)), 3.2), squeeze=False,
+                                    layout="constrained")
         for ax, (title, image) in zip(axes[0], panels.items()):
             ax.imshow(image, cmap="magma", aspect="equal" if image.ndim == 3 else "auto")
             ax.set_title(title, fontsize=9)
@@ -63,17 +75,20 @@ def show(name, panels, labels=(), size=(11, 22)):
         if NOTEBOOK:
             return plt.show()
         os.makedirs(to, exist_ok=True)
-        figure.savefig(os.path.join(to, name + ".png"), dpi=110)
+        path = f"{to}/{name}.png"
+        figure.savefig(path, dpi=110)
         plt.close(figure)
-        print(f"[{os.path.join(to, name)}.png]")
-    size, columns = (len(labels) or size[0], size[1]), []
+        print(f"[{path}]")
+    rows, width = len(labels) or size[0], size[1]
+    margin = [f"{label:>10} " for label in ["", *labels]] if labels else [""] * (rows + 1)
+    columns = []
     for title, image in panels.items():
         grey = torch.as_tensor(image).float()
-        grey = F.adaptive_max_pool2d(grey.mean(-1)[None] if grey.dim() == 3 else grey[None], size)[0]
-        level = (4.99 * (grey - grey.min()) / (grey.max() - grey.min() + 1e-9)).int()
-        columns.append([f"{title:{size[1]}.{size[1]}}", *("".join(" ·░▒█"[v] for v in line) for line in level.tolist())])
-    for label, *line in zip(["", *labels] if labels else [""] * (size[0] + 1), *columns):
-        print(f"{label:>10} " * bool(labels) + "  ".join(line))
+        grey = F.adaptive_max_pool2d((grey.mean(-1) if grey.dim() == 3 else grey)[None], (rows, width))[0]
+        level = 4.99 * (grey - grey.min()) / (grey.max() - grey.min() + 1e-9)
+        columns.append([f"{title:{width}.{width}}", *("".join(" ·░▒█"[int(v)] for v in line) for line in level)])
+    for left, *line in zip(margin, *columns):
+        print(left + "  ".join(line))
 
 
 torch.set_grad_enabled(False)
@@ -92,13 +107,18 @@ try:
     if (cfg.backbone, cfg.adaptor, cfg.ltn, cfg.stage) != ("toycnn", "mlp", True, "sft") or sllama.proj is None:
         raise BadInput(f"ckpt={ckpt}: the walk is through the toy's model as train.py's page one has it, stage=sft")
 except BadInput as e:
-    raise SystemExit(f"walkthrough.py: {e}; python train.py stage=align && python train.py stage=sft makes out/toy/sft") from None
+    again = "python train.py stage=align && python train.py stage=sft makes out/toy/sft"
+    raise SystemExit(f"walkthrough.py: {e}; {again}") from None
 tell()
 clip, other = clip % len(clips), other % len(clips)
 extractor, llm, embedding = Extractor("toycnn", device="cpu"), sllama.llm, sllama.llm.tok_embeddings.weight
-count = lambda *parts, lora=False: sum(p.numel() for m in parts for name, p in m.named_parameters() if ("lora_" in name) == lora)
-for part, n, learns in (("frozen CNN", count(extractor.cnn), "-"), ("local transformer", count(sllama.proj, sllama.ltn), "align"),
-                        ("adaptor", count(sllama.adaptor), "align, sft"), ("LLaMA", count(llm), "-"), ("its LoRA", count(llm, lora=True), "sft")):
+count = lambda *parts, lora=False: sum(p.numel() for part in parts for name, p in part.named_parameters()
+                                       if ("lora_" in name) == lora)
+for part, n, learns in (("frozen CNN", count(extractor.cnn), "-"),
+                        ("local transformer", count(sllama.proj, sllama.ltn), "align"),
+                        ("adaptor", count(sllama.adaptor), "align, sft"),
+                        ("LLaMA", count(llm), "-"),
+                        ("its LoRA", count(llm, lora=True), "sft")):
     print(f"{part:18} {n:10,} parameters   learns in: {learns}")
 
 # %% [markdown]
@@ -125,16 +145,19 @@ show("1_clip", {f"frame {t}": video[t] for t in range(2, T, T // 5)[:5]})
 tell()
 features = torch.from_numpy(extractor(row["video"]))  # (T, 1024) float16
 assert torch.equal(features, clips.features(clip))  # what data.py has stored, to the bit
-x = (torch.from_numpy(video[T // 2]).permute(2, 0, 1)[None] - 127.5) / 127.5  # (H, W, 3) of 0..255 -> (1, 3, H, W) of -1..1
+# (H, W, 3) of 0..255 -> (1, 3, H, W) of -1..1
+x = (torch.from_numpy(video[T // 2]).permute(2, 0, 1)[None] - 127.5) / 127.5
 print(f"frame {T // 2}: {tuple(x.shape)}", end="")
 for conv in extractor.cnn.convs:
     x = F.conv2d(x, conv.weight, conv.bias, stride=2, padding=2).relu()
     print(f" -> {tuple(x.shape)}", end="")
-x = x.unflatten(3, (4, -1)).unflatten(2, (4, -1)).mean((3, 5)).flatten(1)  # (1, 64, 8, 8) -> (1, 64, 4, 2, 4, 2) -> (1, 1024)
+# (1, 64, 8, 8) -> (1, 64, 4, 2, 4, 2) -> (1, 1024)
+x = x.unflatten(3, (4, -1)).unflatten(2, (4, -1)).mean((3, 5)).flatten(1)
 print(f" -> {tuple(x.shape)}")
 assert torch.allclose(x[0], features[T // 2].float(), atol=2e-3)  # the store rounds to float16
 x = ((features.float() - sllama.mean) / sllama.std)[None]  # (1, T, 1024)
-show("2_features", {"a row a frame, as they come": features.float().sqrt(), "standardised": x[0].clamp(-3, 3)}, size=(11, 50))
+panels = {"a row a frame, as they come": features.float().sqrt(), "standardised": x[0].clamp(-3, 3)}
+show("2_features", panels, size=(11, 50))
 
 # %% [markdown]
 # ## 3. The local transformer: a band
@@ -143,9 +166,9 @@ show("2_features", {"a row a frame, as they come": features.float().sqrt(), "sta
 
 # %%
 tell()
-reach, i = cfg.window // 2, torch.arange(20)
-band = (i[:, None] - i).abs() <= reach
-print(f"{f'one layer, ±{reach}':44}two layers, ±{2 * reach}")
+i = torch.arange(20)
+band, (before, after) = sees(i[:, None], i, cfg.window), sllama.ltn.reach
+print(f"{f'one layer, -{before} to +{after}':44}two layers, -{2 * before} to +{2 * after}")
 for lines in zip(band.int(), (band.float() @ band.float() > 0).int()):
     print("     ".join(" ".join(".#"[v] for v in line) for line in lines))
 
@@ -153,23 +176,24 @@ for lines in zip(band.int(), (band.float() @ band.float() > 0).int()):
 q, k, v = torch.randn(3, 1, 2, 150, 16)  # each (B, heads, frames, width of a head)
 i = torch.arange(150)
 score = q @ k.transpose(-1, -2) / 16**0.5  # (1, 2, 150, 150): how well frame j's key fits frame i's query
-by_hand = score.masked_fill((i[:, None] - i).abs() > reach, -math.inf).softmax(-1) @ v
+by_hand = score.masked_fill(~sees(i[:, None], i, cfg.window), -math.inf).softmax(-1) @ v
 assert torch.allclose(by_hand, local_attention(q, k, v, cfg.window), atol=1e-5)
 
 x = sllama.proj(x)  # (1, T, 1024) -> (1, T, width)
 with recorded(sllama.ltn) as weights:
     seen = sllama.ltn(x)  # (1, T, width): each frame, having looked around
-print(f"\nwhere the trained layers look, by distance:\n{'':8}" + "".join(f"{d:+6}" for d in range(-reach, reach + 1)))
+print(f"\nwhere the trained layers look, by distance:\n{'':8}" + "".join(f"{d:+6}" for d in range(-before, after + 1)))
 for n, w in enumerate(weights.values()):  # (heads, T, T)
-    print(f"layer {n} " + "".join(f"{w.diagonal(d, 1, 2).mean():6.2f}" for d in range(-reach, reach + 1)))
+    print(f"layer {n} " + "".join(f"{w.diagonal(d, 1, 2).mean():6.2f}" for d in range(-before, after + 1)))
 print()
-show("3_band", {f"layer {n}: frame i looks at frame j": w.mean(0) for n, w in enumerate(weights.values())}, size=(T // 2, T))
+panels = {f"layer {n}: frame i looks at frame j": w.mean(0) for n, w in enumerate(weights.values())}
+show("3_band", panels, size=(T // 2, T))
 
 poked = x.clone()
 poked[0, T // 2] += 1
 moved = (sllama.ltn(poked) - seen).abs().amax((0, 2)).gt(1e-4).nonzero()[:, 0].tolist()
 print(f"\na change of frame {T // 2} alone is felt from frame {moved[0]} to frame {moved[-1]}")
-assert T // 2 - cfg.ltn_layers * reach <= moved[0] and moved[-1] <= T // 2 + cfg.ltn_layers * reach
+assert T // 2 - cfg.ltn_layers * after <= moved[0] and moved[-1] <= T // 2 + cfg.ltn_layers * before
 
 # %% [markdown]
 # ## 4. The adaptor: frames that look like words
@@ -180,16 +204,20 @@ assert T // 2 - cfg.ltn_layers * reach <= moved[0] and moved[-1] <= T // 2 + cfg
 # %%
 tell()
 u = seen @ sllama.adaptor.w1.weight.T
-by_hand = (u * (1 + torch.erf(u / 2**0.5)) / 2) @ sllama.adaptor.w2.weight.T  # GELU(u): u times the share of a normal distribution below u
+gelu = u * (1 + torch.erf(u / 2**0.5)) / 2  # u times the share of a normal distribution below u
+by_hand = gelu @ sllama.adaptor.w2.weight.T
 assert torch.allclose(by_hand, sllama.adaptor(seen), atol=1e-4)
 frames = by_hand[0] * sllama.scale  # (T, dim): the size of LLaMA's embeddings
-piece = lambda i: {tokenizer.bos_id: "BOS", tokenizer.eos_id: "EOS"}.get(i) or tokenizer.decode([i]).replace("\n", "\\n")
-used = torch.tensor(sorted({i for r in clips.rows for i in tokenizer.encode(r["text"])}))  # the tokens that such sentences are made of
+special = {tokenizer.bos_id: "BOS", tokenizer.eos_id: "EOS"}
+piece = lambda i: special.get(i) or tokenizer.decode([i]).replace("\n", "\\n")
+# the tokens that such sentences are made of
+used = torch.tensor(sorted({i for r in clips.rows for i in tokenizer.encode(r["text"])}))
 cosine = F.normalize(frames, dim=1) @ F.normalize(embedding[used], dim=1).T  # (T, used)
 print(f"{tuple(seen.shape)} -> {tuple(frames.shape)}\nsigned: {row['gloss']}")
 for t in range(2, T, 4):
     near = cosine[t].topk(3)
-    print(f"frame {t:2}:  " + "".join(f"{piece(i):>10} {c:.2f}" for c, i in zip(near.values, used[near.indices].tolist())))
+    words = zip(near.values, used[near.indices].tolist())
+    print(f"frame {t:2}:  " + "".join(f"{piece(i):>10} {c:.2f}" for c, i in words))
 
 # %% [markdown]
 # ## 5. The prompt, with the clip spliced in
@@ -199,7 +227,7 @@ for t in range(2, T, 4):
 # %%
 tell()
 before, after = prompt_ids(sllama.prompt, tokenizer)
-h = sllama.embed(pack([Sample("", features, before, after, None)]))  # (1, N, dim): a stream of one clip; training packs several
+h = sllama.embed(pack([Sample(features, before, after, None)]))  # (1, N, dim), one clip; training packs several
 assert torch.allclose(h[0], torch.cat([embedding[before], frames, embedding[after]]), atol=1e-4)
 print(f"{' '.join(map(piece, before))}  [{T} frames]  {' '.join(map(piece, after))}\n\n"
       f"{len(before)} + {T} + {len(after)} positions: {tuple(h.shape)}")
@@ -213,11 +241,11 @@ print(f"{' '.join(map(piece, before))}  [{T} frames]  {' '.join(map(piece, after
 tell()
 state, rope = h, rope_table(torch.arange(h.shape[1])[None], llm.args.head_dim, llm.args.rope_theta)
 for layer in llm.layers:  # each adds to the stream what its attention and its feed-forward have to say
-    state = layer(state, rope)
+    state = layer(state, rope, None, causal_attention)
 logits = llm.norm(state[0]) @ llm.output.weight.T  # (N, dim) (dim, vocabulary) -> (N, vocabulary)
 assert torch.allclose(logits, llm(h=h)[0], atol=1e-3)
 changed = torch.cat([h[:, :-1], torch.randn_like(h[:, -1:])], 1)
-assert torch.allclose(llm(h=changed)[0, :-1], logits[:-1], atol=1e-3)  # causal: another last token, and all before it stays
+assert torch.allclose(llm(h=changed)[0, :-1], logits[:-1], atol=1e-3)  # causal: another last token, the others stay
 print(f"logits {tuple(logits.shape)}; the answer's first word:")
 for p, i in zip(*(t.tolist() for t in logits[-1].softmax(-1).topk(5))):
     print(f"{piece(i):>10} {p:7.2%} {'█' * round(40 * p)}")
@@ -235,24 +263,28 @@ x = torch.randn(5, lora.in_features)
 assert torch.allclose(lora(x), x @ (lora.weight + update(lora)).T, atol=1e-4)
 targets = cfg.lora_targets.split(",")
 plain = LLaMA.from_pretrained(cfg.llm)  # as it was
-assert torch.equal(apply_lora(copy.deepcopy(plain), len(lora.lora_A), lora.alpha, targets)(h=h), plain(h=h))  # B = 0: the identity
-assert torch.allclose(merge_lora(copy.deepcopy(llm))(h=h)[0], logits, atol=1e-3)  # added into W it costs nothing any more
+begun = apply_lora(copy.deepcopy(plain), len(lora.lora_A), lora.alpha, targets)
+assert torch.equal(begun(h=h), plain(h=h))  # B = 0: the identity
+# added into W it costs nothing any more
+assert torch.allclose(merge_lora(copy.deepcopy(llm))(h=h)[0], logits, atol=1e-3)
 print("size of the update against W\n" + " " * 8 + "".join(f"{t:>7}" for t in targets))
-size = {(n, t): update(w).norm() / w.weight.norm() for n, t, _, w in layers(llm)}
+size = {name: update(w).norm() / w.weight.norm() for name, _, _, w in layers(llm)}
 for n in range(len(llm.layers)):
-    print(f"layer {n} " + "".join(f"{size[n, t]:7.1%}" for t in targets))
+    print(f"layer {n} " + "".join(f"{size[f'layers.{n}.attention.{t}']:7.1%}" for t in targets))
 learnt = pack([clips.sample(clip, (before, after), tokenizer)])  # the stream as in training, the reference behind it
-with_, without = (m(h=sllama.embed(learnt), at=learnt.target_at)[0].softmax(-1) for m in (llm, plain))  # (words, vocabulary)
-print("\nprobability of each word of the reference, after those before it\n" + " " * 12 + "with LoRA   without   the most probable one without")
+# (words, vocabulary) each
+with_, without = (m(h=sllama.embed(learnt), at=learnt.target_at)[0].softmax(-1) for m in (llm, plain))
+print("\nprobability of each word of the reference, after those before it\n"
+      f"{'':12}with LoRA   without   the most probable one without")
 for n, i in enumerate(learnt.targets.tolist()):
     print(f"{piece(i):>10} {with_[n, i]:10.2%} {without[n, i]:9.2%}   {piece(without[n].argmax().item())}")
 
 # %% [markdown]
 # ## 8. Beam search, step by step
 # Taking the most probable word each time cannot go back. A beam keeps the best four beginnings, tries every word behind
-# each, and goes on with the best four of all that. One that ends in EOS is done and scores sum(log p) / ((5+len)/6)**penalty;
-# undivided, short sentences would win. `eval.generate` does the same for many clips at once, and keeps keys
-# and values (the cache) where we read everything anew.
+# each, and goes on with the best four of all that. One that ends in EOS is done and scores
+# sum(log p) / ((5+len)/6)**penalty; undivided, short sentences would win. `model.generate` does the same for many clips
+# at once, and keeps keys and values (the cache) where we read everything anew.
 
 # %%
 tell()
@@ -286,23 +318,27 @@ print(f"\nmodel:     {sentence}\nreference: {row['text']}")
 # %%
 tell()
 ids = ids + [tokenizer.eos_id]
-written = pack([Sample("", features, before, after, ids)])
+written = pack([Sample(features, before, after, ids)])
 with recorded(llm) as weights:
     llm(h=sllama.embed(written))
 look = sum(w[:, written.target_at][:, :, written.frame_at].sum(0) for w in weights.values())  # (words, T)
 words = [f"{n} {piece(i)}" for n, i in enumerate(ids, 1)]
 show("9_look", {"a column a frame, first to last": look / look.amax(1, keepdim=True)}, words, size=(0, T))
-sharp = (look.amax(1) / look.sum(1)).topk(min(5, len(ids))).indices.sort().values.tolist()  # those with one place far above the others
+# those with one place far above the others
+sharp = (look.amax(1) / look.sum(1)).topk(min(5, len(ids))).indices.sort().values.tolist()
 print("\nand the frames that the most decided of them looked at:")
-show("9_frames", {f"{words[n]}: frame {t}": video[t] for n in sharp for t in [look[n].argmax().item()]})
+place = look.argmax(1).tolist()
+show("9_frames", {f"{words[n]}: frame {place[n]}": video[place[n]] for n in sharp})
 
 # %% [markdown]
 # ## 10. The control
 # A fluent sentence proves nothing: weather can be guessed. So the same model gets no clip at all (zeros), then
-# another clip. If what it writes follows the clip, it has looked. `eval.py control=all` asks this of the whole test split.
+# another clip. If what it writes follows the clip, it has looked. `eval.py control=all` asks this of the whole test
+# split.
 
 # %%
 tell()
-for name, x, said in (("this clip", features, row["text"]), ("no clip", *controlled([features], "blank", 0, sllama), "nothing"),
+(blank,) = controlled([features], "blank", 0, sllama.mean, sllama.std)
+for name, x, said in (("this clip", features, row["text"]), ("no clip", blank, "nothing"),
                       ("another clip", clips.features(other), clips.rows[other]["text"])):
     print(f"{name:13} {translate(sllama, [x], tokenizer, **how)[0]}\n{'  was signed':13} {said}\n")

@@ -1,0 +1,150 @@
+"""
+What is wrong with a data set, clip by clip, before anything is computed.
+"""
+import os
+import re
+
+from lib.features import open_features
+from lib.files import whole
+from lib.program import BadInput, print0, rank
+from lib.readers import SPLITS
+from lib.video import IMAGES
+
+# how the names begin -> clips of each split
+PUBLISHED = {"[0-9]{2}[A-Z][a-z]+_[0-9]{4}_[A-Z]": (7096, 519, 642),
+             "S[0-9]{6}_P[0-9]{4}_T[0-9]{2}$": (18401, 1077, 1176)}
+# not for names: control characters, and half characters, which can stand in a pickle and not in UTF-8
+ODD = "[\0-\x1f\x7f\ud800-\udfff]"
+
+
+def clip_trouble(row, seen):
+    """What is wrong with a clip's name, text and video, or None. seen: name -> split and video of the clips before."""
+    name = row["name"]
+    # __metadata__ is a key of safetensors' own
+    if name in ("", "__metadata__") or os.path.isabs(name) or ".." in name.split("/") or re.search(ODD, name):
+        return "the name must be one inside the folder"
+    if name in seen:
+        return f"stands there already, in {seen[name]}"
+    if not row["text"].strip():
+        return "has an empty text"
+    if re.search("[\ud800-\udfff]", row["text"]):
+        return "its text has half a character"
+    video = row.get("video")
+    if video is None:
+        return None
+    if not os.path.exists(video):
+        return f"{video or 'its video'} does not exist"
+    if os.path.isdir(video):
+        return None if images(video) else f"{video} has no frames"
+    return None if os.path.getsize(video) else f"{video} is an empty file"
+
+
+def images(folder):
+    """How many frames lie in a folder."""
+    return sum(f.name.lower().endswith(IMAGES) for f in os.scandir(folder))
+
+
+def feature_trouble(name, sources, width):
+    """What is wrong with a clip's features in {pattern: source}, or None."""
+    for path, source in sources.items():
+        if name not in source:
+            return f"has no features in {path}"
+    found = {path: source[name][0] for path, source in sources.items()}
+    for path, shape in found.items():
+        if isinstance(shape, str):
+            return f"{path}: {shape}"
+        if len(shape) != 2 or 0 in shape:
+            hint = "; features=states makes stand-ins from alignments" if shape == (0,) else ""
+            return f"its features in {path} have the shape {shape}, not (frames, width){hint}"
+    if len({T for T, _ in found.values()}) > 1:
+        return "its features have " + " and ".join(f"{T} frames in {path}" for path, (T, _) in found.items())
+    D = sum(D for _, D in found.values())
+    if width and D != width:
+        return f"its features are {D} wide, those of the first clip {width}"
+
+
+def check(splits, patterns=(), sigma=None):
+    """
+    Look at every clip before anything is computed, opening none.
+    patterns: where features to be imported lie; what becomes of the videos does not matter then.
+    Returns ({split: rows in order}, [problem], [note], [line of the table], {name: (T, D) of its features}).
+    """
+    good = {s: [] for s in SPLITS}
+    problems = []
+    notes = []
+    shapes = {}
+    seen = {}  # name -> split and video
+    width = 0
+    train = {row["text"] for row in splits["train"]}
+    table = ["split   clips  published  problems  text stands in train"]
+
+    # as many as were published?
+    name = next((row["name"] for s in SPLITS for row in splits[s]), "")
+    published = next((counts for names, counts in PUBLISHED.items() if re.match(names, name)), None)
+    counts = tuple(len(splits[s]) for s in SPLITS)
+    if published and counts != published:
+        note = "clips: {}/{}/{}, published are {}/{}/{}".format(*counts, *published)
+        if counts[0] == 18400 and published[0] == 18401:
+            note += " (18400 is a known variant, without S000005_P0004_T00)"
+        notes.append(note)
+
+    for split, known in zip(SPLITS, published or ("", "", "")):
+        names = [row["name"] for row in splits[split]]
+        sources = {}
+        if names:
+            sources = {p.replace("{split}", split): open_features(p, split, names, False, sigma) for p in patterns}
+        for row in splits[split]:
+            name = row["name"]
+            row = dict(row)
+            if not sources:
+                row.setdefault("video", "")  # no video and no features either
+            elif not os.path.exists(row.get("video", "")):
+                row.pop("video", None)
+            trouble = clip_trouble(row, seen) or feature_trouble(name, sources, width)
+            seen.setdefault(name, f"{split} ({row['video']})" if row.get("video") else split)
+            if trouble:
+                line = f"{split}: clip {name}: {trouble}"
+                problems.append(ascii(line) if re.search(ODD, line) else line)
+                continue
+            good[split].append(row)
+            T = row.get("frames")
+            if sources:
+                found = [source[name][0] for source in sources.values()]
+                shapes[name] = found[0][0], sum(D for _, D in found)
+                T, width = shapes[name]
+            elif "frames" in row and os.path.isdir(row["video"]):
+                T = images(row["video"])
+            if row.get("frames", T) != T:
+                notes.append(f"{split}: clip {name}: {T} frames, its labels say {row['frames']}")
+        if not names:
+            notes.append(f"{split}: no clips")
+        repeated = sum(row["text"] in train for row in splits[split]) if split != "train" else ""
+        wrong = len(names) - len(good[split])
+        table.append(f"{split:5} {len(names):7} {known:>10} {wrong:9} {repeated:>21}".rstrip())
+    return good, problems, notes, table, shapes
+
+
+def report(problems, notes, table, folder, strict):
+    """
+    Print what `check` found, the first twenty of each kind; all problems go to folder/problems.txt.
+    With problems and strict: the end.
+    """
+    path = os.path.join(folder, "problems.txt")
+    if rank() == 0:
+        print("\n".join(table), flush=True)
+        for kind, lines in (("note", notes), ("problem", problems)):
+            for line in lines[:20]:
+                print(f"{kind}: {line}")
+            if len(lines) > 20:
+                print(f"{kind}: ... and {len(lines) - 20} more", flush=True)
+        if problems:
+            os.makedirs(folder, exist_ok=True)
+            with whole(path) as f:
+                f.writelines(line + "\n" for line in problems)
+        elif os.path.exists(path):
+            os.remove(path)
+    if problems and strict:
+        raise BadInput(f"{len(problems)} clip(s) with problems, all listed in {path}; "
+                       "strict=false goes on without them")
+    if problems:
+        print0(f"strict=false: goes on without {len(problems)} clip(s), listed in {path}")

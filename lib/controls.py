@@ -1,0 +1,45 @@
+"""
+What has not looked: the same model under features that are not the clip's, and sentences that need no model at all.
+"""
+from collections import Counter
+
+import torch
+
+from lib.program import BadInput
+from lib.tensors import stateless
+
+CONTROLS = ("shuffle", "blank", "noise")
+
+
+def controlled(features, control, seed, mean, std):
+    """The features that a control puts in the place of the real ones, a list of (T, D); mean, std (D,) of real ones."""
+    n = len(features)
+    if control == "shuffle":  # one cycle through all clips: nobody keeps his own
+        if n < 2:
+            raise BadInput("control=shuffle: needs two clips at least")
+        order = stateless(seed, "shuffle").permutation(n)
+        out = [None] * n
+        for k in range(n):
+            out[order[k]] = features[order[(k + 1) % n]]
+        return out
+    if control == "blank":
+        return [torch.zeros_like(f) for f in features]
+    if control == "noise":  # as large as real features, frame by frame
+        draw = lambda i, shape: torch.from_numpy(stateless(seed, "noise", i).standard_normal(shape, "float32"))
+        return [mean + std * draw(i, f.shape) for i, f in enumerate(features)]
+    return features
+
+
+def baselines(clips, train, mean, std):
+    """What needs no LLM: {name: [sentence]}, the train sentence of the nearest mean feature, and the most frequent."""
+    def average(some):  # (clips, D)
+        return torch.stack([((some.features(i).float() - mean) / std).mean(0) for i in range(len(some))])
+
+    distance = torch.cdist(average(clips), average(train))
+    number = {row["name"]: j for j, row in enumerate(train.rows)}
+    for i, row in enumerate(clips.rows):
+        if row["name"] in number:
+            distance[i, number[row["name"]]] = float("inf")  # split=train: nobody finds himself
+    texts = [row["text"] for row in train.rows]
+    return {"nearest training clip": [texts[j] for j in distance.argmin(1)],
+            "most frequent sentence": [Counter(texts).most_common(1)[0][0]] * len(clips)}

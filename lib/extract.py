@@ -1,0 +1,258 @@
+"""
+Frames through a frozen CNN into the store: `python data.py` drives it.
+A run that was killed goes on where it stopped, and clips that have not changed are not extracted again.
+"""
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import sys
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from lib.cnn import CNNS, open_timm
+from lib.features import Store, write_common, write_store
+from lib.program import BadInput, Progress, barrier, pick_device, pick_dtype, print0, rank, world
+from lib.readers import SPLITS
+from lib.video import frames, rate_of
+
+# frames that go through the CNN at once: always as many, so that a feature does not depend on the clips around it
+# (see Extractor.stream)
+BATCH = 32
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clips -> features
+
+class Decoder(IterableDataset):
+    """
+    The frames of many clips, a share of them in each process that decodes.
+    Yields (number of the clip, some of its frames (n, crop, crop, 3) or [], None).
+    At a clip's end the third is its own frame rate, or the BadInput of a broken clip.
+    """
+
+    def __init__(self, paths, size, crop, **how):
+        self.paths = paths
+        self.size = size
+        self.crop = crop
+        self.how = how
+
+    def __iter__(self):
+        me = get_worker_info()
+        low = (self.size - self.crop) // 2
+        for i in range(me.id if me else 0, len(self.paths), me.num_workers if me else 1):
+            path = self.paths[i]
+            try:
+                some = []
+                for frame in frames(path, self.size, **self.how):
+                    some.append(frame[low:low + self.crop, low:low + self.crop])
+                    if len(some) == BATCH // 2:  # a clip is never held as a whole, however long it is
+                        yield i, np.stack(some), None
+                        some = []
+                yield i, some and np.stack(some), rate_of(path, self.how["rate"])
+            except BadInput as e:
+                yield i, [], e
+
+
+class Extractor:
+    """
+    A frozen CNN with the preparation of its frames: squeezed to a square, centre-cropped, normalised.
+    Called with a path -> float16 (T, D).
+    """
+
+    def __init__(self, backbone, weights="", device="auto", fps=0.0, rate=0.0, workers=0):
+        """
+        fps: clips are resampled to it, 0 = as filmed. rate: of folders of frames, where it is known.
+        workers: processes that decode for prepare.
+        """
+        if backbone not in CNNS and not backbone.startswith("timm/"):
+            raise BadInput(f"backbone={backbone}: is none of {', '.join(CNNS)}, timm/NAME")
+        self.settings = {"backbone": backbone, "weights": weights, "fps": fps}
+        if os.path.exists(weights):
+            self.settings["weights_file"] = fingerprint(weights)  # features of other weights are other features
+        if backbone in CNNS:
+            make, size, self.crop = CNNS[backbone]
+            self.cnn = make(weights)
+            self.features = self.cnn.features
+            interpolation = "BILINEAR"
+            mean = std = (0.5,) * 3
+        else:
+            self.cnn, size, self.crop, interpolation, mean, std = open_timm(backbone, weights)
+            self.features = self.cnn
+        self.how = dict(size=size, crop=self.crop, interpolation=interpolation, fps=fps, rate=rate)
+        self.workers = workers
+        self.device = pick_device(device)[0]
+        self.cnn.requires_grad_(False).eval().to(self.device, memory_format=torch.channels_last)
+        self.mean, self.std = (255 * torch.tensor(v, device=self.device).view(3, 1, 1) for v in (mean, std))
+        self.bf16 = pick_dtype("auto", self.device)[0] == torch.bfloat16
+
+    @torch.inference_mode()
+    def compute(self, batch):
+        """Frames uint8 (BATCH, crop, crop, 3) -> features float16 (BATCH, D)."""
+        x = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W), channels last
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.features((x.float() - self.mean) / self.std).half().cpu().numpy()
+
+    def stream(self, paths, workers=0):
+        """
+        The features of many clips, as they are done: yields (number of the clip, float16 (T, D), its own frame rate),
+        or (number, None, the BadInput) for a broken one.
+        NOTE a batch holds frames of several clips, and its size never changes. Kernels are chosen by shape and round
+        differently, but a frame gives bitwise the same feature at any place of a batch, whatever is around it. So
+        neither kills nor workers leave a trace in the store.
+        """
+        batch = np.zeros((BATCH, self.crop, self.crop, 3), np.uint8)
+        owners = []  # the clip of each frame in the batch
+        rows = {}  # clip -> its features so far
+        ended = {}  # clip -> its rate or its BadInput, once all its frames have come
+
+        def flush():
+            for i, row in zip(owners, self.compute(batch)):  # what the last batch is filled up with has no owner
+                rows.setdefault(i, []).append(row)
+            owners.clear()
+
+        def done():
+            for i in [i for i in ended if i not in owners]:
+                end = ended.pop(i)
+                features = np.array(rows.pop(i, []))
+                if not isinstance(end, BadInput) and not np.isfinite(features).all():
+                    end = BadInput(f"{paths[i]}: backbone {self.settings['backbone']} gives features "
+                                   "that are not finite")
+                if isinstance(end, BadInput):
+                    features = None
+                yield i, features, end
+
+        # collate_fn: arrays stay arrays and come through a pipe; tensors would go through /dev/shm, small in containers
+        for i, some, end in DataLoader(Decoder(paths, **self.how), batch_size=None, collate_fn=tuple,
+                                       num_workers=min(workers, len(paths))):
+            for frame in some:
+                batch[len(owners)] = frame
+                owners.append(i)
+                if len(owners) == BATCH:
+                    flush()
+            if end is not None:
+                ended[i] = end
+            yield from done()
+        if owners:
+            flush()
+        yield from done()
+
+    def __call__(self, path):
+        """The features of a clip: float16 (T, D)."""
+        ((_, features, end),) = self.stream([path])
+        if features is None:
+            raise end
+        return features
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A data set
+
+def fingerprint(path):
+    """Changes when a file does, or one of the files in a folder of frames."""
+    stats = [f.stat() for f in os.scandir(path)] if os.path.isdir(path) else [os.stat(path)]
+    newest = max((s.st_mtime_ns for s in stats), default=0)
+    return f"{os.path.abspath(path)} {len(stats)} {sum(s.st_size for s in stats)} {newest}"
+
+
+def prepare(name, splits, data_dir, extractor, strict=True):
+    """
+    Write a data set's common form: {split: [row]} -> data_dir/name/{split}.jsonl and .../BACKBONE/{split}.safetensors.
+    Each clip that is done becomes a small store of its own in .parts, so that a kill loses none.
+    The first process joins them at the end.
+    strict=False: clips that cannot be decoded are left out and listed in data_dir/name/problems.txt.
+    """
+    settings = extractor.settings
+    home = os.path.join(data_dir, name)
+    folder = os.path.join(home, settings["backbone"])
+    parts = os.path.join(folder, ".parts")
+    os.makedirs(parts, exist_ok=True)
+    made = json.dumps(settings)
+    rows = {row["name"]: row for split in SPLITS for row in splits[split]}
+    prints = {n: fingerprint(row["video"]) for n, row in rows.items()}
+
+    def notes(rates):
+        """What a store says of its clips, so that `there` can tell whether they are still the same."""
+        return {"made": made, "fingerprints": json.dumps({n: prints[n] for n in rates}), "rates": json.dumps(rates)}
+
+    def there():
+        """What is done, of clips whose file is the one that was extracted: name -> (read(name), (T, D), frame rate)."""
+        found = {}
+        for place in (folder, parts):
+            for path in sorted(glob.glob(os.path.join(glob.escape(place), "*.safetensors"))):
+                try:
+                    store = Store(path)
+                except BadInput as e:
+                    print0(f"{e}; it is made anew")
+                    continue
+                if store.metadata.get("made") != made:
+                    continue  # by another CNN
+                old = json.loads(store.metadata["fingerprints"])
+                rates = json.loads(store.metadata["rates"])
+                # the parts are too many to stay open; a split's store must, since its file is about to be replaced
+                read = store.__getitem__ if place == folder else lambda n, path=path: Store(path)[n]
+                found |= {n: (read, store.shape(n), rates[n]) for n in store.names if old[n] == prints.get(n)}
+        return found
+
+    # each process extracts its share of what is missing
+    done = there()
+    todo = [n for n in rows if n not in done]
+    if done:
+        print0(f"features: {len(done)} of {len(rows)} clips are there already")
+    barrier()  # everybody has seen what is there; from here on it grows
+    own = todo[rank()::world()]
+    n_frames = 0
+    show = Progress("features", len(todo))
+    try:
+        stream = extractor.stream([rows[n]["video"] for n in own], extractor.workers)
+        with contextlib.closing(stream):  # whatever happens, its processes end
+            for k, (i, features, rate) in enumerate(stream, 1):
+                n = own[i]
+                if features is not None:
+                    part = os.path.join(parts, hashlib.sha1(n.encode()).hexdigest() + ".safetensors")
+                    write_store(part, {n: features.shape}, lambda n: features, notes({n: rate}))
+                    n_frames += len(features)
+                elif strict:
+                    raise rate
+                else:
+                    print(f"clip {n} is left out: {rate}", file=sys.stderr, flush=True)
+                    with open(os.path.join(home, "problems.txt"), "a", encoding="utf-8") as f:
+                        f.write(f"clip {n}: {rate}\n")
+                show(min(k * world(), len(todo)), n_frames * world(), "frames")
+    except RuntimeError as e:
+        if "DataLoader worker (pid" not in str(e):
+            raise
+        raise BadInput("a process that decodes was killed, for its memory perhaps; what is done is kept, "
+                       f"and workers={max(extractor.workers - 1, 0)} takes less") from None
+    barrier()
+
+    # the first joins all of them
+    if rank() == 0:
+        done = there()
+        missing = [n for n in rows if n not in done]
+        if not done or (strict and missing):
+            raise BadInput(f"{folder}: has no features of clip {missing[0]} "
+                           f"({len(missing)} of {len(rows)} clips are missing)")
+        splits = {s: [row for row in splits[s] if row["name"] in done] for s in SPLITS}
+        shapes = {n: shape for n, (_, shape, _) in done.items()}
+        rates = {n: rate for n, (*_, rate) in done.items()}
+        fps = settings["fps"] or common_rate(rates.values())
+        said = {"settings": json.dumps(settings | {"fps": fps})}
+        write_common(home, settings["backbone"], splits, shapes, lambda n: done[n][0](n).numpy(),
+                     lambda names: said | notes({n: rates[n] for n in names}))
+        shutil.rmtree(parts)
+    barrier()
+
+
+def common_rate(rates):
+    """The frame rate that all clips share within 1 %, else 0; says so where they are known and differ."""
+    if 0 < max(rates) <= 1.01 * min(rates):
+        return round(statistics.median(rates), 3)
+    if known := [r for r in rates if r]:
+        unknown = f", {len(rates) - len(known)} of unknown rate" if len(known) < len(rates) else ""
+        print0(f"clips have from {min(known):g} to {max(known):g} frames a second{unknown}: "
+               "they are taken as filmed, fps=25 would resample them to one rate")
+    return 0.0

@@ -1,0 +1,214 @@
+"""
+Features on the disk: the store in which they wait for training, a data set's common form, and others' files of them.
+"""
+import functools
+import json
+import math
+import os
+
+import numpy as np
+from safetensors import safe_open
+
+from lib.files import whole
+from lib.pickles import Array, numpy_of, outline, read_pickle
+from lib.program import BadInput, print0
+from lib.readers import SPLITS, VAL, entries, first
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ours
+
+class Store:
+    """The features of one split, memory-mapped: name -> (T, D) float16."""
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            self.file = safe_open(path, "pt")
+            self.metadata = self.file.metadata() or {}
+            # of the extractor, or of what was imported
+            self.settings = json.loads(self.metadata.get("settings", "{}"))
+        except Exception as e:
+            raise BadInput(f"{path}: cannot be read as a feature store, data.py makes it ({e})") from None
+        self.names = set(self.file.keys())
+
+    def __getitem__(self, name):
+        return self.file.get_tensor(name)
+
+    def shape(self, name):
+        """(T, D), without reading them."""
+        return self.file.get_slice(name).get_shape()
+
+
+def write_store(path, shapes, read, metadata):
+    """
+    A feature store: one safetensors file, written clip by clip, since a data set need not fit into memory.
+    shapes: name -> (T, D); read: name -> (T, D) float16; metadata: {text: text}.
+    """
+    header = {"__metadata__": metadata}
+    at = 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with whole(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name in shapes:
+            f.write(np.asarray(read(name), np.float16).tobytes())
+
+
+def write_common(folder, backbone, splits, shapes, read, metadata):
+    """
+    A data set's common form: {split: [row]} -> folder/{split}.jsonl and folder/BACKBONE/{split}.safetensors.
+    shapes: name of a clip -> (T, D); read: name -> (T, D) float16.
+    metadata: names of a split -> {text: text} that its store carries.
+    """
+    os.makedirs(os.path.join(folder, backbone), exist_ok=True)
+    for split in SPLITS:
+        path = os.path.join(folder, split + ".jsonl")
+        if not splits[split]:
+            if os.path.exists(path):
+                os.remove(path)  # of an earlier division: its clips may stand in another split now
+            continue
+        store = os.path.join(folder, backbone, split + ".safetensors")
+        names = [row["name"] for row in splits[split]]
+        write_store(store, {n: shapes[n] for n in names}, read, metadata(names))
+        with whole(path) as f:
+            for row in splits[split]:
+                row = row | {"frames": shapes[row["name"]][0]}
+                f.write(json.dumps(row, ensure_ascii=False) + "\n")
+    clips = ", ".join(f"{len(splits[s])} {s}" for s in SPLITS)
+    print0(f"{folder}: {clips} clips, features ({backbone}) of width {next(iter(shapes.values()))[1]}")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Others': a source is a dict name -> (shape, or what is wrong with the clip's features; a function that reads them)
+
+def open_features(path, split, names, values=True, sigma=None):
+    """
+    The source of one pattern and split: .npy files (a folder, or a path with {name} in it), a .safetensors or a pickle.
+    values=False: for the shapes alone. sigma: stand-ins from the alignments in neccam's base annotations.
+    """
+    path = first([path.replace("{split}", s) for s in (split, VAL.get(split, split))])
+    if "{name}" in path:
+        return open_arrays(path, split, names)
+    if os.path.isdir(path):
+        return open_arrays(os.path.join(path, "{name}.npy"), split, names)
+    if not os.path.exists(path):
+        raise BadInput(f"features: there is no file {path}")
+    if path.endswith(".safetensors"):
+        source = open_safetensors(path)
+    elif sigma is not None:
+        source = open_standins(path, split, sigma)
+    else:
+        source = open_pickle(path, values)
+    # with and without "train/" in front, in these files and in the labels
+    return {n: source[key] for n in names for key in (n, f"{split}/{n}", n.removeprefix(split + "/")) if key in source}
+
+
+def open_arrays(pattern, split, names):
+    """The source of .npy files, one a clip; a split may have a folder of its own among them."""
+    source = {}
+    for name in names:
+        file = first([pattern.replace("{name}", n) for n in (name, f"{split}/{name}")])
+        if not os.path.exists(file):
+            continue
+        try:
+            shape = np.load(file, mmap_mode="r", allow_pickle=False).shape
+        except (ValueError, EOFError, OSError, AttributeError) as e:  # AttributeError: an .npz
+            shape = f"{os.path.basename(file)} cannot be read as an array ({' '.join(str(e).split())})"
+        source[name] = shape, functools.partial(np.load, file, allow_pickle=False)
+    return source
+
+
+def open_safetensors(path):
+    """The source of a file of tensors."""
+    try:
+        file = safe_open(path, "pt")
+    except Exception as e:
+        raise BadInput(f"{path}: cannot be read as safetensors ({e})") from None
+    return {key: (tuple(file.get_slice(key).get_shape()), lambda key=key: numpy_of(file.get_tensor(key)))
+            for key in file.keys()}
+
+
+def open_pickle(path, values):
+    """The source of a pickle: a list of neccam's clips, or a dict name -> array."""
+    content = read_pickle(path) if values else outline(path)
+    if isinstance(content, list):
+        content = {e["name"]: e for e in content if isinstance(e, dict) and isinstance(e.get("name"), str)}
+    if not isinstance(content, dict):
+        raise BadInput(f"{path}: is neither a list of clips nor a dict name -> array")
+    arrays = {name: e.get("sign") if isinstance(e, dict) else e for name, e in content.items()}
+    return {name: (a.shape, lambda a=a: a.data) for name, a in arrays.items() if isinstance(a, Array)}
+
+
+def open_standins(path, split, sigma):
+    """The source of stand-ins, from the alignments in neccam's base annotations."""
+    source = {}
+    for e in entries(path):
+        found = e["alignments"] if isinstance(e.get("alignments"), dict) else {}
+        streams = [str(found.get(stream, "")).split() for stream in ("pami0", "pami1", "pami2")]
+        T = len(streams[0])
+        shape = (T, 1024)
+        if not T or any(len(states) != T or not all(map(str.isdecimal, states)) for states in streams):
+            shape = "has no alignments pami0, pami1 and pami2 of one length"
+        source[e["name"]] = shape, functools.partial(standin, e["name"].removeprefix(split + "/"), streams, sigma)
+    return source
+
+
+@functools.lru_cache(None)
+def state_vector(stream, state):
+    """The random unit-variance vector of a state: (1024,), always the same."""
+    return np.random.default_rng([stream, state]).standard_normal(1024, np.float32)
+
+
+def standin(name, alignments, sigma):
+    """
+    Stand-in features (T, 1024) from an HMM's alignments, frame by frame, of sign states, mouth shapes and hand shapes
+    (Koller et al. 2019): what a CNN that was trained on these states might see, and noise.
+    They hold the real order and length of real signs, and nothing of the video.
+    """
+    x = sum(weight * np.stack([state_vector(stream, int(s)) for s in states])
+            for stream, (weight, states) in enumerate(zip((1.0, 0.5, 0.5), alignments)))
+    noise = np.random.default_rng([3, *name.encode()]).standard_normal(x.shape, np.float32)
+    return x + np.float32(sigma) * noise
+
+
+def half(x, what):
+    """An array of numbers -> float16 (T, D). What float16 cannot hold is an error, not infinity."""
+    if x.dtype.kind not in "fiu":
+        raise BadInput(f"{what}: features of dtype {x.dtype}")
+    with np.errstate(over="ignore"):
+        h = x.astype(np.float16)
+    if not np.isfinite(h).all():
+        if not np.isfinite(x).all():
+            raise BadInput(f"{what}: features that are not finite")
+        largest = np.abs(x.astype(np.float64)).max()
+        raise BadInput(f"{what}: features as large as {largest:.3g}, which float16 cannot hold (65504 at most)")
+    return h
+
+
+def import_features(name, splits, data_dir, label, patterns, shapes, sigma=None):
+    """
+    Features that others have made -> the data set's common form, under a label, clip by clip.
+    They are float16 of what the files hold, joined on the feature axis. splits, shapes: as check() gives them.
+    sigma: stand-ins from neccam's alignments, and the store says so.
+    """
+    split_of = {row["name"]: split for split in SPLITS for row in splits[split]}
+    opened = {}  # split -> {path: source}
+
+    def read(clip):
+        split = split_of[clip]
+        if split not in opened:  # one split's files at a time: a pickle must be read whole
+            opened.clear()
+            names = [row["name"] for row in splits[split]]
+            opened[split] = {p.replace("{split}", split): open_features(p, split, names, True, sigma) for p in patterns}
+        parts = [half(source[clip][1](), f"{path}: clip {clip}") for path, source in opened[split].items()]
+        return np.concatenate(parts, 1)
+
+    settings = {"backbone": label, "weights": "", "imported": True, "features": ",".join(patterns)}
+    if sigma is not None:
+        settings["standin"] = (f"stand-in features made from HMM alignments with noise of sigma={sigma:g}, "
+                               "not from videos")
+    write_common(os.path.join(data_dir, name), label, splits, shapes, read,
+                 lambda names: {"settings": json.dumps(settings)})

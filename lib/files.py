@@ -1,0 +1,106 @@
+"""
+Files read safely and written whole: what stands in one comes from anybody, and a reader never sees half of one.
+"""
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from itertools import pairwise
+
+from lib.program import BadInput
+
+# bytes of a JSON file; the largest real ones, indexes of shards, have some 100 kB
+MAX_JSON = 100e6
+
+
+def load_json(path, kind=dict):
+    """What stands in a JSON file: an object, or with kind=list an array."""
+    try:
+        if os.path.getsize(path) > MAX_JSON:
+            raise ValueError(f"more than {MAX_JSON / 1e6:.0f} MB, files.MAX_JSON")
+        value = json.load(open(path, encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise BadInput(f"{path}: cannot be read as JSON ({e})") from None
+    if not isinstance(value, kind):
+        raise BadInput(f"{path}: is not a JSON {'object' if kind is dict else 'array'}")
+    return value
+
+
+def read_jsonl(path, what, take):
+    """take(row) for each line of a file of JSON lines; what it raises names the line, and says that it is no `what`."""
+    try:
+        lines = list(open(path, encoding="utf-8-sig"))  # not splitlines: a sentence may hold U+2028
+    except UnicodeDecodeError:
+        raise BadInput(f"{path}: is not UTF-8") from None
+    if not lines:
+        raise BadInput(f"{path}: has no lines, each {what}")
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(take(json.loads(line)))
+        except BadInput as e:
+            raise BadInput(f"{path}:{number}: {e}") from None
+        except (ValueError, KeyError, TypeError) as e:
+            raise BadInput(f"{path}:{number}: is not {what} ({e})") from None
+    return found
+
+
+def sync(path):
+    """A file's bytes, or a folder's names, onto the disk itself: after this they outlive a power cut."""
+    f = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(f)
+    finally:
+        os.close(f)
+
+
+@contextlib.contextmanager
+def whole(path, mode="w"):
+    """
+    Open path for writing, in full or not at all.
+    The file is path.part until its last byte is on the disk, and then takes the place of the old one.
+    """
+    try:
+        with open(path + ".part", mode, encoding=None if "b" in mode else "utf-8") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".part", path)
+        sync(os.path.dirname(path) or ".")
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".part")  # a full disk gets its room back
+        raise
+
+
+@contextlib.contextmanager
+def whole_folder(folder, keep=1):
+    """
+    A folder in full or not at all: folder.part is given to be filled, and takes its name once all is on the disk.
+    keep: of the earlier ones stay keep - 1, as folder.1, folder.2, ...
+    """
+    part = folder + ".part"
+    ages = [folder] + [f"{folder}.{n}" for n in range(1, max(keep, 1) + 1)]  # the last of them is one too old
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        os.makedirs(part)
+        yield part
+        for name in [*os.listdir(part), ""]:
+            sync(os.path.join(part, name))
+        if os.path.exists(folder):  # else a kill has left the newest under another age: it must not be the one to go
+            shutil.rmtree(ages[-1], ignore_errors=True)
+            for younger, older in reversed([*pairwise(ages)]):
+                if os.path.exists(younger):
+                    os.rename(younger, older)  # a kill here leaves folder.1: readers look there too
+        os.rename(part, folder)
+        sync(os.path.dirname(folder) or ".")
+        shutil.rmtree(ages[-1], ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -1,0 +1,94 @@
+"""
+The memory that a run will need, counted before anything is loaded, and what to say where it was too little.
+"""
+import contextlib
+import os
+
+import torch
+
+from lib.program import BadInput, print0, world
+
+LOWERS = ("grad_accum= (more micro-batches of fewer clips), batch_size=, activation_checkpointing=true, max_frames=, "
+          "cpu_offload=true, more processes")
+
+
+@contextlib.contextmanager
+def explained(step, batch):
+    """Out of memory in here is an error that says with what, and what lowers it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        raise BadInput(f"step {step + 1}: out of memory with {len(batch.lens)} clips of {len(batch.features)} frames, "
+                       f"{len(batch.tokens)} tokens in a micro-batch; what lowers it: {LOWERS}; estimate=true says how "
+                       f"much ({str(e).splitlines()[0]})") from None
+
+
+def print_estimate(*what):
+    """Print the rows of `estimate`, whose arguments these are."""
+    longest, rows = estimate(*what)
+    print0(f"estimate: a process of {world()}, at the longest micro-batch, {longest}; lower it by {LOWERS}")
+    in_all = sum(size for row, size in rows if "on the CPU" not in row)
+    for row, size in [*rows, ("in all", in_all)]:
+        print0(f"  {row:44} {size / 1e9:8.2f} GB")
+
+
+def estimate(cfg, model, clips, micro, prompt, tokenizer, dtype, device):
+    """
+    What each process will hold at its peak, counted from the code of model.py, for a model on the meta device.
+    micro: micro-batches, lists of clip numbers; the longest counts. -> (what is in it, [(what, bytes)]). Beside it
+    stand the program (0.3 GB), a CUDA context (0.5 GB or so) and NCCL's buffers.
+    """
+    args, sharded = model.llm.args, hasattr(next(model.parameters()), "_local_tensor")
+    own = lambda p: getattr(p, "_local_tensor", p).nbytes
+    frozen, learning = (sum(own(p) for p in model.parameters() if p.requires_grad == learning)
+                        for learning in (False, True))
+    block = sum(p.numel() for p in model.llm.layers[0].parameters())
+    root = sum(p.numel() for p in model.parameters()) - block * args.n_layers
+    n_learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    # the longest micro-batch: F frames, N tokens, M of them targets
+    frames = lambda i: max(1, round(clips.lengths[i] * (1 - cfg.frame_drop)))
+    longest = max(micro, key=lambda m: sum(map(frames, m)))
+    answers = [len(tokenizer.encode(clips.rows[i]["text"])) + 1 for i in longest]
+    lens = [len(prompt[0]) + frames(i) + len(prompt[1]) + n - 1 for i, n in zip(longest, answers)]
+    F, N, M = sum(map(frames, longest)), sum(lens), sum(answers)
+
+    # what autograd keeps of a block. A frozen matrix keeps nothing of its input, one that learns all of it
+    s, dim, hidden, wide = dtype.itemsize, args.dim, args.hidden_dim, args.n_heads * args.head_dim
+    kept = N * (2 * dim * 4 + 3 * hidden * s)  # both norms' inputs in fp32; w1 x, silu(w1 x), w3 x
+    kept += N * lora_inputs(cfg, dim, hidden, wide) * (s + (cfg.lora_dropout > 0))  # with dropout's mask
+    # q, k, v, their output, a log-sum a row
+    kept += N * 2 * (wide + args.n_kv_heads * args.head_dim) * s + N * args.n_heads * 4
+    blocks = args.n_layers * N * dim * s + kept if cfg.activation_checkpointing else args.n_layers * kept
+    vision = F * dim * s * (3 if cfg.adaptor == "mlp" else 2)
+    if cfg.ltn and cfg.train_ltn:  # a block of 32 queries sees so many keys, and its weights are not kept
+        w, seen = model.adaptor.w1.in_features, 32 + sum(model.ltn.reach)
+        vision += cfg.ltn_layers * F * s * (11 * w + 2 * w * seen // 32 + 4 * (8 * w // 3)) + F * seen
+    # log-softmax and two gradients of it, or the gradients inside a block
+    back = max(3 * 4 * M * args.vocab_size, N * (3 * hidden + 2 * dim) * s)
+
+    away = ", on the CPU" if cfg.cpu_offload and device.type == "cuda" else ""
+    # gradients before and after the sum; on a CPU the copies that a save makes
+    after = n_learning * (s + 4) if device.type == "cuda" else 3 * 4 * n_learning
+    rows = [
+        ("frozen weights" + away, frozen), ("weights that learn" + away, learning),
+        ("AdamW's two moments" + away, 2 * learning),
+        ("gathered: two blocks and what is no block", (root + 2 * block) * s if sharded else 0),
+        ("kept for the backward pass", blocks + vision), ("logits or a block's gradients", back),
+        ("gradients, copies for a save, where larger", max(0, after - blocks - vision - back))]
+    if device.type == "cpu" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        # measured: 1 to 23 % more on LLMs of 62 to 271 million parameters; MALLOC_MMAP_THRESHOLD_=131072 stops that
+        rows.append(("free, but kept by glibc's allocator", 0.12 * sum(size for _, size in rows)))
+    return f"{len(lens)} clips of {F} frames, {N} tokens", rows
+
+
+def lora_inputs(cfg, dim, hidden, wide):
+    """Width of all that LoRA's layers of a block have as inputs; where nothing is dropped out, some share theirs."""
+    if cfg.freeze_llm:
+        return 0
+    inputs = {"wo": ("o", wide), "w2": ("w2", hidden), "w1": ("ffn", dim), "w3": ("ffn", dim)}
+    found = {}
+    for target in cfg.lora_targets.split(","):
+        shared, width = inputs.get(target, ("qkv", dim))
+        found[target if cfg.lora_dropout else shared] = width
+    return sum(found.values())

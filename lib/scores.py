@@ -1,0 +1,172 @@
+"""
+BLEU and ROUGE by one fixed protocol: text in, numbers out.
+sacrebleu is imported where it is used, since `help` waits for every import up there.
+"""
+import logging
+import os
+import re
+
+from lib.files import read_jsonl
+from lib.program import BadInput
+
+UNSPACED = ("zh", "yue", "ja", "th")  # written without spaces between words
+LANGUAGES = {"German": "de", "English": "en", "Chinese": "zh"}
+SAMPLES = 1000  # of the bootstrap
+
+
+def _metric(lang, order=4):
+    if not re.fullmatch(r"[a-z]{2,3}", lang):
+        raise BadInput(f"lang={lang}: is no language code such as de, en, zh")
+    from sacrebleu.metrics import BLEU
+    # one character a token for Chinese and its like, sacrebleu's default for languages with spaces
+    return BLEU(tokenize="char" if lang in UNSPACED else "13a", smooth_method="exp", max_ngram_order=order, force=True)
+
+
+def language_code(language, lang=""):
+    """The name of a language in a prompt, or its code where one is given -> code. BadInput names the variable."""
+    lang = lang or LANGUAGES.get(language, "")
+    if not lang:
+        raise BadInput(f"lang: say the code of {language}, lang=xx")
+    _metric(lang)
+    return lang
+
+
+def _check(hyps, refs):
+    if len(hyps) != len(refs) or not hyps:
+        raise BadInput(f"{len(hyps)} hypotheses and {len(refs)} references: there must be as many, and one at least")
+
+
+def bleu(hyps, refs, lang):
+    """Two lists of sentences -> [BLEU-1, ..., BLEU-4] in percent: sacrebleu's corpus BLEU of maximal order n."""
+    _check(hyps, refs)
+    return [_metric(lang, n).corpus_score(hyps, [refs]).score for n in (1, 2, 3, 4)]
+
+
+def _lcs(a, b):
+    """Length of the longest common subsequence of two lists."""
+    row = [0] * (len(b) + 1)
+    for x in a:
+        previous = 0
+        for j, y in enumerate(b, 1):
+            previous, row[j] = row[j], previous + 1 if x == y else max(row[j], row[j - 1])
+    return row[-1]
+
+
+def rouge(hyps, refs, lang):
+    """Two lists of sentences -> ROUGE-L in percent as coco-caption has it: F with beta 1.2, mean over sentences."""
+    _check(hyps, refs)
+    cut = (lambda s: list("".join(s.split()))) if lang in UNSPACED else str.split
+    total, beta2 = 0.0, 1.2**2
+    for hyp, ref in zip(hyps, refs):
+        h, r = cut(hyp), cut(ref)
+        if common := _lcs(h, r):
+            p, q = common / len(h), common / len(r)
+            total += (1 + beta2) * p * q / (q + beta2 * p)
+    return 100 * total / len(hyps)
+
+
+PUNCTUATION = str.maketrans("，。？！：；（）", ",.?!:;()")
+
+
+def variants(lang):
+    """The treatments of both sides that move published numbers: name -> function of a sentence. Never the headline."""
+    if lang == "zh":
+        return {"punctuation mapped to ASCII": lambda s: s.translate(PUNCTUATION),
+                "punctuation stripped": lambda s: re.sub(r"[^\w\s]", "", s)}
+    return {'" ." appended': lambda s: s + " ."}
+
+
+def report(hyps, refs, lang):
+    """All scores of a system as one dict, with signatures and a bootstrap interval (Koehn 2004) of BLEU-4."""
+    from sacrebleu.metrics import CHRF
+    metric, chrf = _metric(lang), CHRF()
+    # resampled with sacrebleu's own seed: the same each time
+    sampled = metric.corpus_score(hyps, [refs], n_bootstrap=SAMPLES) if len(refs) > 1 else None
+    metric.corpus_score(hyps, [refs])  # the signature counts the references
+    scores = {"bleu": bleu(hyps, refs, lang), "rouge": rouge(hyps, refs, lang),
+              "chrf": chrf.corpus_score(hyps, [refs]).score,
+              "bleu4_95": [sampled._mean - sampled._ci, sampled._mean + sampled._ci] if sampled else None,
+              "exact": 100 * sum(h == r for h, r in zip(hyps, refs)) / len(refs),
+              "clips": len(refs), "lang": lang, "variants": {}}
+    for name, change in variants(lang).items():
+        h, r = [change(s) for s in hyps], [change(s) for s in refs]
+        scores["variants"][name] = {"bleu": bleu(h, r, lang), "rouge": rouge(h, r, lang),
+                                    "chrf": CHRF().corpus_score(h, [r]).score}
+    cut = "char" if lang in UNSPACED else "space"
+    scores["signature"] = {"bleu": str(metric.get_signature()), "chrf": str(chrf.get_signature()),
+                           "rouge": f"ROUGE-L|F:beta1.2|tok:{cut}|mean:sentence"}
+    return scores
+
+
+def print_scores(title, rows):
+    """A table of scores, name -> report; the first row's variants, interval and signatures stand with it."""
+    def line(name, s):
+        print(f"{name:32} " + " ".join(f"{b:6.2f}" for b in s["bleu"]) + f" {s['rouge']:6.2f} {s['chrf']:6.2f}")
+
+    (first, scores), *others = rows.items()
+    print(f"\n{title:32} BLEU-1 BLEU-2 BLEU-3 BLEU-4  ROUGE   chrF")
+    line(first, scores)
+    for name, s in scores["variants"].items():
+        line(f"  ({name})", s)
+    for name, s in others:
+        line(name, s)
+    interval = "BLEU-4 {:.2f} to {:.2f} (95 %), ".format(*scores["bleu4_95"]) if scores["bleu4_95"] else ""
+    print(f"{scores['clips']} clips, {interval}{scores['exact']:.0f} % exact")
+    print("\n".join(scores["signature"].values()), flush=True)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of hypotheses
+
+def row_of_hyps(row):
+    """A line of a file of hypotheses -> (name, (hyp, ref))."""
+    hyp, ref = row["hyp"], row["ref"]
+    if not isinstance(hyp, str) or not isinstance(ref, str):
+        raise ValueError("hyp and ref must be texts")
+    return str(row["name"]), (hyp, ref)
+
+
+def read_hyps(path):
+    """A file of lines {"name","hyp","ref"} -> {name: (hyp, ref)}."""
+    rows = read_jsonl(path, 'a line {"name", "hyp", "ref"}', row_of_hyps)
+    found = {}
+    for number, (name, pair) in enumerate(rows, 1):
+        if name in found:
+            raise BadInput(f"{path}:{number}: {name} stands there twice")
+        found[name] = pair
+    return found
+
+
+def score_files(path, other, lang):
+    """hyps=FILE: its scores. against=FILE: beside another system's, with the p-value of a paired bootstrap test."""
+    if not lang:
+        raise BadInput("lang: say the language of the sentences, lang=de")
+    _metric(lang)
+    mine = read_hyps(path)
+    files = {path: mine}
+    if other:
+        theirs = files[other] = read_hyps(other)
+        if alone := sorted(mine.keys() ^ theirs.keys()):
+            raise BadInput(f"{other if alone[0] in mine else path}: has no clip {alone[0]}, which the other file has "
+                           f"({len(alone)} such)")
+        if unlike := [name for name in mine if mine[name][1] != theirs[name][1]]:
+            raise BadInput(f"{other}: the reference of {unlike[0]} is another than in {path} ({len(unlike)} such)")
+    refs = [ref for _, ref in mine.values()]
+    hyps = {f: [rows[name][0] for name in mine] for f, rows in files.items()}
+    title = lambda f: ("" if f == path else "against ") + os.path.basename(f)
+    print_scores(f"lang={lang}", {title(f): report(h, refs, lang) for f, h in hyps.items()})
+    if other:
+        compare(hyps[path], hyps[other], refs, lang)
+
+
+def compare(hyps, others, refs, lang):
+    """Print how much better the first system is, and whether that may be chance: paired bootstrap (Koehn 2004)."""
+    from sacrebleu.metrics import CHRF
+    from sacrebleu.significance import PairedTest
+    logging.getLogger("sacrebleu").setLevel(logging.WARNING)
+    systems = [("others", others), ("ours", hyps)]  # sacrebleu tests against the first
+    metrics = {"BLEU": _metric(lang), "chrF": CHRF()}
+    test = PairedTest(systems, metrics, [refs], test_type="bs", n_samples=SAMPLES)()[1]
+    for metric, (theirs, ours) in zip(("BLEU-4", "chrF"), list(test.values())[1:]):  # the first holds the names
+        verdict = "significant" if ours.p_value < 0.05 else "may well be chance"
+        print(f"{metric:6} {ours.score - theirs.score:+.2f}, p = {ours.p_value:.3f}: {verdict} "
+              f"(paired bootstrap, {SAMPLES} samples of {len(refs)} clips)")

@@ -1,0 +1,138 @@
+"""
+Tensors by name, Meta's and Hugging Face's: read from anybody's file, drawn from a seed, in and out of shards.
+"""
+import math
+import re
+import zipfile
+import zlib
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lib.program import BadInput
+
+# Hugging Face's word -> Meta's
+HF_NAMES = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output",
+            "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+            "self_attn": "attention", "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo",
+            "mlp": "feed_forward", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
+def from_hf(name):
+    """Hugging Face's name of a weight -> Meta's, model.layers.0.mlp.up_proj -> layers.0.feed_forward.w3"""
+    name = re.sub(r"model\.embed_tokens|model\.norm|[a-z_]+", lambda m: HF_NAMES.get(m[0], m[0]), name)
+    return name.removeprefix("model.")
+
+
+def to_hf(name):
+    """Meta's name of a weight -> Hugging Face's, the inverse of from_hf."""
+    back = {v: k for k, v in HF_NAMES.items()}
+    name = re.sub(r"[a-z_]+\d?", lambda m: back.get(m[0], m[0]), name)
+    return "model." + name if name.startswith("layers.") else name
+
+
+def halves(w, head_dim):
+    """Rows of wq or wk from Meta's interleaved pairs to the rotate-half layout of Hugging Face's files."""
+    return w.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(w.shape)
+
+
+def pairs(w, head_dim):
+    """The inverse of halves."""
+    return w.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(w.shape)
+
+
+def load_tensors(path):
+    """name -> tensor of a .safetensors or .pth file, memory-mapped. Nothing in the file is executed."""
+    try:
+        if path.endswith(".safetensors"):
+            with safe_open(path, "pt") as f:
+                return {k: f.get_tensor(k) for k in f.keys()}
+        # what torch < 1.6 wrote (torchvision's googlenet) is no zip, and cannot be mapped
+        mmap = zipfile.is_zipfile(path)
+        state = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+    except OSError as e:
+        raise BadInput(f"{path}: {e.strerror or e}") from None
+    except Exception as e:  # a damaged file can raise nearly anything; the first line of what it says is enough
+        said = (str(e) or type(e).__name__).splitlines()[0][:200]
+        if isinstance(e, SafetensorError):
+            said = said.split(":")[-1]
+        elif "eights_only" in said or "eights only" in said:
+            said = "it holds more than tensors, which might run code"
+        raise BadInput(f"{path}: cannot be read as weights, damaged or not plain tensors ({said.strip()})") from None
+    tensors = isinstance(state, dict) and all(isinstance(v, torch.Tensor) for v in state.values())
+    if not tensors or not all(isinstance(k, str) for k in state):
+        raise BadInput(f"{path}: is not a plain dict of tensors")
+    return state
+
+
+def check_names(path, want, have):
+    """Two dicts name -> shape must be equal; BadInput names the first difference."""
+    # with its name in a Hugging Face file, where it has another there
+    both = lambda name: name if to_hf(name) == name else f"{name} ({to_hf(name)})"
+    missing, surplus = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
+    for kind, names in (("has no tensor", missing), ("has a surplus tensor", surplus)):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise BadInput(f"{path}: {kind} {both(names[0])}{more}")
+    for name in want:
+        if tuple(want[name]) != tuple(have[name]):
+            raise BadInput(f"{path}: {both(name)} is {tuple(have[name])}, its configuration says {tuple(want[name])}")
+
+
+def check_fit(state, own, needed):
+    """
+    Whether a checkpoint's tensors (state) fit a model (own); BadInput names the first that does not.
+    needed: what it must hold. The LoRA of a stage that only now begins is the one thing that may be new.
+    """
+    for name, value in state.items():
+        if name not in own or own[name].shape != value.shape:
+            want = f"the model's is {tuple(own[name].shape)}" if name in own else "the model has no such tensor"
+            raise BadInput(f"checkpoint does not fit: {name} is {tuple(value.shape)}, {want}")
+    begins = not any("lora_" in name for name in state)
+    missing = sorted(name for name in needed if name not in state and not (begins and "lora_" in name))
+    if state and missing:
+        raise BadInput(f"checkpoint does not fit: it has no {missing[0]} ({len(missing)} missing)")
+
+
+def shapes_of(tensors):
+    """A dict of tensors -> name -> shape."""
+    return {name: tuple(t.shape) for name, t in tensors.items()}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawn from a seed
+
+def stateless(*key):
+    """A random generator that is a function of its key (numbers and texts): resuming anywhere draws the same."""
+    return np.random.default_rng([zlib.crc32(k.encode()) if isinstance(k, str) else k for k in key])
+
+
+def init_weight(name, shape, seed):
+    """A parameter's first value, a function of (name, shape, seed) alone: the same for any number of processes."""
+    if name.endswith("lora_B"):
+        return torch.zeros(shape)  # LoRA starts as the identity
+    if len(shape) == 1:
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    # NOTE the CPU's generator reads 32 bits of a seed and drops the rest
+    g = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
+    fan_in = math.prod(shape[1:])
+    if name.endswith("lora_A"):
+        return (torch.rand(shape, generator=g) * 2 - 1) / fan_in**0.5  # as PEFT: kaiming_uniform(a=sqrt(5))
+    return torch.randn(shape, generator=g) / fan_in**0.5
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In and out of shards
+
+def fill(param, full):
+    """Copy a whole tensor into a parameter; a sharded one takes its rows, FSDP2's blocks of ceil(rows/world)."""
+    local = param.detach()
+    if hasattr(param, "to_local"):  # a DTensor; its class would take half a second to import
+        local = local.to_local()
+        low = math.ceil(full.shape[0] / param.device_mesh.size()) * param.device_mesh.get_local_rank()
+        full = full[low:low + local.shape[0]]
+    local.copy_(full)
+
+
+def full(param):
+    """The whole tensor of a parameter, on the CPU. Collective where it is sharded: every process must call it."""
+    return (param.full_tensor() if hasattr(param, "full_tensor") else param).detach().cpu()

@@ -1,0 +1,396 @@
+"""
+LLMs on the disk, read as they were downloaded and written for others.
+Meta's layout is params.json + consolidated.*.pth, Hugging Face's config.json + *.safetensors.
+Nothing in a file is executed, and what cannot be run exactly is refused by the name of its key or tensor.
+"""
+import glob
+import json
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import save_file
+
+from lib.files import load_json, whole_folder
+from lib.program import BadInput, Progress
+from lib.tensors import check_names, from_hf, halves, init_weight, load_tensors, shapes_of, to_hf
+from lib.tokenizer import Tokenizer
+
+
+@dataclass
+class ModelArgs:
+    """Meta's names for the sizes of a LLaMA; the last five are what Mistral, Qwen2 and LLaMA 3 add."""
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    hidden_dim: int
+    vocab_size: int
+    head_dim: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict = None  # LLaMA 3.1's dict, or None
+    qkv_bias: bool = False  # Qwen2
+    tied: bool = False  # the output layer is the embedding
+    sliding_window: int = None  # Mistral 0.1: no sequence may be longer
+    model_type: str = "llama"
+
+    def fits(self, length):
+        """BadInput where a sequence of this length would need a sliding window, which is not implemented."""
+        if self.sliding_window and length > self.sliding_window:
+            raise BadInput(f"sliding_window={self.sliding_window}: a sequence of {length} tokens is longer, "
+                           "and the window is not implemented")
+
+    def shapes(self):
+        """name -> shape of every weight, under Meta's names."""
+        dim = self.dim
+        hidden = self.hidden_dim
+        query = self.n_heads * self.head_dim
+        key = self.n_kv_heads * self.head_dim
+        shapes = {"tok_embeddings.weight": (self.vocab_size, dim)}
+        for i in range(self.n_layers):
+            block = {"attention.wq.weight": (query, dim), "attention.wk.weight": (key, dim),
+                     "attention.wv.weight": (key, dim), "attention.wo.weight": (dim, query),
+                     "feed_forward.w1.weight": (hidden, dim), "feed_forward.w2.weight": (dim, hidden),
+                     "feed_forward.w3.weight": (hidden, dim),
+                     "attention_norm.weight": (dim,), "ffn_norm.weight": (dim,)}
+            if self.qkv_bias:
+                block |= {f"attention.w{n}.bias": (rows,) for n, rows in zip("qkv", (query, key, key))}
+            shapes |= {f"layers.{i}.{name}": shape for name, shape in block.items()}
+        shapes["norm.weight"] = (dim,)
+        return shapes if self.tied else shapes | {"output.weight": (self.vocab_size, dim)}
+
+
+LLAMA_7B = dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=32000)
+SIZES = {  # llm=random:NAME
+    "7B": LLAMA_7B,
+    "13B": dict(dim=5120, n_layers=40, n_heads=40, n_kv_heads=40, hidden_dim=13824, vocab_size=32000),
+    "70B": dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, hidden_dim=28672, vocab_size=32000),
+    "vicuna-7b-v1.5": LLAMA_7B,
+    "mistral-7b-instruct-v0.3": LLAMA_7B | dict(n_kv_heads=8, hidden_dim=14336, vocab_size=32768, rope_theta=1e6,
+                                                model_type="mistral"),
+    "qwen2-7b-instruct": dict(dim=3584, n_layers=28, n_heads=28, n_kv_heads=4, hidden_dim=18944, vocab_size=152064,
+                              norm_eps=1e-6, rope_theta=1e6, qkv_bias=True, model_type="qwen2"),
+    "deepseek-llm-7b-chat": LLAMA_7B | dict(n_layers=30, vocab_size=102400, norm_eps=1e-6),
+    "chinese-llama-2-7b": LLAMA_7B | dict(vocab_size=55296),
+    "smollm2-135m": dict(dim=576, n_layers=30, n_heads=9, n_kv_heads=3, hidden_dim=1536, vocab_size=49152,
+                         rope_theta=1e5, tied=True),
+}
+
+
+@dataclass
+class RawLLM:
+    """An LLM before it is loaded."""
+    path: str
+    args: ModelArgs
+    shapes: dict  # name -> shape of its weights
+    read: Callable  # name -> one whole tensor, read when it is asked for
+
+    def size(self):
+        """How many parameters."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def describe(self, dtype):
+        """One line: type, sizes, parameters and bytes."""
+        a = self.args
+        n = self.size()
+        return (f"LLM: {self.path}: {a.model_type}, {a.n_layers} layers of width {a.dim}, {a.n_heads} heads "
+                f"({a.n_kv_heads} of keys) of {a.head_dim}, SwiGLU {a.hidden_dim}, {a.vocab_size} tokens; "
+                f"{n / 1e6:.2f}M parameters, {n * dtype.itemsize / 1e9:.3f} GB in {str(dtype).removeprefix('torch.')}")
+
+    def tensors(self):
+        """Yield (name, whole tensor), so that no more than one need be in memory; shows GB/s."""
+        done = 0
+        show = None
+        for name in self.shapes:
+            weight = self.read(name)
+            if show is None:
+                scale = weight.itemsize / 1e9
+                show = Progress(f"loading {self.path}, GB", self.size() * scale)
+            yield name, weight
+            done += weight.numel()
+            show(done * scale, unit="GB")
+
+
+def open_llm(path):
+    """
+    A folder of raw weights as it was downloaded, or random:NAME of SIZES -> RawLLM.
+    Names are Meta's, wq and wk in the rotate-half layout of Hugging Face's files.
+    """
+    if path.startswith("random:"):
+        return open_random(path)
+    meta = os.path.exists(os.path.join(path, "params.json"))
+    hf = os.path.exists(os.path.join(path, "config.json"))
+    if meta and hf and not glob.glob("consolidated.*.pth", root_dir=path):
+        meta = False  # Mistral's folders hold another params.json
+    if not meta and not hf:
+        raise BadInput(f"llm={path}: holds neither params.json (Meta's layout) nor config.json (Hugging Face's)")
+    sizes, shapes, read = open_meta(path) if meta else open_hf(path)
+    return RawLLM(path, ModelArgs(**sizes), shapes, read)
+
+
+def open_random(path):
+    """random:7B and its like: random weights of that size, for trials of speed and memory without real ones."""
+    sizes = SIZES.get(path.removeprefix("random:"))
+    if not sizes:
+        raise BadInput(f"llm={path}: the sizes are {', '.join(SIZES)}")
+    args = ModelArgs(head_dim=sizes["dim"] // sizes["n_heads"], **sizes)
+    shapes = args.shapes()
+    # drawn once, since billions take minutes; a prime number of them, so that rows differ
+    noise = torch.randn(2**22 - 3, generator=torch.Generator().manual_seed(0))
+
+    def read(name):
+        shape = shapes[name]
+        if len(shape) == 1:
+            return init_weight(name, shape, 0)
+        n = math.prod(shape)
+        mine = noise.roll(zlib.crc32(name.encode())).repeat(math.ceil(n / len(noise)))[:n]
+        return mine.view(shape).mul_(shape[1] ** -0.5)
+
+    return RawLLM(path, args, shapes, read)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes that stand in a file
+
+# no LLM has more; the largest real ones have 16384, 126, 128 and 256000
+LIMITS = {"width": 2**17, "layers": 1000, "heads": 2**12, "rows": 2**23}
+
+
+def whole_number(where, key, value, most):
+    """A size must be one that a model can have: looked at before anything of that size is made."""
+    if type(value) is not int or not 1 <= value <= LIMITS[most]:
+        raise BadInput(f"{where}: {key}={str(value)[:50]} is not a whole number "
+                       f"from 1 to {LIMITS[most]} (weights.LIMITS)")
+
+
+def positive(where, values, *keys):
+    """These, where they stand there, must be numbers that one can divide by."""
+    for key in keys:
+        value = values.get(key)
+        if value is not None and (type(value) not in (int, float) or not 0 < value < 1e30):
+            raise BadInput(f"{where}: {key}={str(value)[:50]} is not a positive number")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Meta's layout: a folder -> (sizes as ModelArgs takes them, name -> shape, read)
+
+def open_meta(path):
+    """params.json + consolidated.*.pth, model-parallel shards: they know what params.json does not say."""
+    where = os.path.join(path, "params.json")
+    params = load_json(where)
+    for key in ("dim", "n_layers", "n_heads", "norm_eps"):
+        if key not in params:
+            raise BadInput(f"{where}: has no {key}")
+    known = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier",
+             "norm_eps", "rope_theta"}
+    if surplus := sorted(k for k in params.keys() - known if params[k]):
+        raise BadInput(f"{where}: {surplus[0]}={params[surplus[0]]} is not implemented")
+    for key, most in {"dim": "width", "n_layers": "layers", "n_heads": "heads"}.items():
+        whole_number(where, key, params[key], most)
+    positive(where, params, "norm_eps", "rope_theta")
+
+    files = sorted(glob.glob(os.path.join(glob.escape(path), "consolidated.*.pth")))
+    if not files:
+        raise BadInput(f"{path}: has no consolidated.00.pth")
+    shards = [load_tensors(f) for f in files]
+    one = shards[0]  # the others hold the same names and shapes
+    for f, shard in zip(files, shards):
+        check_names(f, shapes_of(one), shapes_of(shard))
+    embedding = "tok_embeddings.weight"
+    wk = "layers.0.attention.wk.weight"
+    wo = "layers.0.attention.wo.weight"
+    w1 = "layers.0.feed_forward.w1.weight"
+    for name in (embedding, wk, wo, w1):
+        if name not in one or one[name].dim() != 2:
+            raise BadInput(f"{files[0]}: has no matrix {name}")
+    dim = params["dim"]
+    head_dim = dim // params["n_heads"]
+    width = one[wo].shape[1]
+    if width * len(files) < dim:
+        raise BadInput(f"{path}: has {len(files)} of {dim // width} shards consolidated.*.pth")
+
+    def axis(name):
+        """How shards are joined: column-parallel layers on 0, row-parallel ones on 1; None where they are copies."""
+        if one[name].dim() == 1 or len(shards) == 1:
+            return None
+        if name == embedding:
+            return 0 if one[name].shape[1] == dim else 1  # LLaMA 2 splits its width, LLaMA 3 its vocabulary
+        return 1 if name.endswith(("wo.weight", "w2.weight")) else 0
+
+    def shape(name):
+        s = list(one[name].shape)
+        if axis(name) is not None:
+            s[axis(name)] *= len(shards)
+        return tuple(s)
+
+    def read(name):
+        parts = [s[name] for s in shards]
+        if axis(name) is not None:
+            w = torch.cat(parts, axis(name))
+        elif all(torch.equal(p, parts[0]) for p in parts):
+            w = parts[0]
+        else:
+            raise BadInput(f"{path}: {name} should be the same in every shard")
+        return halves(w, head_dim) if name.endswith(("wq.weight", "wk.weight")) else w
+
+    shapes = {name: shape(name) for name in one if name != "rope.freqs"}
+    # absent and -1 in what Meta ships: the weights know
+    found = {"n_kv_heads": shapes[wk][0] // head_dim, "vocab_size": shapes[embedding][0]}
+    for key, value in found.items():
+        if params.get(key) not in (None, -1, value):
+            raise BadInput(f"{where}: {key}={params[key]}, but its weights have {value}")
+    sizes = dict(dim=dim, n_layers=params["n_layers"], n_heads=params["n_heads"], head_dim=head_dim,
+                 hidden_dim=shapes[w1][0], norm_eps=params["norm_eps"], rope_theta=params.get("rope_theta", 10000.0))
+    return sizes | found, shapes, read
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face's layout, likewise
+
+def open_hf(path):
+    """config.json + *.safetensors."""
+    where = os.path.join(path, "config.json")
+    config = load_json(where)
+    sizes = hf_sizes(where, config)
+    tensors = {}
+    for f in hf_files(path):
+        tensors |= {from_hf(k): v for k, v in load_tensors(f).items() if not k.endswith("rotary_emb.inv_freq")}
+    if sizes["tied"] and "output.weight" in tensors:
+        if not torch.equal(tensors["output.weight"], tensors.get("tok_embeddings.weight")):
+            raise refusal(where, config, "tie_word_embeddings", "but lm_head.weight differs from the embedding")
+        del tensors["output.weight"]
+    return sizes, shapes_of(tensors), tensors.__getitem__
+
+
+def refusal(where, config, key, why="is not implemented"):
+    """The error that names a key of config.json and its value."""
+    return BadInput(f"{where}: {key}={repr(config[key])[:100]} {why}")
+
+
+def hf_sizes(where, config):
+    """config.json -> sizes as ModelArgs takes them; what cannot be run exactly is refused."""
+    for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+                "vocab_size", "rms_norm_eps"):
+        if config.get(key) is None:
+            raise BadInput(f"{where}: has no {key}")
+    for key, most in {"hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads",
+                      "num_key_value_heads": "heads", "intermediate_size": "width", "vocab_size": "rows",
+                      "head_dim": "width", "sliding_window": "rows"}.items():
+        if config.get(key) is not None:
+            whole_number(where, key, config[key], most)
+    positive(where, config, "rms_norm_eps", "rope_theta")
+    kind = config["model_type"]
+    if str(kind) not in ("llama", "mistral", "qwen2"):
+        raise refusal(where, config, "model_type", "is none of llama, mistral, qwen2")
+    for key in ("attention_bias", "mlp_bias", "quantization_config"):
+        if config.get(key):
+            raise refusal(where, config, key)
+    if config.get("hidden_act", "silu") != "silu":
+        raise refusal(where, config, "hidden_act")
+    rope = hf_rope(where, config)
+    window = None
+    if config.get("use_sliding_window", kind != "qwen2"):
+        window = config.get("sliding_window", 4096 if kind == "mistral" else None)
+    dim = config["hidden_size"]
+    heads = config["num_attention_heads"]
+    return dict(dim=dim, n_layers=config["num_hidden_layers"], n_heads=heads,
+                n_kv_heads=config.get("num_key_value_heads") or heads, head_dim=config.get("head_dim") or dim // heads,
+                hidden_dim=config["intermediate_size"], vocab_size=config["vocab_size"],
+                norm_eps=config["rms_norm_eps"], tied=bool(config.get("tie_word_embeddings")),
+                qkv_bias=kind == "qwen2", sliding_window=window, model_type=kind) | rope
+
+
+def hf_rope(where, config):
+    """config.json -> rope_theta, and rope_scaling where it is LLaMA 3.1's."""
+    # newer folders keep rope_theta in rope_parameters; where both stand, transformers obeys rope_scaling
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    rope = config.get(key) or {}
+    if not isinstance(rope, dict):
+        raise refusal(where, config, key)
+    needed = {"default": (),
+              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+    positive(where, rope, "rope_theta", *needed["llama3"])
+    kind = str(rope.get("rope_type", rope.get("type", "default")))
+    if kind not in needed or not rope.keys() >= set(needed[kind]) or rope.get("partial_rotary_factor", 1) != 1:
+        raise refusal(where, config, key)
+    if config.get("partial_rotary_factor", 1) != 1:
+        raise refusal(where, config, "partial_rotary_factor")
+    return dict(rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
+                rope_scaling=rope if kind == "llama3" else None)
+
+
+def hf_files(path):
+    """The files of weights in a folder, as their index says them where there is one."""
+    names = glob.glob("*.safetensors", root_dir=path)
+    index = os.path.join(path, "model.safetensors.index.json")
+    if os.path.exists(index):
+        said = load_json(index).get("weight_map")
+        if not isinstance(said, dict) or not all(isinstance(f, str) for f in said.values()):
+            raise BadInput(f"{index}: its weight_map does not say the files of weights")
+        names = {os.path.basename(f) for f in said.values()}  # files of this folder alone
+    if not names:
+        raise BadInput(f"{path}: has no *.safetensors")
+    return [os.path.join(path, name) for name in sorted(names)]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Written for others
+
+def write_hf(folder, args, tensors, source, dtype, shard_bytes=5 * 10**9):
+    """
+    Write an LLM as a Hugging Face folder: config.json, safetensors shards with their index, the tokenizer of source.
+    tensors: pairs (Meta's name, whole tensor), taken one by one, so that one shard is all that need be in memory.
+    """
+    if not os.path.isdir(source):
+        raise BadInput(f"{source}: is no folder, there is no tokenizer to copy from it")
+    if os.path.exists(folder):
+        raise BadInput(f"{folder}: exists already")
+    with whole_folder(folder.rstrip("/")) as part:
+        shards = []  # names in each that is written
+        shard = {}  # the one that is being filled
+        total = 0
+
+        def write():
+            save_file(shard, os.path.join(part, f"{len(shards)}.safetensors"), metadata={"format": "pt"})
+            shards.append(list(shard))
+            shard.clear()
+
+        # the number of shards is known at the end: until then their names are 0, 1, 2, ...
+        for name, tensor in tensors:
+            if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > shard_bytes:
+                write()
+            shard[to_hf(name)] = tensor.contiguous()
+            total += tensor.nbytes
+        write()
+        files = ["model.safetensors"]
+        about = {"config.json": hf_config(args, source, dtype)}
+        if len(shards) > 1:
+            files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+            weight_map = {name: f for f, names in zip(files, shards) for name in names}
+            about["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        for i, f in enumerate(files):
+            os.rename(os.path.join(part, f"{i}.safetensors"), os.path.join(part, f))
+        for f, value in about.items():
+            with open(os.path.join(part, f), "w") as out:
+                json.dump(value, out, indent=2)
+        for f in sorted(os.listdir(source)):
+            if f.startswith(("tokenizer", "special_tokens", "generation_config", "vocab", "merges", "chat_template")):
+                shutil.copy(os.path.join(source, f), part)
+
+
+def hf_config(a, source, dtype):
+    """config.json for these sizes: that of source where it has one, else made of them."""
+    dtype = str(dtype).removeprefix("torch.")
+    path = os.path.join(source, "config.json")
+    if os.path.exists(path):
+        return load_json(path) | {"torch_dtype": dtype, "dtype": dtype}  # for older and newer transformers
+    tokenizer = Tokenizer(source)
+    return {"architectures": [a.model_type.capitalize() + "ForCausalLM"], "model_type": a.model_type,
+            "hidden_size": a.dim, "num_hidden_layers": a.n_layers, "num_attention_heads": a.n_heads,
+            "num_key_value_heads": a.n_kv_heads, "head_dim": a.head_dim,
+            "intermediate_size": a.hidden_dim, "vocab_size": a.vocab_size,
+            "rms_norm_eps": a.norm_eps, "rope_theta": a.rope_theta, "hidden_act": "silu",
+            "max_position_embeddings": 4096, "tie_word_embeddings": a.tied, "sliding_window": a.sliding_window,
+            "bos_token_id": tokenizer.bos_id if tokenizer.bos_id >= 0 else None, "eos_token_id": tokenizer.eos_id,
+            "torch_dtype": dtype}
