@@ -354,8 +354,8 @@ class Cache:
     packed streams of a few clips; once all are there, every forward takes one token a beam, h (n, beams, dim).
     """
 
-    def __init__(self, beams, max_new):
-        self.beams, self.max_new = beams, max_new
+    def __init__(self, max_new):
+        self.max_new = max_new  # tokens that a beam may write
         self.prefix = defaultdict(list)  # layer -> (keys, values, what is filling) of each part
         self.written = {}  # layer -> keys and values (n, beams, H, max_new, D)
         self.step = -1  # index of the token being read, counted from the end of the prefix
@@ -457,7 +457,7 @@ def generate(llm, streams, eos_ids, beam=1, length_penalty=1.0, max_new_tokens=2
     have ended. Every step is one cached forward of n x beam tokens.
     """
     # the prefixes, once
-    cache = Cache(beam, max_new_tokens)
+    cache = Cache(max_new_tokens)
     logits, lens = read_prefixes(llm, streams, cache)
     n, device = len(lens), logits.device
     logits = logits[:, None].expand(n, beam, -1)  # (n, beam, V)

@@ -100,7 +100,7 @@ def distance(model, llama, tokens=TOKENS):
 def cached(llama, tokens):
     """(B, T) -> (B, T, vocab) by one forward over the first third of every row, then one token at a time."""
     B, T = tokens.shape
-    cache = Cache(1, T - T // 3)
+    cache = Cache(T - T // 3)
     h = llama.tok_embeddings(tokens)
     first = llama(h=h[:, :T // 3].reshape(1, -1, h.shape[-1]), lens=[T // 3] * B, cache=cache)
     out = [first.view(B, T // 3, -1)]
