@@ -98,14 +98,17 @@ def prefixes(sllama, features, prompt):
 
 @torch.inference_mode()
 def translate(sllama, features, tokenizer, beam=4, length_penalty=1.0, max_new_tokens=200, batch_size=16,
-              progress=None, warn=True):
+              progress=None, warn=True, stop=()):
     """
     Features of clips, a list of (T, D) -> list of sentences, in their order. Clips of like length go together.
-    progress: called with the number of clips done; warn: say on stderr how many answers were cut at max_new_tokens.
+    progress: called with the number of clips done; warn: say on stderr how many answers were cut at max_new_tokens;
+    stop: no further batch once it holds anything (program.Signals), and what remains is None.
     """
     prompt, out, cut = prompt_ids(sllama.prompt, tokenizer), [None] * len(features), 0
     order = sorted(range(len(features)), key=lambda i: len(features[i]))
     for start in range(0, len(order), batch_size):
+        if stop:
+            break
         chosen = order[start:start + batch_size]
         streams = prefixes(sllama, [features[i] for i in chosen], prompt)
         answers = generate(sllama.llm, streams, tokenizer.eos_ids, beam, length_penalty, max_new_tokens)
@@ -181,8 +184,7 @@ def translate_videos(cfg, sllama, tokenizer, trained, how, say):
             say(f"eval.py: {e}")  # the other clips of the folder are fine
             continue
         if 0 < trained.max_frames < len(features):
-            say(f"{path}: {len(features)} frames are thinned out evenly to max_frames={trained.max_frames}, "
-                "as in training")
+            say(f"{path}: {len(features)} frames are thinned out to max_frames={trained.max_frames}, as in training")
         (sentence,) = translate(sllama, [thin(features, trained.max_frames)], tokenizer, **how)
         sentence = " ".join(sentence.split())
         print(sentence if cfg.video else f"{os.path.basename(path)}\t{sentence}", flush=True)

@@ -23,7 +23,6 @@ from lib.configurator import configure, usage_error
 from lib.memory import explained, print_estimate
 from lib.program import (BadInput, Pace, Signals, barrier, gathered, join, launch, leave, pick_device, pick_dtype,
                          print0, rank, run_program, summed, world)
-from lib.readers import SPLITS
 from lib.scores import bleu, language_code, rouge
 from lib.tensors import stateless
 from lib.tokenizer import Tokenizer
@@ -139,8 +138,8 @@ def configuration():
 
 def make_toy(cfg):
     """Build the toy where any of it is absent, in a program of its own: one process does while the others wait."""
-    files = [f"{split}.jsonl" for split in SPLITS] + [f"toycnn/{split}.safetensors" for split in SPLITS] + ["llm"]
-    there = all(os.path.exists(os.path.join(cfg.data_dir, cfg.dataset, f)) for f in files)
+    last = ("llm", "toycnn/test.safetensors", "test.jsonl")  # what it writes last
+    there = all(os.path.exists(os.path.join(cfg.data_dir, cfg.dataset, f)) for f in last)
     if cfg.dataset in TOYS and not there and rank() == 0:
         run_program("scripts.toy", f"data_dir={os.path.abspath(cfg.data_dir)}", f"name={cfg.dataset}")
     barrier()
@@ -227,10 +226,9 @@ def evaluate(model, dev, prompt, tokenizer, device, lang, cfg, signals):
     """Dev loss a token, and BLEU and ROUGE of real decoding. -> dict, the same on every process; {} after a signal."""
     model.eval()
     n_decoded = len(dev) if cfg.eval_clips < 0 else min(cfg.eval_clips, len(dev))
-    chosen, hyps, loss, targets = spread(len(dev), n_decoded), {}, 0.0, 0
-    # A process without clips decodes clip 0 for nothing: FSDP2's next backward hangs unless all have computed.
-    # Clips of like length are decoded together
-    mine = sorted(chosen[rank()::world()] or [0], key=lambda i: dev.lengths[i]) if chosen else []
+    chosen, loss, targets = spread(len(dev), n_decoded), 0.0, 0
+    # a process without clips decodes clip 0 for nothing: FSDP2's next backward hangs unless all have computed
+    mine = chosen[rank()::world()] or [0]
     # who has not learnt to end need not babble on
     longest = max(len(tokenizer.encode(row["text"])) for row in dev.rows)
     # compiled blocks would be compiled anew for these numbers of clips, and for every length of the cache
@@ -242,19 +240,16 @@ def evaluate(model, dev, prompt, tokenizer, device, lang, cfg, signals):
             part = range(start, min(start + 16 * world(), len(dev)))
             part_loss, n = model(micro_batch(dev, my_part(part, dev.lengths)[0], prompt, tokenizer, device))
             loss, targets = loss + part_loss.item(), targets + n
-        for start in range(0, len(mine), 16):
-            if signals:
-                break
-            part = mine[start:start + 16]
-            features = [dev.features(i) for i in part]
-            hyps |= zip(part, translate(model, features, tokenizer, cfg.beam, max_new_tokens=2 * longest, warn=False))
+        if chosen and not signals:
+            answers = translate(model, [dev.features(i) for i in mine], tokenizer, cfg.beam,
+                                max_new_tokens=2 * longest, warn=False, stop=signals)
     model.train()
     loss, targets, asked = summed(device, loss, targets, len(signals))
     if asked:
         return {}
     scores = {"dev_loss": loss / targets}
     if chosen:
-        hyps = gathered(hyps)
+        hyps = gathered(dict(zip(mine, answers)))
         pair = [hyps[i] for i in chosen], [dev.rows[i]["text"] for i in chosen]
         scores |= {"dev_bleu": bleu(*pair, lang), "dev_rouge": rouge(*pair, lang)}
     return scores

@@ -11,7 +11,6 @@ A run's folder, written and read: its checkpoints, its log, and what a run goes 
 """
 import contextlib
 import glob
-import hashlib
 import json
 import os
 import subprocess
@@ -26,7 +25,7 @@ from safetensors.torch import save_file
 
 from lib.adapter import read_adapter, write_adapter
 from lib.configurator import coerce, page_one
-from lib.files import load_json, whole, whole_folder
+from lib.files import load_json, sha256, whole, whole_folder
 from lib.program import VERSION, BadInput, barrier, print0, rank, world
 from lib.tensors import fill, full, load_tensors
 from lib.weights import LIMITS
@@ -97,9 +96,8 @@ def checked(config, where):
 
 def code_now():
     """file -> digest, for the five files and lib/: the code that a checkpoint is written or read by."""
-    files = [f + ".py" for f in ("train", "eval", "model", "lora", "data")]
-    files += sorted(os.path.relpath(f, ROOT) for f in glob.glob(os.path.join(glob.escape(ROOT), "lib", "*.py")))
-    return {f: hashlib.sha256(open(os.path.join(ROOT, f), "rb").read()).hexdigest()[:12] for f in files}
+    files = [*glob.glob("*.py", root_dir=ROOT), *glob.glob("lib/*.py", root_dir=ROOT)]
+    return {f: sha256(os.path.join(ROOT, f))[:12] for f in sorted(files)}
 
 
 def say_if_other_code(checkpoint):

@@ -18,10 +18,8 @@ def controlled(features, control, seed, mean, std):
         if n < 2:
             raise BadInput("control=shuffle: needs two clips at least")
         order = stateless(seed, "shuffle").permutation(n)
-        out = [None] * n
-        for k in range(n):
-            out[order[k]] = features[order[(k + 1) % n]]
-        return out
+        another = dict(zip(order, [*order[1:], order[0]]))
+        return [features[another[i]] for i in range(n)]
     if control == "blank":
         return [torch.zeros_like(f) for f in features]
     if control == "noise":  # as large as real features, frame by frame

@@ -74,7 +74,7 @@ class Oracle:
             self.known |= {store[row["name"]].numpy().tobytes(): row | {"split": split} for row in rows(data, split)}
 
     def __call__(self, sllama, features, tokenizer, beam=4, length_penalty=1.0, max_new_tokens=200, batch_size=16,
-                 progress=None, warn=True):
+                 progress=None, warn=True, stop=()):
         how = SimpleNamespace(beam=beam, length_penalty=length_penalty, max_new_tokens=max_new_tokens,
                               batch_size=batch_size, features=features)
         found = [self.known.get(f.numpy().tobytes()) for f in features]
