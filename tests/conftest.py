@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,6 +40,13 @@ def import_torchvision():
 
 if importlib.util.find_spec("torchvision"):
     import_torchvision()
+
+
+def page(stage="align", **changes):
+    """The variables of a run as page one of train.py has them for a stage, with these changes."""
+    from lib.configurator import page_one
+    values, stages, _ = page_one(f"{ROOT}/train.py", ("align", "sft"))
+    return SimpleNamespace(**values | stages[stage] | {"stage": stage} | changes)
 
 
 LONGEST = ("test_train.py", "test_faults.py", "test_extract.py", "test_readme.py", "test_load.py")

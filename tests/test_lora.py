@@ -9,6 +9,7 @@ import json
 
 import pytest
 import torch
+from conftest import page
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceTrainer
 from test_model import LLAMA3, TOKENS, distance, edit, hf_folder, meta_folder, tiny_hf, tiny_llama, tiny_sllama
@@ -404,8 +405,7 @@ def trained(base, run, dtype="float32", targets=("wq", "w3")):
     with_lora(model.llm, targets=list(targets))
     save_lora(model.llm, str(run / "best"))
     save_file({k: v.detach().clone() for k, v in model.vision_state().items()}, run / "best" / "vision.safetensors")
-    config = dict(llm=str(base), bos_id=-1, eos_id=-1, ltn=True, ltn_dim=16, ltn_layers=1, ltn_heads=2, window=4,
-                  adaptor="mlp", prompt="{clip}", language="German", label_smoothing=0.0)
+    config = vars(page(llm=str(base), ltn_dim=16, ltn_layers=1, ltn_heads=2, window=4))
     (run / "best" / "state.json").write_text(json.dumps({"config": config, "dim_in": 24, "step": 9}))
     return model
 

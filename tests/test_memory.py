@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import page
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train
@@ -23,10 +24,7 @@ ARGS = ModelArgs(dim=DIM, n_layers=LAYERS, n_heads=HEADS, n_kv_heads=KV, hidden_
 Q, K = HEADS * HEAD, KV * HEAD
 MATRICES = {"wq": (Q, DIM), "wk": (K, DIM), "wv": (K, DIM), "wo": (DIM, Q),
             "w1": (HIDDEN, DIM), "w2": (DIM, HIDDEN), "w3": (HIDDEN, DIM)}
-CFG = dict(ltn=True, ltn_dim=LTN, ltn_layers=2, ltn_heads=2, window=6, train_ltn=True, adaptor="mlp", prompt="{clip}",
-           language="German", label_smoothing=0.0, frame_drop=0.6, freeze_llm=True, train_embeddings=False,
-           lora_rank=3, lora_alpha=4.0, lora_dropout=0.0, lora_targets="wq,wk,wv,wo",
-           activation_checkpointing=False, compile=False, cpu_offload=False)
+CFG = dict(ltn_dim=LTN, ltn_layers=2, ltn_heads=2, window=6, frame_drop=0.6, lora_rank=3, lora_alpha=4.0)
 
 
 @pytest.fixture
@@ -123,7 +121,7 @@ def make(cfg, n, dtype, processes):
 @pytest.mark.parametrize("case", CASES)
 def test_every_row(processes, monkeypatch, case, device):
     changes, n, dtype = CASES[case]
-    cfg = SimpleNamespace(**{**CFG, **changes})
+    cfg = page(**CFG | changes)
     model = make(cfg, n, dtype, processes)
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
     for micro, frames, answers in MICRO:
@@ -140,7 +138,7 @@ def test_every_row(processes, monkeypatch, case, device):
 def test_each_maximum_is_reached_from_both_sides():
     logits, after = set(), set()
     for (changes, n, dtype), (_, frames, answers) in itertools.product(CASES.values(), MICRO):
-        cfg = SimpleNamespace(**{**CFG, **changes})
+        cfg = page(**CFG | changes)
         rows = counted(cfg, n, frames, answers, 5, dtype.itemsize, False)
         logits.add(rows[5] == 12 * sum(answers) * VOCAB), after.add(rows[6] > 0)
     assert logits == after == {True, False}
@@ -148,7 +146,7 @@ def test_each_maximum_is_reached_from_both_sides():
 
 def test_what_glibc_keeps(processes, monkeypatch):
     """On a CPU, unless the environment forbids it: an eighth or so of all the rest."""
-    cfg = SimpleNamespace(**CFG)
+    cfg = page(**CFG)
     model = make(cfg, 1, torch.float32, processes)
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
     rows = lambda device: estimate(cfg, model, CLIPS, [[2]], ([1], []), WORDS, torch.float32, torch.device(device))[1]

@@ -11,12 +11,12 @@ import math
 import os
 import pickle
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from conftest import page
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -716,9 +716,7 @@ def test_translate_keeps_the_order_and_does_not_depend_on_the_batch(tmp_path, ca
 def tiny_sllama(folder, tensors={}, seed=0, lora=(), **changes):
     """Built on the meta device, then loaded, as train.py does. The LLM is frozen. lora: the layers that have it."""
     hf_folder(folder)
-    page = dict(ltn=True, ltn_dim=16, ltn_layers=1, ltn_heads=2, window=4, adaptor="mlp", prompt="{clip}",
-                language="German", label_smoothing=0.0)
-    cfg = SimpleNamespace(**page | changes)
+    cfg = page(**dict(ltn_dim=16, ltn_layers=1, ltn_heads=2, window=4) | changes)
     raw = open_llm(str(folder))
     with torch.device("meta"):
         model = SLLaMA(raw.args, 24, cfg)

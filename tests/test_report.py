@@ -18,10 +18,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import page
 from safetensors.torch import save_file
 
-from lib.checkpoint import ROOT
-from lib.configurator import page_one
 from lib.program import BadInput
 from lib.tensors import init_weight, to_hf
 from lib.tokenizer import Tokenizer
@@ -48,11 +47,9 @@ def tiny_run(root, language="German", hyps=HYPS, video=True):
     train_tokenizer(str(llm), [ref for _, ref in HYPS.values()] * 9, 330)
     vocab_size = Tokenizer(str(llm)).vocab_size
     args = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=vocab_size, head_dim=8)
-    page, stages, _ = page_one(f"{ROOT}/train.py", ("align", "sft"))
-    cfg = page | stages["sft"] | dict(
-        stage="sft", dataset="tiny", data_dir=str(root / "data"), backbone="cnn", llm=str(llm),
-        out_dir=str(root / "out"), ltn_dim=12, ltn_heads=2, language=language, freeze_llm=True)
-    model = SLLaMA(args, 16, SimpleNamespace(**cfg))
+    variables = page("sft", dataset="tiny", data_dir=str(root / "data"), backbone="cnn", llm=str(llm),
+                     out_dir=str(root / "out"), ltn_dim=12, ltn_heads=2, language=language, freeze_llm=True)
+    cfg, model = vars(variables), SLLaMA(args, 16, variables)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(init_weight(name, p.shape, 0))
