@@ -20,8 +20,7 @@ import torch
 from lib.check import check, report
 from lib.configurator import configure, usage_error
 from lib.extract import Extractor, prepare
-from lib.features import Store, import_features
-from lib.files import read_jsonl
+from lib.features import Store, import_features, read_common
 from lib.program import BadInput, join, launch, leave, print0, rank, world
 from lib.readers import FPS, READERS, SLT, SPLITS, deal_out, label_pattern
 from lib.tensors import stateless
@@ -42,13 +41,6 @@ device = "auto"  # auto, cpu, cuda: where the CNN runs
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Clips in
-
-def row_of_clip(row):
-    """A line of {split}.jsonl, as it must be."""
-    if not all(row[key] and isinstance(row[key], str) for key in ("name", "text")):
-        raise ValueError("empty name or text")
-    return row
-
 
 def thin(x, max_frames):
     """Features (T, D) -> at most max_frames of them (0: all), evenly spaced; in training and test alike."""
@@ -72,17 +64,14 @@ class Clips:
             hint = f"it has {', '.join(there)}: say split=" if there else "make it with python data.py"
             raise BadInput(f"{self.path}: data set {dataset} has no split {split}; {hint}")
         self.place, self.split, self.max_frames = (data_dir, dataset, backbone), split, max_frames
-        self.rows = read_jsonl(self.path, "a clip", row_of_clip)
+        self.store = Store(os.path.join(folder, backbone, split + ".safetensors"))
+        self.rows, shapes = read_common(self.path, self.store)
         if 0 < max_clips < len(self.rows):
             self.rows = [self.rows[i] for i in spread(len(self.rows), max_clips)]
-        self.store = Store(os.path.join(folder, backbone, split + ".safetensors"))
-        if missing := [r["name"] for r in self.rows if r["name"] not in self.store.names]:
-            raise BadInput(f"{self.store.path}: has no features of clip {missing[0]} ({len(missing)} missing); "
-                           "run data.py again")
-        lengths = [self.store.shape(r["name"])[0] for r in self.rows]
+        lengths = [shapes[row["name"]][0] for row in self.rows]
         self.lengths = [min(n, max_frames or n) for n in lengths]  # frames of each clip, as they will be used
         self.too_long = sum(n > m for n, m in zip(lengths, self.lengths))
-        self.width = self.store.shape(self.rows[0]["name"])[1]
+        self.width = shapes[self.rows[0]["name"]][1]
 
     def __len__(self):
         return len(self.rows)
@@ -124,10 +113,11 @@ class Clips:
     def statistics(self):
         """Mean and deviation (D,) of the features, from some 200 clips spread over the split."""
         some = range(0, len(self), math.ceil(len(self) / 200))
-        x = torch.cat([self.features(i).float() for i in some])
+        parts = [self.features(i).float() for i in some]
+        if broken := [i for i, x in zip(some, parts) if not torch.isfinite(x).all()]:
+            raise BadInput(f"{self.store.path}: features that are not finite, of clip {self.names(broken)}")
+        x = torch.cat(parts)
         std = x.std(0)
-        if not torch.isfinite(std).all():
-            raise BadInput(f"{self.store.path}: some of its features are not finite")
         return x.mean(0), torch.where(std > 1e-4, std, 1.0)  # a dead feature stays as it is
 
 # ---------------------------------------------------------------------------------------------------------------------

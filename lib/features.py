@@ -9,7 +9,7 @@ import os
 import numpy as np
 from safetensors import safe_open
 
-from lib.files import whole
+from lib.files import read_jsonl, whole
 from lib.pickles import Array, numpy_of, outline, read_pickle
 from lib.program import BadInput, print0
 from lib.readers import SPLITS, VAL, entries, first
@@ -80,6 +80,33 @@ def write_common(folder, backbone, splits, shapes, read, metadata):
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")
     clips = ", ".join(f"{len(splits[s])} {s}" for s in SPLITS)
     print0(f"{folder}: {clips} clips, features ({backbone}) of width {next(iter(shapes.values()))[1]}")
+
+
+
+def row_of_clip(row):
+    """A line of {split}.jsonl, as it must be."""
+    if not all(isinstance(row[key], str) and row[key].strip() for key in ("name", "text")):
+        raise ValueError("empty name or text")
+    return row
+
+
+def read_common(path, store):
+    """A split's {split}.jsonl, whose features lie in a store -> (rows, {name: (T, D)}). Hands may have changed both."""
+    shapes = {}
+
+    def take(row):
+        name = row_of_clip(row)["name"]
+        if name in shapes:
+            raise BadInput(f"clip {name}: stands there twice")
+        if name not in store.names:
+            raise BadInput(f"clip {name}: has no features in {store.path}; run data.py again")
+        shapes[name] = shape = store.shape(name)
+        width = next(iter(shapes.values()))[-1]
+        if len(shape) != 2 or not shape[0] or shape[1] != width:
+            raise BadInput(f"clip {name}: its features in {store.path} have the shape {shape}, not (frames, {width})")
+        return row
+
+    return read_jsonl(path, "a clip", take), shapes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Others': a source is a dict name -> (shape, or what is wrong with the clip's features; a function that reads them)

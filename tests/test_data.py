@@ -784,6 +784,30 @@ def test_what_is_missing_is_named(split, tmp_path):
         Clips(str(tmp_path), "own", "cnn", "train")
 
 
+def test_a_data_set_edited_by_hand(tmp_path):
+    """A clip that nothing can be learnt from is named with its file and line, before a run begins."""
+    os.makedirs(tmp_path / "own/cnn")
+    store, lines = tmp_path / "own/cnn/train.safetensors", tmp_path / "own/train.jsonl"
+    x = {name: np.ones((4, 3), np.float16) for name in "abc"}
+
+    def clips(arrays=x, names="abc", text="ja"):
+        write_store(str(store), {n: a.shape for n, a in arrays.items()}, arrays.__getitem__, {})
+        lines.write_text("".join(json.dumps({"name": n, "text": text}) + "\n" for n in names))
+        return Clips(str(tmp_path), "own", "cnn", "train")
+
+    assert clips().lengths == [4, 4, 4] and clips().width == 3
+    with bad(f"{lines}:1: is not a clip", "empty name or text"):
+        clips(text=" \t")
+    with bad(f"{lines}:4: clip b", "twice"):
+        clips(names="abcb")
+    for other, shape in ((np.ones((0, 3)), "[0, 3]"), (np.ones((4, 2)), "[4, 2]"), (np.ones(3), "[3]")):
+        with bad(f"{lines}:2: clip b", str(store), shape, "not (frames, 3)"):
+            clips(x | {"b": other.astype(np.float16)})
+    for value in (np.nan, np.inf):
+        with bad(str(store), "not finite", "of clip b"):
+            clips(x | {"b": np.full((4, 3), value, np.float16)}).statistics()
+
+
 @pytest.mark.parametrize("line", ['{"name": "b"', '{"name": "b", "text": ""}', '{"name": "", "text": "ja"}',
                                   '{"text": "ja"}', "[1]", "3", ""])
 def test_wrong_jsonl(split, tmp_path, line):
