@@ -355,6 +355,7 @@ def main():
             break
 
         # this process's clips of the step, in micro-batches; one sum tells every process what all of them hold
+        signals.check_torchrun()
         step_began = time.time()
         epoch, chosen = clips_of_step(len(clips), at.step, cfg.batch_size, cfg.seed)
         batches = [micro_batch(clips, part, prompt, tokenizer, device, cfg.frame_drop, (cfg.seed, "drop", epoch))

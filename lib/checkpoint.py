@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from lib.adapter import read_adapter, write_adapter
 from lib.configurator import coerce, page_one
-from lib.files import load_json, sha256, whole, whole_folder
+from lib.files import hold, load_json, sha256, whole, whole_folder
 from lib.program import VERSION, BadInput, barrier, print0, rank, world
 from lib.tensors import fill, full, load_tensors
 from lib.weights import LIMITS
@@ -126,7 +126,10 @@ class Run:
     """The folder of a run in training. Only the first process writes; every process must call start, begin and save."""
 
     def __init__(self, cfg):
-        """One that cannot be written is an OSError now, and not after the model is loaded."""
+        """
+        One that cannot be written is an OSError now, and not after the model is loaded; one into which another run
+        writes is a BadInput.
+        """
         self.cfg, self.file = cfg, None
         self.parent = os.path.join(cfg.out_dir, cfg.dataset, cfg.run)
         self.folder = os.path.join(self.parent, cfg.stage)
@@ -134,6 +137,8 @@ class Run:
         if rank() == 0 and not cfg.estimate:
             os.makedirs(self.folder, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()
+            # beside the folder, which may be moved aside
+            self.held = hold(os.path.join(self.parent, f".{cfg.stage}.lock"), self.folder)
 
     def start(self, clips, shape, free):
         """

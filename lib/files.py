@@ -2,10 +2,13 @@
 Files read safely and written whole: what stands in one comes from anybody, and a reader never sees half of one.
 """
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
+import sys
 from itertools import pairwise
 
 from lib.program import BadInput
@@ -99,6 +102,26 @@ def whole_folder(folder, keep=1):
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def hold(path, what):
+    """
+    Hold a file for this process alone, until it ends in whatever way. -> the open file, to be kept
+    BadInput says who holds `what` already. Between machines it works as far as their file system locks for all of them
+    (NFS does, Lustre where it is mounted with flock); where it cannot lock at all, one line says so.
+    """
+    file = open(path, "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise BadInput(f"{what}: is held by {file.read() or 'another process'}; wait for it or end it") from None
+    except OSError as e:
+        print(f"{path}: cannot be locked ({e.strerror}), a second writer would not be noticed", file=sys.stderr)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
 
 
 def sha256(path):

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 VERSION = "0.1.0"
+PARENT = os.getppid()  # torchrun, if it has started this process
 
 
 class BadInput(ValueError):
@@ -171,6 +172,11 @@ class Signals:
 
     def __len__(self):
         return len(self.seen)
+
+    def check_torchrun(self):
+        """BadInput where the torchrun that has started this process is gone: killed, it leaves its processes alive."""
+        if "RANK" in os.environ and os.getppid() != PARENT:
+            raise BadInput("torchrun is gone, so this process ends and saves nothing more; to go on: resume=true")
 
     def forget(self):
         """Give both signals back their usual meaning."""

@@ -392,10 +392,15 @@ def children(pid):
 
 
 def kill(p, rng, number=signal.SIGKILL):
-    """A signal to everything of a run at once, or to one worker alone: torchrun ends the others."""
+    """
+    A signal to everything of a run at once, to one worker alone (torchrun ends the others), or to torchrun alone: it
+    passes on SIGTERM, and when it is killed the others notice.
+    """
     below = children(p.pid)
-    alone = below and rng.random() < 0.5
-    for pid in [rng.choice(below)] if alone else [p.pid, *below]:
+    whom = [p.pid, *below]
+    if below and rng.random() < 0.6:
+        whom = [rng.choice([p.pid, rng.choice(below)])]
+    for pid in whom:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
     p.communicate(timeout=60)

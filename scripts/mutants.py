@@ -266,7 +266,8 @@ def who_meets_what(known):
 def chosen_tests(m, meets, took, seconds, caught=Counter()):
     """
     Tests that meet a mistake, as many as fit into the seconds -> (tests, seconds that they take).
-    Files that have caught the most so far come first, in a file the quick ones; what takes long comes last of all.
+    Those that have caught the most so far come first, then files likewise, in a file the quick ones; what takes long
+    comes last of all.
     """
     file_of = lambda test: test.split("::")[0]
     lines, (first, last) = meets.get(m["file"], {}), m["lines"]
@@ -281,7 +282,7 @@ def chosen_tests(m, meets, took, seconds, caught=Counter()):
     for test in sorted(tests, key=took.get):
         quickest.setdefault(file_of(test), took[test])
     chosen, total = [], 0.0
-    rank = lambda t: (took[t] > LONG, -caught[file_of(t)], quickest[file_of(t)], file_of(t), took[t])
+    rank = lambda t: (took[t] > LONG, -caught[t], -caught[file_of(t)], quickest[file_of(t)], file_of(t), took[t])
     for test in sorted(tests, key=rank):
         if chosen and total + took[test] >= seconds:
             break
@@ -406,7 +407,7 @@ def run_all(todo, copies, meets, took, cfg):
                 del running[pid]
                 free.append(copy)
                 results.append(m)
-                caught[m["by"].split("::")[0]] += 1
+                caught.update({m["by"], m["by"].split("::")[0]})
                 out.write(json.dumps(m, ensure_ascii=False) + "\n")
                 out.flush()
                 if not m["noticed"]:

@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -79,6 +80,32 @@ def stop(home, out, number, whom, processes):
     os.kill(p.pid if whom == "parent" else faults.children(p.pid)[-1], number)
     said = p.communicate(timeout=60)[0]
     return p.returncode, said, time.time() - began
+
+
+@LINUX
+@pytest.mark.long
+def test_a_second_writer_is_refused_and_processes_without_their_torchrun_end(home, run):
+    """SIGKILL to torchrun alone, as a scheduler sends it: its processes live on, and the run's folder is theirs."""
+    p = faults.start(home, "train.py", "out_dir=held", *SMALL, "eval_every=-1", "save_every=-1", "epochs=400",
+                     processes=2)
+    folder = home / "held" / "toy" / "align"
+    steps = lambda: log(folder)[-1]["step"] if (folder / "log.jsonl").exists() and log(folder) else 0
+    faults.wait_for(p, steps, 2, random.Random(0))
+    below = faults.children(p.pid)
+    with pytest.raises(BadInput, match=f"{folder}: is held by process ({'|'.join(map(str, below))}) on "):
+        run("held", "resume=true")
+    leave()
+    for pid in below:
+        os.kill(pid, signal.SIGSTOP)  # so that the step in which they can notice it is the next
+    before = steps()
+    os.kill(p.pid, signal.SIGKILL)
+    p.wait()
+    for pid in below:
+        os.kill(pid, signal.SIGCONT)
+    said = p.stdout.read()  # until both have ended
+    assert "train.py: torchrun is gone" in said and "Traceback" not in said, said
+    assert not (folder / "last").exists() and steps() <= before + 1
+    assert run("held", "resume=true", "epochs=400", "max_steps=1") == folder  # it is free again
 
 
 @LINUX
@@ -256,6 +283,32 @@ def test_a_kill_between_the_scores_and_the_save(looked, home, monkeypatch, look,
         state = json.load(open(home / "killed" / "toy" / "align" / "last" / "state.json"))
         assert state["step"] == 3 + stopped and state["scored"] < 4
     goes_on(looked, monkeypatch, "killed", look, unhurt)
+
+
+def two_machines(home, *args, second=()):
+    """Two torchruns of a process each, which meet at a port. second: arguments of that one. -> [(exit code, said)]"""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    meet = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *meet, f"{ROOT}/train.py", *args]
+    both = [subprocess.Popen([*command, *more], cwd=home, env=faults.ENV, text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT) for more in ((), second)]
+    said = [p.communicate(timeout=240)[0] for p in both]
+    return [(p.returncode, text) for p, text in zip(both, said)]
+
+
+@pytest.mark.long
+def test_two_machines(home, run):
+    """They train as one process does; where one lacks the data or the checkpoint it says so, and the other ends too."""
+    args = [*SMALL, "eval_every=-1", "max_steps=2"]
+    assert [code for code, _ in two_machines(home, "out_dir=two", *args)] == [0, 0]
+    one, two = (log(folder) for folder in (run("one", "max_steps=2"), home / "two" / "toy" / "align"))
+    assert [e["loss"] for e in two] == pytest.approx([e["loss"] for e in one], rel=1e-5)
+    for what in ("backbone=absent", f"init_from={home}/absent"):
+        ended = two_machines(home, "out_dir=lacks", *args, second=[what])
+        assert all(code for code, _ in ended) and sum("/absent" in said for _, said in ended) == 1
+        assert sum("lost the other processes" in said for _, said in ended) == 1, ended
 
 
 @pytest.mark.long

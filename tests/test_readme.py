@@ -142,7 +142,7 @@ def ran():
 
 def run(command, home, monkeypatch, capsys):
     """Run a command of the README in this folder; its rule says what must come of it."""
-    words = re.sub(r"^(torchrun --nproc_per_node=2|python -m|python) ", "", command)
+    words = re.sub(r"^((srun( --\S+)* )?torchrun( --\S+)+|python -m|python) ", "", command)
     rule = next((rule for pattern, rule in RULES.items() if re.match(pattern, words)), None)
     assert rule, f"no rule says how a test can run `{command}`: add one to RULES"
     more, leaves, says = rule
