@@ -23,6 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from data import Sample, pack
+from eval import prefixes as streams_of
 from eval import translate
 from lib.cnn import GoogLeNet, RandomCNN
 from lib.program import BadInput
@@ -1007,3 +1008,41 @@ def test_random_cnn_is_the_same_for_everybody():
     assert torch.equal(a.features(x), b.features(x)) and a.features(x).shape == (2, 1024)
     assert not torch.equal(a.features(x), RandomCNN(seed=1).features(x))
     assert not any(p.requires_grad for p in a.parameters())
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Devices
+
+class Devices(torch.utils._python_dispatch.TorchDispatchMode):
+    """Refuses an operation among tensors of two devices, but for copies and plain numbers, as CUDA would."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = {x.device.type for x in torch.utils._pytree.tree_leaves((args, kwargs))
+                 if isinstance(x, torch.Tensor) and x.dim()}
+        assert len(found) < 2 or "copy" in str(func), f"{func} of {found}"
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_everything_stays_on_its_device(monkeypatch, dtype, checkpointing):
+    """On the meta device, which computes nothing but lets no tensor of another device come in: as on a GPU."""
+    args = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=60, head_dim=8)
+    with torch.device("meta"):
+        model = SLLaMA(args, 24, page(ltn_dim=16, ltn_layers=2, ltn_heads=2, window=4, label_smoothing=0.1)).to(dtype)
+    apply_lora(model.llm, 2, 4, ["wq", "w2"], 0.1)
+    model.llm.activation_checkpointing = checkpointing
+    samples = [Sample(torch.randn(n, 24), [1, 5], [6], answer) for n, answer in ((9, [7, 2]), (1, [8, 9, 2]))]
+    with Devices():
+        loss, n = model(pack(samples, "meta"))
+        loss.backward()
+    assert loss.device.type == "meta" and n == 5
+    assert all(p.grad.device.type == "meta" and p.grad.dtype == p.dtype for p in model.parameters())
+
+    # what the search reads off a tensor, the meta device has not: no beam ends, and tokens are made up
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda t: False)
+    monkeypatch.setattr(torch.Tensor, "__index__", lambda t: 3)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: [0] * len(t))
+    model.requires_grad_(False).eval()
+    with Devices():
+        found = generate(model.llm, streams_of(model, [s.features for s in samples], ([1, 5], [6])), [2, 3], 3, 1.0, 5)
+    assert [len(ids) for ids, _ in found] == [5, 5]
