@@ -282,7 +282,7 @@ def chosen_tests(m, meets, took, seconds, caught=Counter()):
     for test in sorted(tests, key=took.get):
         quickest.setdefault(file_of(test), took[test])
     chosen, total = [], 0.0
-    rank = lambda t: (took[t] > LONG, -caught[t], -caught[file_of(t)], quickest[file_of(t)], file_of(t), took[t])
+    rank = lambda t: (-caught[t], took[t] > LONG, -caught[file_of(t)], quickest[file_of(t)], file_of(t), took[t])
     for test in sorted(tests, key=rank):
         if chosen and total + took[test] >= seconds:
             break
