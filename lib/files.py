@@ -89,8 +89,11 @@ def whole_folder(folder, keep=1):
         shutil.rmtree(part, ignore_errors=True)
         os.makedirs(part)
         yield part
-        for name in [*os.listdir(part), ""]:
+        readers = os.stat(part).st_mode & 0o666  # as the umask has it: safetensors lets nobody but its owner read
+        for name in os.listdir(part):
+            os.chmod(os.path.join(part, name), readers)
             sync(os.path.join(part, name))
+        sync(part)
         if os.path.exists(folder):  # else a kill has left the newest under another age: it must not be the one to go
             shutil.rmtree(ages[-1], ignore_errors=True)
             for younger, older in reversed([*pairwise(ages)]):

@@ -24,7 +24,7 @@ import train
 from eval import load_model
 from lib import checkpoint
 from lib.checkpoint import Run, find_checkpoint
-from lib.files import whole
+from lib.files import whole, whole_folder
 from lib.program import BadInput, Signals, launch, leave
 from model import SLLaMA
 from scripts import faults
@@ -408,6 +408,20 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_the_model_is_loaded(r
     monkeypatch.setattr(SLLaMA, "load", lambda *a: pytest.fail("the model was loaded"))
     with pytest.raises(OSError, match="file"):
         run("file")
+
+
+@pytest.mark.parametrize("umask, mode", [(0o002, 0o664), (0o022, 0o644), (0o077, 0o600)])
+def test_files_of_a_folder_follow_the_umask(tmp_path, umask, mode):
+    """A group shares a data folder; safetensors would write for the owner alone."""
+    before = os.umask(umask)
+    try:
+        with whole_folder(str(tmp_path / "a")) as part:
+            save_file({"x": torch.zeros(2)}, f"{part}/x.safetensors")
+            (tmp_path / "a.part" / "state.json").write_text("{}")
+    finally:
+        os.umask(before)
+    assert {f.name: f.stat().st_mode & 0o777 for f in (tmp_path / "a").iterdir()} == {
+        "x.safetensors": mode, "state.json": mode}
 
 
 def test_whole_leaves_the_old_file_and_no_rubbish(tmp_path):
