@@ -54,6 +54,7 @@ data_dir = ""  # "" = the run's
 backbone = ""  # label of the features; "" = the run's
 weights = ""  # video: file of the CNN's weights; "" = the one the features were made with
 llm = ""  # folder of the LLM; "" = the run's
+llm_bits = ""  # 16, 8 or 4, of its matrices; "" = the run's
 bos_id = -1  # -1 = the run's
 eos_id = -1  # -1 = the run's
 batch_size = 16  # clips decoded together
@@ -61,6 +62,7 @@ dtype = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, b
 device = "auto"  # auto, cpu, cuda
 seed = 1337  # of the shuffle and noise controls
 
+CHOICES = {"split": SPLITS, "control": ("none", *CONTROLS, "all"), "llm_bits": ("", "16", "8", "4")}
 PART = 8  # clips whose prefixes are read together
 
 
@@ -204,7 +206,7 @@ def numbers(cfg, key, kind, low):
 
 
 def main():
-    cfg = configure(__file__, choices={"split": SPLITS, "control": ("none", *CONTROLS, "all")},
+    cfg = configure(__file__, choices=CHOICES,
                     positive=("beam", "max_new_tokens", "batch_size"), minus_one=("length_penalty",))
     cfg.beams, cfg.length_penalties = numbers(cfg, "beams", int, 1), numbers(cfg, "length_penalties", float, -1)
     if cfg.against and not cfg.hyps:
@@ -217,11 +219,12 @@ def main():
     # the model
     say = lambda *args: print0(*args, file=sys.stderr if cfg.video or cfg.videos else sys.stdout)
     replace = {key: getattr(cfg, key) for key in ("llm", "data_dir", "dataset", "backbone", "bos_id", "eos_id")}
+    replace["llm_bits"] = int(cfg.llm_bits or -1)
     sllama, tokenizer, trained = load_model(cfg.ckpt or newest_run(cfg.out_dir), cfg.device, cfg.dtype, **replace)
     folder, state = trained.checkpoint.folder, trained.checkpoint.state
     say(trained.said)
     say(f"{folder}: {trained.stage} run on {trained.dataset}, step {state['step']}; "
-        f"{sum(p.numel() for p in sllama.parameters()) / 1e6:.2f}M parameters in all, on {sllama.mean.device}")
+        f"{sllama.size() / 1e6:.2f}M parameters in all, on {sllama.mean.device}")
     how = {key: getattr(cfg, key) for key in ("beam", "length_penalty", "max_new_tokens", "batch_size")}
     if cfg.video or cfg.videos:
         return translate_videos(cfg, sllama, tokenizer, trained, how, say)

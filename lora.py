@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from lib.adapter import TARGETS, read_adapter, write_adapter
 from lib.checkpoint import find_checkpoint, read_checkpoint
 from lib.configurator import configure, usage_error
+from lib.linear import Linear
 from lib.program import BadInput, launch
 from lib.tensors import check_names, shapes_of
 from lib.weights import open_llm, write_hf
@@ -23,15 +24,17 @@ to = "merged"  # folder to write; it must not exist
 llm = ""  # folder of the LLM's raw weights, if it has moved; "" = the run's
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """
     A linear layer with its low-rank update beside it.
     It is still called `wq` and its weight `wq.weight`: raw weights load as before.
     """
 
     def __init__(self, base, rank, alpha, dropout=0.0):
-        super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
-        self.weight, self.bias = base.weight, base.bias
+        with torch.device("meta"):
+            super().__init__(base.in_features, base.out_features, base.bias is not None, base.bits)
+        for name, p in base.named_parameters():
+            setattr(self, name, p)
         on = dict(device=base.weight.device, dtype=torch.float32)  # what learns is fp32, whatever is frozen
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **on))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **on))  # zero: the layer starts as it was
@@ -42,7 +45,7 @@ class LoRALinear(nn.Linear):
     def forward(self, x):
         down = F.linear(self.dropout(x), self.lora_A.to(x.dtype)) * self.scaling  # (..., in) -> (..., rank)
         update = F.linear(down, self.lora_B.to(x.dtype))  # (..., rank) -> (..., out)
-        return F.linear(x, self.weight, self.bias).add_(update)  # in place: nobody else needs the frozen part
+        return super().forward(x).add_(update)  # in place: nobody else needs the frozen part
 
 
 def layers(llama, kind=LoRALinear):
@@ -60,7 +63,7 @@ def apply_lora(llama, rank, alpha, targets, dropout=0.0):
         raise BadInput(f"lora_rank={rank}, lora_targets={','.join(targets)!r}: there is nothing to adapt")
     if layers(llama):
         raise BadInput("the LLM has LoRA layers already; merge them first")
-    for _, target, part, linear in layers(llama, nn.Linear):
+    for _, target, part, linear in layers(llama, Linear):
         if target in targets:
             setattr(part, target, LoRALinear(linear, rank, alpha, dropout))
     return llama
@@ -75,7 +78,10 @@ def merged(weight, A, B, scaling):
 def merge_lora(llama):
     """Merge every LoRALinear into a plain linear layer, in place. -> llama"""
     for _, target, part, lora in layers(llama):
-        linear = nn.Linear(lora.in_features, lora.out_features, lora.bias is not None, device="meta")
+        if lora.bits < 16:
+            raise BadInput(f"llm_bits={lora.bits}: LoRA is merged into 16 bits, by `python lora.py merge`")
+        with torch.device("meta"):
+            linear = Linear(lora.in_features, lora.out_features, lora.bias is not None)
         weight = merged(lora.weight, lora.lora_A, lora.lora_B, lora.scaling)
         linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), lora.bias
         setattr(part, target, linear)
@@ -136,6 +142,8 @@ def main():
                 weight = merged(weight, learnt[f"{layer}.lora_A"], learnt[f"{layer}.lora_B"], alpha / rank)
             yield name, weight
 
+    if trained["llm_bits"] < 16:
+        print(f"{source}: is merged as it lies there, though the run has seen it in {trained['llm_bits']} bits")
     write_hf(cfg.to, raw.args, tensors(), source, dtype)
     print(f"{cfg.to}: {source} with the LoRA of {cfg.ckpt} merged in")
 

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from lib.linear import Linear, must_divide, quantize
 from lib.program import BadInput
-from lib.tensors import check_fit, check_names, fill, init_weight, shapes_of
+from lib.tensors import check_fit, check_names, fill, init_weight
 from lib.weights import open_llm
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -30,17 +31,17 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)  # computes in fp32, whatever the model runs in
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)  # sums in fp32, whatever the dtype
 
 
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x)."""
 
-    def __init__(self, dim, hidden_dim):
+    def __init__(self, dim, hidden_dim, bits=16):
         super().__init__()
-        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
-        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
-        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w1 = Linear(dim, hidden_dim, bits=bits)
+        self.w2 = Linear(hidden_dim, dim, bits=bits)
+        self.w3 = Linear(dim, hidden_dim, bits=bits)
 
     def forward(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -74,13 +75,13 @@ class Attention(nn.Module):
     attend(q (B, T, H, D), k and v (B, T, Hkv, D), *how) -> (B, T, H*D).
     """
 
-    def __init__(self, dim, n_heads, n_kv_heads, head_dim, bias=False):
+    def __init__(self, dim, n_heads, n_kv_heads, head_dim, bias=False, bits=16):
         super().__init__()
         self.head_dim = head_dim
-        self.wq = nn.Linear(dim, n_heads * head_dim, bias=bias)
-        self.wk = nn.Linear(dim, n_kv_heads * head_dim, bias=bias)
-        self.wv = nn.Linear(dim, n_kv_heads * head_dim, bias=bias)
-        self.wo = nn.Linear(n_heads * head_dim, dim, bias=False)
+        self.wq = Linear(dim, n_heads * head_dim, bias, bits)
+        self.wk = Linear(dim, n_kv_heads * head_dim, bias, bits)
+        self.wv = Linear(dim, n_kv_heads * head_dim, bias, bits)
+        self.wo = Linear(n_heads * head_dim, dim, bits=bits)
 
     def forward(self, x, rope, attend, *how):
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # -> (B, T, H, D)
@@ -88,10 +89,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, dim, hidden_dim, attention, eps=1e-5):
+    def __init__(self, dim, attention, feed_forward, eps=1e-5):
         super().__init__()
         self.attention = attention
-        self.feed_forward = FeedForward(dim, hidden_dim)
+        self.feed_forward = feed_forward
         self.attention_norm = RMSNorm(dim, eps)
         self.ffn_norm = RMSNorm(dim, eps)
 
@@ -163,8 +164,8 @@ class LocalTransformer(nn.Module):
             raise BadInput(f"ltn_heads={n_heads}: heads of even width must divide the local transformer's width {dim}")
         self.head_dim, self.window, self.reach = dim // n_heads, window, reach(window)
         hidden_dim = 8 * dim // 3  # three matrices of SwiGLU cost what two of width 4*dim would
-        attention = lambda: Attention(dim, n_heads, n_heads, self.head_dim)
-        self.layers = nn.ModuleList(Block(dim, hidden_dim, attention()) for _ in range(n_layers))
+        block = lambda: Block(dim, Attention(dim, n_heads, n_heads, self.head_dim), FeedForward(dim, hidden_dim))
+        self.layers = nn.ModuleList(block() for _ in range(n_layers))
         self.norm = RMSNorm(dim)
 
     def forward(self, x, doc=None):
@@ -188,8 +189,8 @@ class Adaptor(nn.Module):
         if kind not in ADAPTORS:  # page one has its choices, a checkpoint has not
             raise BadInput(f"adaptor={kind}: is none of {', '.join(ADAPTORS)}")
         self.kind = kind
-        self.w1 = nn.Linear(dim_in, dim_out, bias=False)
-        self.w2 = nn.Linear(dim_out, dim_out, bias=False) if kind != "linear" else None
+        self.w1 = Linear(dim_in, dim_out)
+        self.w2 = Linear(dim_out, dim_out) if kind != "linear" else None
 
     def forward(self, x):
         x = self.w1(x)
@@ -215,15 +216,16 @@ def causal_attention(q, k, v, lens=None):
 class LLaMA(nn.Module):
     """LLaMA 2 under Meta's names of weights, but with wq and wk in the rotate-half layout of Hugging Face's files."""
 
-    def __init__(self, args):
+    def __init__(self, args, bits=16):
+        """bits: of the seven matrices of a block; 8 and 4 are frozen. Embeddings, output and norms stay as they are."""
         super().__init__()
-        self.args = args
-        attention = lambda: Attention(args.dim, args.n_heads, args.n_kv_heads, args.head_dim, args.qkv_bias)
-        block = lambda: Block(args.dim, args.hidden_dim, attention(), args.norm_eps)
+        self.args, self.bits = args, bits
+        attention = lambda: Attention(args.dim, args.n_heads, args.n_kv_heads, args.head_dim, args.qkv_bias, bits)
+        block = lambda: Block(args.dim, attention(), FeedForward(args.dim, args.hidden_dim, bits), args.norm_eps)
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(block() for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.output = None if args.tied else nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.output = None if args.tied else Linear(args.dim, args.vocab_size)
         self.activation_checkpointing = False  # recompute a block's inside in the backward pass instead of keeping it
 
     def forward(self, tokens=None, h=None, lens=None, pos=None, cache=None, at=None):
@@ -233,7 +235,7 @@ class LLaMA(nn.Module):
         at: positions of the stream whose logits are wanted -> (1, len(at), vocab).
         cache: forwards with lens read the prefixes, later ones a token a beam, at the positions pos (n, beams).
         """
-        h = self.tok_embeddings(tokens) if h is None else h
+        h = self.embed(tokens) if h is None else h
         if pos is None:
             sequences = lens or [h.shape[1]]
             self.args.fits(max(sequences) + (cache.max_new if cache else 0))
@@ -251,21 +253,26 @@ class LLaMA(nn.Module):
                 layer = partial(checkpoint, layer, use_reentrant=False)
             h = layer(h, rope, wanted, *how)
         h = self.norm(h)
-        return F.linear(h, self.tok_embeddings.weight) if self.output is None else self.output(h)
+        return F.linear(h, self.tok_embeddings.weight.to(h.dtype)) if self.output is None else self.output(h)
 
-    def weights(self):
-        """name -> parameter, without LoRA's: what raw weights hold."""
-        return {name: p for name, p in self.named_parameters() if "lora_" not in name}
+    def embed(self, tokens):
+        """Token ids (...) -> their embeddings (..., dim), in the dtype of the arithmetic: that of the frozen norm."""
+        return self.tok_embeddings(tokens).to(self.norm.weight.dtype)
 
     @torch.no_grad()
     def fill(self, raw):
-        """Give every weight its value from raw ones of the same names and shapes, a tensor at a time."""
-        own = self.weights()
+        """Give every weight its value from raw ones, a tensor at a time; what is to lie in 8 or 4 bits is quantised."""
+        own = dict(self.named_parameters())
+        must_divide({name: shape for name, shape in raw.shapes.items() if not own[name].is_floating_point()}, self.bits)
         for name, weight in raw.tensors():
-            fill(own[name], weight)
+            if own[name].is_floating_point():
+                fill(own[name], weight)
+                continue
+            for part, value in quantize(weight, self.bits).items():
+                fill(own[name.replace("weight", part)], value)
 
     @classmethod
-    def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu", bits=16):
         """
         A LLaMA with the weights of a folder, frozen: Meta's layout (params.json + consolidated.*.pth, any number of
         shards) or Hugging Face's (config.json + *.safetensors; model types llama, mistral, qwen2).
@@ -273,8 +280,8 @@ class LLaMA(nn.Module):
         """
         raw = open_llm(path)
         with torch.device("meta"):
-            llama = cls(raw.args).to(dtype)
-        check_names(path, shapes_of(llama.weights()), raw.shapes)
+            llama = cls(raw.args, bits).to(dtype)
+        check_names(path, raw.args.shapes(), raw.shapes)
         llama.to_empty(device=device).requires_grad_(False).fill(raw)
         return llama.eval()
 
@@ -293,20 +300,20 @@ class SLLaMA(nn.Module):
         self.register_buffer("std", torch.ones(dim_in))
         # ... and frames enter the LLM at the size of its words: LLaMA-2's embeddings have a deviation of 0.02, not 1
         self.register_buffer("scale", torch.ones(()))
-        self.proj = nn.Linear(dim_in, width, bias=False) if width != dim_in else None
+        self.proj = Linear(dim_in, width) if width != dim_in else None
         self.ltn = LocalTransformer(width, cfg.ltn_layers, cfg.ltn_heads, cfg.window) if cfg.ltn else None
         self.adaptor = Adaptor(width, llm_args.dim, cfg.adaptor)
-        self.llm = LLaMA(llm_args)
+        self.llm = LLaMA(llm_args, cfg.llm_bits)
         self.prompt = cfg.prompt.replace("{language}", cfg.language)  # holds {clip} where the frames go
         self.label_smoothing = cfg.label_smoothing
 
     def embed(self, batch):
         """The stream that the LLM reads: embeddings of its tokens, each clip's frames in their place. -> (1, N, dim)"""
-        x = ((batch.features.float() - self.mean) / self.std)[None].to(self.adaptor.w1.weight.dtype)  # (1, F, dim_in)
+        h = self.llm.embed(batch.tokens)  # (N, dim)
+        x = ((batch.features.float() - self.mean) / self.std)[None].to(h.dtype)  # (1, F, dim_in)
         x = x if self.proj is None else self.proj(x)
         x = x if self.ltn is None else self.ltn(x, batch.clip[None])
         x = self.adaptor(x).squeeze(0) * self.scale  # (F, dim)
-        h = self.llm.tok_embeddings(batch.tokens)  # (N, dim)
         return h.index_copy(0, batch.frame_at, x.type_as(h))[None]
 
     def forward(self, batch):
@@ -324,7 +331,7 @@ class SLLaMA(nn.Module):
         """
         state, own, buffers = state or {}, dict(self.named_parameters()), dict(self.named_buffers())
         learnt = [name for name in own if not name.startswith("llm.") or "lora_" in name]
-        check_names(raw.path, shapes_of(self.llm.weights()), raw.shapes)
+        check_names(raw.path, raw.args.shapes(), raw.shapes)
         check_fit(state, own | buffers, needed=[*learnt, *buffers])
         self.to_empty(device=device)
         self.llm.fill(raw)
@@ -338,6 +345,11 @@ class SLLaMA(nn.Module):
             words = raw.read("tok_embeddings.weight")
             sizes = torch.linalg.vector_norm(words, dim=1, dtype=torch.float32)
             self.scale.fill_((sizes.square().mean() / words.shape[1]).sqrt())
+
+    def size(self):
+        """How many parameters there are, in however many bits they lie."""
+        beside = [p for name, p in self.named_parameters() if not name.startswith("llm.") or "lora_" in name]
+        return sum(map(math.prod, self.llm.args.shapes().values())) + sum(p.numel() for p in beside)
 
     def vision_state(self):
         """What a checkpoint's vision.safetensors holds: all but the LLM, and word embeddings where they learn."""
@@ -486,7 +498,7 @@ def generate(llm, streams, eos_ids, beam=1, length_penalty=1.0, max_new_tokens=2
         if beam > 1:
             cache.reorder(source)
         cache.step = step
-        logits = llm(h=llm.tok_embeddings(token), pos=(lens[:, None] + step).expand(n, beam), cache=cache)
+        logits = llm(h=llm.embed(token), pos=(lens[:, None] + step).expand(n, beam), cache=cache)
     ended = answers.score.isfinite()  # else the clip's best beam as far as it came
     return [(answers.tokens[i, :answers.length[i]].tolist(), True) if ended[i] else (tokens[i, 0].tolist(), False)
             for i in range(n)]

@@ -36,6 +36,7 @@ dataset = "toy"  # folder in data_dir (paper: PHOENIX-2014T, CSL-Daily)
 data_dir = "data"  # holds the data sets
 backbone = "toycnn"  # label of the features (paper: a pre-trained Inception, 1024-d; Table 5 for others)
 llm = ""  # folder of raw LLaMA weights, Meta's or Hugging Face's; "" = the toy's (paper: LLaMA-2 7B and 13B)
+llm_bits = 16  # of its frozen matrices: 16, 8, or 4 (NF4); all else and what learns as ever (paper: 16)
 out_dir = "out"  # holds the runs: out_dir/dataset/stage
 run = ""  # a name: the run goes to out_dir/dataset/NAME/stage
 init_from = ""  # checkpoint to start from; "" = nothing for align, the align run beside it for sft
@@ -121,7 +122,7 @@ def configuration():
     cfg = configure(__file__, stages=("align", "sft"), positive=POSITIVE,
                     minus_one=("log_every", "eval_every", "save_every"),
                     shares=("frame_drop", "lora_dropout", "label_smoothing"),
-                    choices={"stage": ("align", "sft"), "adaptor": ADAPTORS})
+                    choices={"stage": ("align", "sft"), "adaptor": ADAPTORS, "llm_bits": (16, 8, 4)})
     for target in cfg.lora_targets.split(","):
         if target not in TARGETS:
             usage_error(__file__, f"lora_targets: {target!r} is none of {','.join(TARGETS)}")
@@ -158,28 +159,27 @@ def build(cfg, args, dim_in, device, dtype):
     if not cfg.freeze_llm:
         apply_lora(model.llm, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets.split(","), cfg.lora_dropout)
     for p in model.parameters():
-        p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
+        if p.is_floating_point():  # codes of 8 and 4 bits stay what they are
+            p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
     model.llm.activation_checkpointing = cfg.activation_checkpointing
-    shard(model, device, dtype, cfg)
+    shard(model, device, cfg)
     return model
 
 
-def shard(model, device, dtype, cfg):
+def shard(model, device, cfg):
     """FSDP2: each of the LLM's blocks is a group, the rest (embeddings, output, LTN, adaptor) is the root's."""
     if cfg.compile:
         # instead of 8: the first block, those between and the last, for each number of clips in a micro-batch
         torch._dynamo.config.recompile_limit = 64
         for block in model.llm.layers:
             block.compile(dynamic=True)  # before fully_shard, and in place: names of weights stay what they are
-    if world() == 1 and dtype == torch.float32 and not cfg.cpu_offload:
-        return  # nothing to share out, to cast or to keep elsewhere: FSDP2 would only copy every weight, twice a step
+    if world() == 1 and not cfg.cpu_offload:
+        return  # nothing to share out or to keep elsewhere: FSDP2 would only copy every weight, twice a step
     from torch.distributed.device_mesh import init_device_mesh  # half a second of imports, for those who need them
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-    # frozen weights lie in dtype, what learns in fp32; both compute in dtype, and gradients are summed in fp32
-    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32,
-                                  cast_forward_inputs=False)
-    # without a mesh FSDP picks an accelerator on its own
-    how = dict(mesh=init_device_mesh(device.type, (world(),)), mp_policy=policy)
+    # the model casts on its own (model.Linear); without a mesh FSDP picks an accelerator on its own
+    mesh = init_device_mesh(device.type, (world(),))
+    how = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     if cfg.cpu_offload:
         how["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     for block in model.llm.layers:
@@ -209,14 +209,14 @@ def gathered_weights(model):
 
 def describe(model, learning, source):
     """How many parameters there are, and which of them learn: lines for the screen."""
-    count = lambda some: f"{sum(p.numel() for p in some) / 1e6:.2f}M"
-    lines = [f"model: {count(model.parameters())} parameters"
+    count = lambda part: sum(p.numel() for name, p in learning.items() if part in name)
+    lines = [f"model: {model.size() / 1e6:.2f}M parameters"
              + (f", those that have learnt before from {source}" if source else "")]
     for part in ("proj", "ltn", "adaptor", "llm.tok_embeddings", "lora_"):
-        if found := [p for name, p in learning.items() if part in name]:
-            lines.append(f"learns: {part.rstrip('_'):18} {count(found)}")
-    frozen = count(p for p in model.parameters() if not p.requires_grad)
-    return "\n".join([*lines, f"learns: {count(learning.values())} in all; frozen: {frozen}"])
+        if n := count(part):
+            lines.append(f"learns: {part.rstrip('_'):18} {n / 1e6:.2f}M")
+    n = count("")
+    return "\n".join([*lines, f"learns: {n / 1e6:.2f}M in all; frozen: {(model.size() - n) / 1e6:.2f}M"])
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a step needs

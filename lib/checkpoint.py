@@ -163,6 +163,9 @@ class Run:
             checkpoint = read_checkpoint(start.folder)
             self.compare(checkpoint, sorted(vars(cfg).keys() - free) if start.resuming else [*shape, "llm"])
             say_if_other_code(checkpoint)
+            if checkpoint.config["llm_bits"] != cfg.llm_bits:
+                print0(f"{start.folder}: has learnt beside an LLM in {checkpoint.config['llm_bits']} bits, this run's "
+                       f"lies in {cfg.llm_bits}", file=sys.stderr)
             start.tensors = checkpoint.tensors
             if start.resuming:
                 start.at = self.standing(checkpoint)

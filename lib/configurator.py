@@ -116,7 +116,7 @@ def configure(program, argv=None, choices={}, positive=(), minus_one=(), shares=
         try:
             target[key] = coerce(value, defaults[key])
             if key in choices and target[key] not in choices[key]:
-                raise ValueError(f"{value!r} is none of {', '.join(choices[key])}")
+                raise ValueError(f"{value!r} is none of {', '.join(map(str, choices[key]))}")
         except ValueError as e:
             usage_error(program, f"{where}{key}: {e}")
 

@@ -42,8 +42,9 @@ def estimate(cfg, model, clips, micro, prompt, tokenizer, dtype, device):
     own = lambda p: getattr(p, "_local_tensor", p).nbytes
     frozen, learning = (sum(own(p) for p in model.parameters() if p.requires_grad == learning)
                         for learning in (False, True))
-    block = sum(p.numel() for p in model.llm.layers[0].parameters())
-    root = sum(p.numel() for p in model.parameters()) - block * args.n_layers
+    whole = lambda m: sum(p.numel() * p.itemsize for p in m.parameters())
+    block = whole(model.llm.layers[0])
+    root = whole(model) - block * args.n_layers
     n_learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     # the longest micro-batch: F frames, N tokens, M of them targets
@@ -64,8 +65,11 @@ def estimate(cfg, model, clips, micro, prompt, tokenizer, dtype, device):
     if cfg.ltn and cfg.train_ltn:  # a block of 32 queries sees so many keys, and its weights are not kept
         w, seen = model.adaptor.w1.in_features, 32 + sum(model.ltn.reach)
         vision += cfg.ltn_layers * F * s * (11 * w + 2 * w * seen // 32 + 4 * (8 * w // 3)) + F * seen
-    # log-softmax and two gradients of it, or the gradients inside a block
-    back = max(3 * 4 * M * args.vocab_size, N * (3 * hidden + 2 * dim) * s)
+    if s < 4:  # what learns is cast for each use, but for word embeddings, which are looked up
+        vision += s * (n_learning - cfg.train_embeddings * args.vocab_size * dim)
+    # log-softmax and two gradients of it, or the gradients inside a block, beside them a matrix that is dequantised
+    unpacked = dim * hidden * (s + 2) if cfg.llm_bits < 16 else 0  # two weights of 4 bits are first one int32
+    back = max(3 * 4 * M * args.vocab_size, N * (3 * hidden + 2 * dim) * s + unpacked)
 
     away = ", on the CPU" if cfg.cpu_offload and device.type == "cuda" else ""
     # gradients before and after the sum; on a CPU the copies that a save makes
@@ -73,7 +77,7 @@ def estimate(cfg, model, clips, micro, prompt, tokenizer, dtype, device):
     rows = [
         ("frozen weights" + away, frozen), ("weights that learn" + away, learning),
         ("AdamW's two moments" + away, 2 * learning),
-        ("gathered: two blocks and what is no block", (root + 2 * block) * s if sharded else 0),
+        ("gathered: two blocks and what is no block", root + 2 * block if sharded else 0),
         ("kept for the backward pass", blocks + vision), ("logits or a block's gradients", back),
         ("gradients, copies for a save, where larger", max(0, after - blocks - vision - back))]
     if device.type == "cpu" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:

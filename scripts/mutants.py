@@ -180,7 +180,10 @@ def drawn(cfg):
 
 
 def from_file(path):
-    """The mistakes that stand in a file of lines {"file", "old", "new"}; of a report those that nobody has noticed."""
+    """
+    The mistakes that stand in a file of lines {"file", "old", "new"}, perhaps with the "test" that is known to notice
+    one; of a report those that nobody has noticed.
+    """
     def placed(m):
         if m.get("noticed"):
             return None
@@ -266,8 +269,8 @@ def who_meets_what(known):
 def chosen_tests(m, meets, took, seconds, caught=Counter()):
     """
     Tests that meet a mistake, as many as fit into the seconds -> (tests, seconds that they take).
-    Those that have caught the most so far come first, then files likewise, in a file the quick ones; what takes long
-    comes last of all.
+    First the one that is said to notice it ("test"), then those that have caught the most so far, then files likewise,
+    in a file the quick ones; what takes long comes last of all.
     """
     file_of = lambda test: test.split("::")[0]
     lines, (first, last) = meets.get(m["file"], {}), m["lines"]
@@ -282,7 +285,9 @@ def chosen_tests(m, meets, took, seconds, caught=Counter()):
     for test in sorted(tests, key=took.get):
         quickest.setdefault(file_of(test), took[test])
     chosen, total = [], 0.0
-    rank = lambda t: (-caught[t], took[t] > LONG, -caught[file_of(t)], quickest[file_of(t)], file_of(t), took[t])
+    said = m.get("test", "::")
+    rank = lambda t: (not t.startswith(said), -caught[t], took[t] > LONG, -caught[file_of(t)],
+                      quickest[file_of(t)], file_of(t), took[t])
     for test in sorted(tests, key=rank):
         if chosen and total + took[test] >= seconds:
             break

@@ -15,6 +15,7 @@ from sentencepiece import SentencePieceTrainer
 from test_model import LLAMA3, TOKENS, distance, edit, hf_folder, meta_folder, tiny_hf, tiny_llama, tiny_sllama
 
 from lib.adapter import TARGETS
+from lib.linear import Linear
 from lib.program import BadInput
 from lib.tensors import to_hf
 from lib.weights import write_hf
@@ -51,7 +52,7 @@ def test_starts_as_the_identity():
 
 
 def test_update_by_hand():
-    linear = torch.nn.Linear(4, 3)
+    linear = Linear(4, 3, True)
     lora = LoRALinear(linear, 2, 6.0)
     torch.nn.init.normal_(lora.lora_B)
     x = torch.randn(5, 4)
@@ -127,7 +128,7 @@ def test_dropout_is_for_training_alone():
 
 def test_dropout_is_on_what_goes_into_A():
     """The frozen part sees all of x, the update what is left of it, larger by as much as is left out."""
-    linear = torch.nn.Linear(40, 3)
+    linear = Linear(40, 3, True)
     lora, x = LoRALinear(linear, 2, 6.0, dropout=0.25), torch.randn(500, 40)
     torch.nn.init.normal_(lora.lora_B)
     torch.manual_seed(3)
@@ -138,7 +139,7 @@ def test_dropout_is_on_what_goes_into_A():
 
 
 def test_first_values_are_as_peft_has_them():
-    lora = LoRALinear(torch.nn.Linear(400, 300, bias=False), 50, 6.0)
+    lora = LoRALinear(Linear(400, 300, bias=False), 50, 6.0)
     a = lora.lora_A.detach() * 400**0.5  # evenly between -1/sqrt(in) and 1/sqrt(in)
     assert lora.lora_A.shape == (50, 400) and lora.lora_B.shape == (300, 50) and not lora.lora_B.any()
     assert 0.99 < a.max() <= 1.0001 and -1.0001 <= a.min() < -0.99

@@ -62,7 +62,7 @@ def counted(cfg, n, frames, answers, prompt, s, cuda):
     share = lambda shape: math.prod((-(-shape[0] // n), *shape[1:]))
     frozen = sum(share(shape) for shape, learns in everything if not learns) * s
     learning = sum(share(shape) for shape, learns in everything if learns) * 4
-    sharded = n > 1 or s < 4 or cfg.cpu_offload
+    sharded = n > 1 or cfg.cpu_offload
     numbers = lambda some: sum(math.prod(shape) for shape, _ in some)
     F, M = sum(frames), sum(answers)
     N = F + M + (prompt - 1) * len(frames)  # the last of an answer's tokens is never read
@@ -84,8 +84,11 @@ def counted(cfg, n, frames, answers, prompt, s, cuda):
         kept += cfg.ltn_layers * F * s * (11 * LTN + 2 * LTN * seen / 32 + 4 * 42) + F * seen
     back = max(3 * 4 * M * VOCAB, s * N * (3 * HIDDEN + 2 * DIM))
     learnt = numbers([t for t in everything if t[1]])
+    if s < 4:  # cast for each use; word embeddings are looked up
+        kept += s * (learnt - cfg.train_embeddings * VOCAB * DIM)
     after = learnt * (s + 4) if cuda else 3 * learnt * 4
-    gathered = (numbers(rest) + 2 * numbers(block)) * s if sharded else 0
+    size = lambda some: sum(math.prod(shape) * (4 if learns else s) for shape, learns in some)
+    gathered = size(rest) + 2 * size(block) if sharded else 0
     return [frozen, learning, 2 * learning, gathered, kept, back, max(0, after - kept - back)]
 
 
@@ -112,7 +115,7 @@ WORDS = SimpleNamespace(encode=str.split)
 
 
 def make(cfg, n, dtype, processes):
-    if n > 1 or dtype != torch.float32 or cfg.cpu_offload:
+    if n > 1 or cfg.cpu_offload:
         processes(n)
     return train.build(cfg, ARGS, FEATURES, torch.device("cpu"), dtype)
 

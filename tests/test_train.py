@@ -127,6 +127,18 @@ def test_one_process_is_two_processes_is_accumulation(home, train_here):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("bits", [8, 4])
+def test_fewer_bits_are_shared_out_recomputed_and_offloaded(home, train_here, bits):
+    """Two processes, each with its share of the packed bytes; one that recomputes; one that keeps them elsewhere."""
+    how = ["eval_every=-1", f"llm_bits={bits}", "max_steps=2"]
+    runs = [train_here(f"bits{bits}", *how), train_here(f"bits{bits}again", *how, "activation_checkpointing=true"),
+            train_here(f"bits{bits}away", *how, "cpu_offload=true"), spawn_train(2, home, f"bits{bits}two", *how)]
+    for other in runs[1:]:
+        assert losses(other / "align") == pytest.approx(losses(runs[0] / "align"), rel=1e-4)
+        same(weights(runs[0], "align"), weights(other, "align"), 2e-3)
+
+
+@pytest.mark.long
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_is_eager(home, train_here):
     """On an LLM of two blocks: the first and the last are compiled apart, and the C++ compiler takes the time."""

@@ -534,6 +534,24 @@ def test_the_type_of_the_frozen_weights(run):
         assert math.isfinite(saw.log[0]["loss"])
 
 
+@does("train.py", "llm_bits=8")
+def test_the_bits_of_the_llm_s_matrices(run):
+    """Seven a block, beside them their scales; all else, what learns too, is of the types that it ever is."""
+    losses = {}
+    for bits, dtype in ((8, torch.int8), (4, torch.uint8), (16, torch.float32)):
+        saw = run("stage=sft", "max_steps=2", f"llm_bits={bits}")
+        packed = {name for name, p in saw.model.named_parameters() if name.endswith(".weight") and p.dtype == dtype}
+        floats = {name for name, p in saw.model.named_parameters() if p.dtype == torch.float32}
+        assert bits == 16 or packed == {f"llm.layers.{i}.{part}.{w}.weight" for i in range(4) for part, w in (
+            *(("attention", w) for w in ("wq", "wk", "wv", "wo")), *(("feed_forward", w) for w in ("w1", "w2", "w3")))}
+        assert {"llm.tok_embeddings.weight", "llm.output.weight", "llm.layers.0.ffn_norm.weight"} <= floats
+        assert {p.dtype for p in saw.model.parameters() if p.requires_grad} == {torch.float32}
+        assert "M parameters" in saw.said and json.load(open(saw.folder / "config.json"))["llm_bits"] == bits
+        losses[bits] = saw.log[0]["loss"]
+        assert (f"beside an LLM in 16 bits, this run's lies in {bits}" in saw.said) == (bits != 16)
+    assert 0 < abs(losses[8] - losses[16]) < 0.02 < abs(losses[4] - losses[16]) < 0.6
+
+
 @does("train.py", "compile=true")
 def test_each_block_is_compiled(run, monkeypatch):
     compiled = []
@@ -633,7 +651,7 @@ CHANGES = dict(
     device="cpu", dtype="bfloat16", compile="true", activation_checkpointing="true", cpu_offload="true",
     log_every="2", eval_every="2", eval_clips="1", beam="2", save_every="2", keep="2", max_skips="3", epochs="3",
     batch_size="5", lr="1e-4", frame_drop="0.2", prompt="im {clip}", train_ltn="false", freeze_llm="false",
-    train_embeddings="true")
+    train_embeddings="true", llm_bits="8")
 # the same run, moved
 PLACES = {"out_dir", "run", "data_dir", "init_from", "resume"}
 # what carries it
@@ -947,6 +965,17 @@ def test_an_llm_that_has_moved(score, result, world):
     assert torch.equal(words(score()), 2 * words(score("llm="))) and "llm2" not in result()[0]["llm"]
     score()
     assert f"{world}/llm2" in result()[0]["llm"]
+
+
+@does("eval.py", "llm_bits=8")
+def test_the_bits_of_the_llm_when_it_decodes(score, runs, world):
+    for word, dtype in (("8", torch.int8), ("4", torch.uint8), ("16", torch.float32), ("", torch.float32)):
+        assert score(f"llm_bits={word}").sllama.llm.layers[0].attention.wq.weight.dtype == dtype
+    shutil.copytree(runs / "sft", world / "eight" / "toy" / "sft")
+    for state in (world / "eight").rglob("state.json"):
+        state.write_text(state.read_text().replace('"llm_bits": 16', '"llm_bits": 8'))
+    run = f"ckpt={world}/eight/toy/sft"
+    assert score(run, "llm_bits=").sllama.llm.layers[0].attention.wq.weight.dtype == torch.int8
 
 
 @does("eval.py", "dtype=bfloat16", "device=cuda")
