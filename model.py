@@ -235,7 +235,8 @@ class LLaMA(nn.Module):
         at: positions of the stream whose logits are wanted -> (1, len(at), vocab).
         cache: forwards with lens read the prefixes, later ones a token a beam, at the positions pos (n, beams).
         """
-        h = self.embed(tokens) if h is None else h
+        # the dtype of the arithmetic is that of what never learns; word embeddings may lie in float32
+        h = (self.tok_embeddings(tokens) if h is None else h).to(self.norm.weight.dtype)
         if pos is None:
             sequences = lens or [h.shape[1]]
             self.args.fits(max(sequences) + (cache.max_new if cache else 0))
@@ -254,10 +255,6 @@ class LLaMA(nn.Module):
             h = layer(h, rope, wanted, *how)
         h = self.norm(h)
         return F.linear(h, self.tok_embeddings.weight.to(h.dtype)) if self.output is None else self.output(h)
-
-    def embed(self, tokens):
-        """Token ids (...) -> their embeddings (..., dim), in the dtype of the arithmetic: that of the frozen norm."""
-        return self.tok_embeddings(tokens).to(self.norm.weight.dtype)
 
     @torch.no_grad()
     def fill(self, raw):
@@ -309,11 +306,11 @@ class SLLaMA(nn.Module):
 
     def embed(self, batch):
         """The stream that the LLM reads: embeddings of its tokens, each clip's frames in their place. -> (1, N, dim)"""
-        h = self.llm.embed(batch.tokens)  # (N, dim)
-        x = ((batch.features.float() - self.mean) / self.std)[None].to(h.dtype)  # (1, F, dim_in)
+        x = ((batch.features.float() - self.mean) / self.std)[None].to(self.llm.norm.weight.dtype)  # (1, F, dim_in)
         x = x if self.proj is None else self.proj(x)
         x = x if self.ltn is None else self.ltn(x, batch.clip[None])
         x = self.adaptor(x).squeeze(0) * self.scale  # (F, dim)
+        h = self.llm.tok_embeddings(batch.tokens)  # (N, dim)
         return h.index_copy(0, batch.frame_at, x.type_as(h))[None]
 
     def forward(self, batch):
@@ -498,7 +495,7 @@ def generate(llm, streams, eos_ids, beam=1, length_penalty=1.0, max_new_tokens=2
         if beam > 1:
             cache.reorder(source)
         cache.step = step
-        logits = llm(h=llm.embed(token), pos=(lens[:, None] + step).expand(n, beam), cache=cache)
+        logits = llm(h=llm.tok_embeddings(token), pos=(lens[:, None] + step).expand(n, beam), cache=cache)
     ended = answers.score.isfinite()  # else the clip's best beam as far as it came
     return [(answers.tokens[i, :answers.length[i]].tolist(), True) if ended[i] else (tokens[i, 0].tolist(), False)
             for i in range(n)]
