@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -68,8 +67,8 @@ class ModelArgs:
 LLAMA_7B = dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=32000)
 SIZES = {  # llm=random:NAME
     "7B": LLAMA_7B,
-    "13B": dict(dim=5120, n_layers=40, n_heads=40, n_kv_heads=40, hidden_dim=13824, vocab_size=32000),
-    "70B": dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, hidden_dim=28672, vocab_size=32000),
+    "13B": LLAMA_7B | dict(dim=5120, n_layers=40, n_heads=40, n_kv_heads=40, hidden_dim=13824),
+    "70B": LLAMA_7B | dict(dim=8192, n_layers=80, n_heads=64, hidden_dim=28672, n_kv_heads=8),
     "vicuna-7b-v1.5": LLAMA_7B,
     "mistral-7b-instruct-v0.3": LLAMA_7B | dict(n_kv_heads=8, hidden_dim=14336, vocab_size=32768, rope_theta=1e6,
                                                 model_type="mistral"),
@@ -138,40 +137,53 @@ def open_random(path):
     sizes = SIZES.get(path.removeprefix("random:"))
     if not sizes:
         raise BadInput(f"llm={path}: the sizes are {', '.join(SIZES)}")
-    args = ModelArgs(head_dim=sizes["dim"] // sizes["n_heads"], **sizes)
+    args = ModelArgs(**{"head_dim": sizes["dim"] // sizes["n_heads"]} | sizes)
     shapes = args.shapes()
-    # drawn once, since billions take minutes; a prime number of them, so that rows differ
-    noise = torch.randn(2**22 - 3, generator=torch.Generator().manual_seed(0))
-
-    def read(name):
-        shape = shapes[name]
-        if len(shape) == 1:
-            return init_weight(name, shape, 0)
-        n = math.prod(shape)
-        mine = noise.roll(zlib.crc32(name.encode())).repeat(math.ceil(n / len(noise)))[:n]
-        return mine.view(shape).mul_(shape[1] ** -0.5)
-
-    return RawLLM(path, args, shapes, read)
+    return RawLLM(path, args, shapes, lambda name: init_weight(name, shapes[name], 0))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sizes that stand in a file
 
 # no LLM has more; the largest real ones have 16384, 126, 128 and 256000
 LIMITS = {"width": 2**17, "layers": 1000, "heads": 2**12, "rows": 2**23}
+# a key -> our name, which of LIMITS holds for a whole number (None: any positive number), whether it must be there
+META = {"dim": ("dim", "width", True), "n_layers": ("n_layers", "layers", True), "n_heads": ("n_heads", "heads", True),
+        "norm_eps": ("norm_eps", None, True), "rope_theta": ("rope_theta", None, False)}
+HF = {"hidden_size": ("dim", "width", True), "num_hidden_layers": ("n_layers", "layers", True),
+      "num_attention_heads": ("n_heads", "heads", True), "num_key_value_heads": ("n_kv_heads", "heads", False),
+      "intermediate_size": ("hidden_dim", "width", True), "vocab_size": ("vocab_size", "rows", True),
+      "head_dim": ("head_dim", "width", False), "sliding_window": ("sliding_window", "rows", False),
+      "rms_norm_eps": ("norm_eps", None, True), "rope_theta": ("rope_theta", None, False)}
 
 
-def whole_number(where, key, value, most):
-    """A size must be one that a model can have: looked at before anything of that size is made."""
-    if type(value) is not int or not 1 <= value <= LIMITS[most]:
-        raise BadInput(f"{where}: {key}={str(value)[:50]} is not a whole number "
-                       f"from 1 to {LIMITS[most]} (weights.LIMITS)")
+def sizes_in(where, says, table):
+    """The sizes that a file says, under our names; one that a model can have, before anything of that size is made."""
+    found = {}
+    for key, (name, most, needed) in table.items():
+        value = says.get(key)
+        if needed and key not in says:
+            raise BadInput(f"{where}: has no {key}")
+        if value is None and not needed:
+            continue
+        if not most:
+            positive(where, says, key)
+        elif type(value) is not int or not 1 <= value <= LIMITS[most]:
+            raise BadInput(f"{where}: {key}={str(value)[:50]} is not a whole number "
+                           f"from 1 to {LIMITS[most]} (weights.LIMITS)")
+        found[name] = value
+    return found
+
+
+def refusal(where, says, key, why="is not implemented"):
+    """The error that names a key of a file and its value."""
+    return BadInput(f"{where}: {key}={repr(says.get(key))[:100]} {why}")
 
 
 def positive(where, values, *keys):
-    """These, where they stand there, must be numbers that one can divide by."""
+    """These must be numbers that one can divide by."""
     for key in keys:
         value = values.get(key)
-        if value is not None and (type(value) not in (int, float) or not 0 < value < 1e30):
+        if type(value) not in (int, float) or not 0 < value < 1e30:
             raise BadInput(f"{where}: {key}={str(value)[:50]} is not a positive number")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,18 +193,12 @@ def open_meta(path):
     """params.json + consolidated.*.pth, model-parallel shards: they know what params.json does not say."""
     where = os.path.join(path, "params.json")
     params = load_json(where)
-    for key in ("dim", "n_layers", "n_heads", "norm_eps"):
-        if key not in params:
-            raise BadInput(f"{where}: has no {key}")
-    known = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier",
-             "norm_eps", "rope_theta"}
-    if surplus := sorted(k for k in params.keys() - known if params[k]):
-        raise BadInput(f"{where}: {surplus[0]}={params[surplus[0]]} is not implemented")
-    for key, most in {"dim": "width", "n_layers": "layers", "n_heads": "heads"}.items():
-        whole_number(where, key, params[key], most)
-    positive(where, params, "norm_eps", "rope_theta")
-
-    files = sorted(glob.glob(os.path.join(glob.escape(path), "consolidated.*.pth")))
+    sizes = sizes_in(where, params, META)
+    known = META.keys() | {"n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier"}
+    for key in sorted(params.keys() - known):
+        if params[key]:
+            raise refusal(where, params, key)
+    files = [os.path.join(path, f) for f in sorted(glob.glob("consolidated.*.pth", root_dir=path))]
     if not files:
         raise BadInput(f"{path}: has no consolidated.00.pth")
     shards = [load_tensors(f) for f in files]
@@ -206,8 +212,8 @@ def open_meta(path):
     for name in (embedding, wk, wo, w1):
         if name not in one or one[name].dim() != 2:
             raise BadInput(f"{files[0]}: has no matrix {name}")
-    dim = params["dim"]
-    head_dim = dim // params["n_heads"]
+    dim = sizes["dim"]
+    head_dim = dim // sizes["n_heads"] or 1
     width = one[wo].shape[1]
     if width * len(files) < dim:
         raise BadInput(f"{path}: has {len(files)} of {dim // width} shards consolidated.*.pth")
@@ -242,9 +248,7 @@ def open_meta(path):
     for key, value in found.items():
         if params.get(key) not in (None, -1, value):
             raise BadInput(f"{where}: {key}={params[key]}, but its weights have {value}")
-    sizes = dict(dim=dim, n_layers=params["n_layers"], n_heads=params["n_heads"], head_dim=head_dim,
-                 hidden_dim=shapes[w1][0], norm_eps=params["norm_eps"], rope_theta=params.get("rope_theta", 10000.0))
-    return sizes | found, shapes, read
+    return sizes | found | {"head_dim": head_dim, "hidden_dim": shapes[w1][0]}, shapes, read
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Hugging Face's layout, likewise
@@ -264,61 +268,44 @@ def open_hf(path):
     return sizes, shapes_of(tensors), tensors.__getitem__
 
 
-def refusal(where, config, key, why="is not implemented"):
-    """The error that names a key of config.json and its value."""
-    return BadInput(f"{where}: {key}={repr(config[key])[:100]} {why}")
+# values of keys that change what is computed: the first is what an absent key means
+ONLY = {"attention_bias": (False, None), "mlp_bias": (False, None), "quantization_config": (None, {}),
+        "hidden_act": ("silu",), "partial_rotary_factor": (1,)}
+# model_type -> what else it means, where config.json does not say otherwise
+KINDS = {"llama": {}, "mistral": {"sliding_window": 4096}, "qwen2": {"qkv_bias": True}}
+# kind of rope_scaling -> what it must say
+ROPE = {"default": (),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
 
 
 def hf_sizes(where, config):
     """config.json -> sizes as ModelArgs takes them; what cannot be run exactly is refused."""
-    for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-                "vocab_size", "rms_norm_eps"):
-        if config.get(key) is None:
-            raise BadInput(f"{where}: has no {key}")
-    for key, most in {"hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads",
-                      "num_key_value_heads": "heads", "intermediate_size": "width", "vocab_size": "rows",
-                      "head_dim": "width", "sliding_window": "rows"}.items():
-        if config.get(key) is not None:
-            whole_number(where, key, config[key], most)
-    positive(where, config, "rms_norm_eps", "rope_theta")
-    kind = config["model_type"]
-    if str(kind) not in ("llama", "mistral", "qwen2"):
-        raise refusal(where, config, "model_type", "is none of llama, mistral, qwen2")
-    for key in ("attention_bias", "mlp_bias", "quantization_config"):
-        if config.get(key):
+    kind = config.get("model_type")
+    if str(kind) not in KINDS:
+        raise refusal(where, config, "model_type", f"is none of {', '.join(KINDS)}")
+    for key, values in ONLY.items():
+        if config.get(key, values[0]) not in values:
             raise refusal(where, config, key)
-    if config.get("hidden_act", "silu") != "silu":
-        raise refusal(where, config, "hidden_act")
-    rope = hf_rope(where, config)
-    window = None
-    if config.get("use_sliding_window", kind != "qwen2"):
-        window = config.get("sliding_window", 4096 if kind == "mistral" else None)
-    dim = config["hidden_size"]
-    heads = config["num_attention_heads"]
-    return dict(dim=dim, n_layers=config["num_hidden_layers"], n_heads=heads,
-                n_kv_heads=config.get("num_key_value_heads") or heads, head_dim=config.get("head_dim") or dim // heads,
-                hidden_dim=config["intermediate_size"], vocab_size=config["vocab_size"],
-                norm_eps=config["rms_norm_eps"], tied=bool(config.get("tie_word_embeddings")),
-                qkv_bias=kind == "qwen2", sliding_window=window, model_type=kind) | rope
+    said = sizes_in(where, config, HF)
+    sizes = dict(n_kv_heads=said["n_heads"], head_dim=said["dim"] // said["n_heads"]) | KINDS[kind] | said
+    if config.get("sliding_window", 0) is None or not config.get("use_sliding_window", kind == "mistral"):
+        sizes["sliding_window"] = None
+    return sizes | hf_rope(where, config) | dict(tied=bool(config.get("tie_word_embeddings")), model_type=kind)
 
 
 def hf_rope(where, config):
-    """config.json -> rope_theta, and rope_scaling where it is LLaMA 3.1's."""
+    """config.json's further word on positions -> rope_theta, where it stands there, and LLaMA 3.1's rope_scaling."""
     # newer folders keep rope_theta in rope_parameters; where both stand, transformers obeys rope_scaling
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(key) or {}
     if not isinstance(rope, dict):
         raise refusal(where, config, key)
-    needed = {"default": (),
-              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    positive(where, rope, "rope_theta", *needed["llama3"])
     kind = str(rope.get("rope_type", rope.get("type", "default")))
-    if kind not in needed or not rope.keys() >= set(needed[kind]) or rope.get("partial_rotary_factor", 1) != 1:
+    if kind not in ROPE or not rope.keys() >= set(ROPE[kind]) or rope.get("partial_rotary_factor", 1) != 1:
         raise refusal(where, config, key)
-    if config.get("partial_rotary_factor", 1) != 1:
-        raise refusal(where, config, "partial_rotary_factor")
-    return dict(rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
-                rope_scaling=rope if kind == "llama3" else None)
+    found = sizes_in(where, rope, {"rope_theta": HF["rope_theta"]})
+    positive(where, rope, *ROPE[kind])
+    return found | {"rope_scaling": rope} if kind != "default" else found
 
 
 def hf_files(path):
@@ -337,6 +324,9 @@ def hf_files(path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Written for others
 
+TOKENIZER_FILES = ("tokenizer", "special_tokens", "generation_config", "vocab", "merges", "chat_template")
+
+
 def write_hf(folder, args, tensors, source, dtype, shard_bytes=5 * 10**9):
     """
     Write an LLM as a Hugging Face folder: config.json, safetensors shards with their index, the tokenizer of source.
@@ -347,36 +337,39 @@ def write_hf(folder, args, tensors, source, dtype, shard_bytes=5 * 10**9):
     if os.path.exists(folder):
         raise BadInput(f"{folder}: exists already")
     with whole_folder(folder.rstrip("/")) as part:
-        shards = []  # names in each that is written
-        shard = {}  # the one that is being filled
+        inside = lambda name: os.path.join(part, name)
+        shards = []  # the names in each
         total = 0
-
-        def write():
-            save_file(shard, os.path.join(part, f"{len(shards)}.safetensors"), metadata={"format": "pt"})
-            shards.append(list(shard))
-            shard.clear()
-
-        # the number of shards is known at the end: until then their names are 0, 1, 2, ...
-        for name, tensor in tensors:
-            if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > shard_bytes:
-                write()
-            shard[to_hf(name)] = tensor.contiguous()
-            total += tensor.nbytes
-        write()
-        files = ["model.safetensors"]
+        for shard in in_shards(tensors, shard_bytes):
+            save_file(shard, inside(str(len(shards))), metadata={"format": "pt"})
+            shards.append([*shard])
+            total += sum(t.nbytes for t in shard.values())
+        # how many there are is known at the end: until then they are called 0, 1, 2, ...
+        weight_map = {}
+        for i, names in enumerate(shards):
+            file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+            os.rename(inside(str(i)), inside(file))
+            weight_map |= dict.fromkeys(names, file)
         about = {"config.json": hf_config(args, source, dtype)}
         if len(shards) > 1:
-            files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-            weight_map = {name: f for f, names in zip(files, shards) for name in names}
             about["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        for i, f in enumerate(files):
-            os.rename(os.path.join(part, f"{i}.safetensors"), os.path.join(part, f))
-        for f, value in about.items():
-            with open(os.path.join(part, f), "w") as out:
-                json.dump(value, out, indent=2)
-        for f in sorted(os.listdir(source)):
-            if f.startswith(("tokenizer", "special_tokens", "generation_config", "vocab", "merges", "chat_template")):
-                shutil.copy(os.path.join(source, f), part)
+        for file, value in about.items():
+            with open(inside(file), "w") as f:
+                json.dump(value, f, indent=2)
+        for file in sorted(os.listdir(source)):
+            if file.startswith(TOKENIZER_FILES):
+                shutil.copy(os.path.join(source, file), part)
+
+
+def in_shards(tensors, shard_bytes):
+    """Pairs (Meta's name, tensor) -> dicts (Hugging Face's name -> tensor) of at most so many bytes, or one tensor."""
+    shard = {}
+    for name, tensor in tensors:
+        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > shard_bytes:
+            yield shard
+            shard = {}
+        shard[to_hf(name)] = tensor.contiguous()
+    yield shard
 
 
 def hf_config(a, source, dtype):
@@ -386,11 +379,8 @@ def hf_config(a, source, dtype):
     if os.path.exists(path):
         return load_json(path) | {"torch_dtype": dtype, "dtype": dtype}  # for older and newer transformers
     tokenizer = Tokenizer(source)
-    return {"architectures": [a.model_type.capitalize() + "ForCausalLM"], "model_type": a.model_type,
-            "hidden_size": a.dim, "num_hidden_layers": a.n_layers, "num_attention_heads": a.n_heads,
-            "num_key_value_heads": a.n_kv_heads, "head_dim": a.head_dim,
-            "intermediate_size": a.hidden_dim, "vocab_size": a.vocab_size,
-            "rms_norm_eps": a.norm_eps, "rope_theta": a.rope_theta, "hidden_act": "silu",
-            "max_position_embeddings": 4096, "tie_word_embeddings": a.tied, "sliding_window": a.sliding_window,
-            "bos_token_id": tokenizer.bos_id if tokenizer.bos_id >= 0 else None, "eos_token_id": tokenizer.eos_id,
-            "torch_dtype": dtype}
+    return {key: getattr(a, name) for key, (name, *_) in HF.items()} | {
+        "architectures": [a.model_type.capitalize() + "ForCausalLM"], "model_type": a.model_type,
+        "hidden_act": "silu", "max_position_embeddings": 4096, "tie_word_embeddings": a.tied,
+        "bos_token_id": tokenizer.bos_id if tokenizer.bos_id >= 0 else None, "eos_token_id": tokenizer.eos_id,
+        "torch_dtype": dtype}
