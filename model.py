@@ -48,11 +48,13 @@ class FeedForward(nn.Module):
 
 def rope_table(pos, head_dim, theta=10000.0, scaling=None):
     """
-    Positions (...) -> cos and sin (..., 1, D/2) of rotary embeddings, fp32; scaling: LLaMA 3.1's dict.
+    Positions (...) -> cos and sin (..., 1, D/2) of rotary embeddings, fp32; scaling: as in ModelArgs.
     Made anew in each forward: a table kept as a buffer would come back as garbage from the meta device.
     """
     inv = theta ** (-torch.arange(0, head_dim, 2, device=pos.device, dtype=torch.float32) / head_dim)
-    if scaling:  # long wavelengths are stretched by `factor`, short ones kept, those between blended
+    if scaling and "low_freq_factor" not in scaling:  # linear: all wavelengths are stretched by `factor`
+        inv = inv / scaling["factor"]
+    elif scaling:  # long ones are stretched, short ones kept, those between blended
         turns = scaling["original_max_position_embeddings"] * inv / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -74,9 +76,10 @@ class Attention(nn.Module):
     attend(q (B, T, H, D), k and v (B, T, Hkv, D), *how) -> (B, T, H*D).
     """
 
-    def __init__(self, dim, n_heads, n_kv_heads, head_dim, bias=False):
+    def __init__(self, dim, n_heads, n_kv_heads, head_dim, bias=False, norm=nn.Identity):
         super().__init__()
         self.head_dim = head_dim
+        self.q_norm, self.k_norm = norm(), norm()  # Qwen3's, over each head
         self.wq = nn.Linear(dim, n_heads * head_dim, bias=bias)
         self.wk = nn.Linear(dim, n_kv_heads * head_dim, bias=bias)
         self.wv = nn.Linear(dim, n_kv_heads * head_dim, bias=bias)
@@ -84,7 +87,7 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, attend, *how):
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # -> (B, T, H, D)
-        return self.wo(attend(rotate(q, rope), rotate(k, rope), v, *how))
+        return self.wo(attend(rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v, *how))
 
 
 class Block(nn.Module):
@@ -218,7 +221,8 @@ class LLaMA(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.args = args
-        attention = lambda: Attention(args.dim, args.n_heads, args.n_kv_heads, args.head_dim, args.qkv_bias)
+        norm = partial(RMSNorm, args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity
+        attention = lambda: Attention(args.dim, args.n_heads, args.n_kv_heads, args.head_dim, args.qkv_bias, norm)
         block = lambda: Block(args.dim, args.hidden_dim, attention(), args.norm_eps)
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(block() for _ in range(args.n_layers))
@@ -268,7 +272,7 @@ class LLaMA(nn.Module):
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
         """
         A LLaMA with the weights of a folder, frozen: Meta's layout (params.json + consolidated.*.pth, any number of
-        shards) or Hugging Face's (config.json + *.safetensors; model types llama, mistral, qwen2).
+        shards) or Hugging Face's (config.json + *.safetensors or *.bin; model types llama, mistral, qwen2, qwen3).
         BadInput names what is missing, surplus or cannot be run exactly.
         """
         raw = open_llm(path)

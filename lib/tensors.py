@@ -2,6 +2,7 @@
 Tensors by name, Meta's and Hugging Face's: read from anybody's file, drawn from a seed, in and out of shards.
 """
 import math
+import re
 import zipfile
 import zlib
 
@@ -40,8 +41,21 @@ def pairs(w, head_dim):
     return w.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(w.shape)
 
 
+# how a file begins that is not what its name says -> what it is, and what to do
+INSTEAD = {rb"version https://git-lfs": "it is a git-lfs pointer, not the file: git lfs pull brings it",
+           rb"[\w+/=]+ \d+\n": "it is tiktoken's, as Llama 3 has it: take the Hugging Face folder's tokenizer.json",
+           rb"\s*<": "it is a web page, not the file: download it again"}
+
+
+def instead(path):
+    """What a file that cannot be read is, where its beginning tells; else None."""
+    with open(path, "rb") as f:
+        start = f.read(1000)
+    return next((what for pattern, what in INSTEAD.items() if re.match(pattern, start)), None)
+
+
 def load_tensors(path):
-    """name -> tensor of a .safetensors or .pth file, memory-mapped. Nothing in the file is executed."""
+    """name -> tensor of a .safetensors, .pth or .bin file, memory-mapped. Nothing in the file is executed."""
     try:
         if path.endswith(".safetensors"):
             with safe_open(path, "pt") as f:
@@ -54,7 +68,8 @@ def load_tensors(path):
         said = str(e).partition("\n")[0][-200:].rpartition(":")[2].strip() or type(e).__name__
         if "eights_only" in str(e) or "eights only" in str(e):
             said = "it holds more than tensors, which might run code"
-        raise BadInput(f"{path}: cannot be read as weights, damaged or not plain tensors ({said})") from None
+        said = instead(path) or f"damaged or not plain tensors ({said})"
+        raise BadInput(f"{path}: cannot be read as weights, {said}") from None
     if not isinstance(state, dict) or {str} | {type(k) for k in state} != {str} or not all(
             isinstance(v, torch.Tensor) for v in state.values()):
         raise BadInput(f"{path}: is not a plain dict of tensors")

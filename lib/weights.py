@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from lib.files import load_json, whole_folder
 from lib.program import BadInput, Progress
 from lib.tensors import check_names, from_hf, halves, init_weight, load_tensors, shapes_of, to_hf
-from lib.tokenizer import Tokenizer
+from lib.tokenizer import Tokenizer, nothing_in, tokenizer_folder
 
 
 @dataclass
 class ModelArgs:
-    """Meta's names for the sizes of a LLaMA; the last five are what Mistral, Qwen2 and LLaMA 3 add."""
+    """Meta's names for the sizes of a LLaMA; what stands behind vocab_size is what the LLaMAs since have added."""
     dim: int
     n_layers: int
     n_heads: int
@@ -32,17 +32,21 @@ class ModelArgs:
     head_dim: int
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: dict = None  # LLaMA 3.1's dict, or None
+    rope_scaling: dict = None  # LLaMA 3.1's dict, or linear's, which has a factor alone
     qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3: RMSNorm over each head's queries and keys
     tied: bool = False  # the output layer is the embedding
-    sliding_window: int = None  # Mistral 0.1: no sequence may be longer
+    # no sequence may be longer: Mistral 0.1, and rope_scaling dynamic, which changes nothing up to there
+    sliding_window: int = None
+    max_position_embeddings: int = None
     model_type: str = "llama"
 
     def fits(self, length):
-        """BadInput where a sequence of this length would need a sliding window, which is not implemented."""
-        if self.sliding_window and length > self.sliding_window:
-            raise BadInput(f"sliding_window={self.sliding_window}: a sequence of {length} tokens is longer, "
-                           "and the window is not implemented")
+        """BadInput where a sequence of this length would need what is not implemented."""
+        for key in ("sliding_window", "max_position_embeddings"):
+            most = getattr(self, key)
+            if most and length > most:
+                raise BadInput(f"{key}={most}: a sequence of {length} tokens is longer, which is not implemented")
 
     def shapes(self):
         """name -> shape of every weight, under Meta's names."""
@@ -59,6 +63,8 @@ class ModelArgs:
                      "attention_norm.weight": (dim,), "ffn_norm.weight": (dim,)}
             if self.qkv_bias:
                 block |= {f"attention.w{n}.bias": (rows,) for n, rows in zip("qkv", (query, key, key))}
+            if self.qk_norm:
+                block |= {f"attention.{n}_norm.weight": (self.head_dim,) for n in "qk"}
             shapes |= {f"layers.{i}.{name}": shape for name, shape in block.items()}
         shapes["norm.weight"] = (dim,)
         return shapes if self.tied else shapes | {"output.weight": (self.vocab_size, dim)}
@@ -74,6 +80,8 @@ SIZES = {  # llm=random:NAME
                                                 model_type="mistral"),
     "qwen2-7b-instruct": dict(dim=3584, n_layers=28, n_heads=28, n_kv_heads=4, hidden_dim=18944, vocab_size=152064,
                               norm_eps=1e-6, rope_theta=1e6, qkv_bias=True, model_type="qwen2"),
+    "qwen3-8b": dict(dim=4096, n_layers=36, n_heads=32, n_kv_heads=8, head_dim=128, hidden_dim=12288,
+                     vocab_size=151936, norm_eps=1e-6, rope_theta=1e6, qk_norm=True, model_type="qwen3"),
     "deepseek-llm-7b-chat": LLAMA_7B | dict(n_layers=30, vocab_size=102400, norm_eps=1e-6),
     "chinese-llama-2-7b": LLAMA_7B | dict(vocab_size=55296),
     "smollm2-135m": dict(dim=576, n_layers=30, n_heads=9, n_kv_heads=3, hidden_dim=1536, vocab_size=49152,
@@ -127,7 +135,7 @@ def open_llm(path):
     if meta and hf and not glob.glob("consolidated.*.pth", root_dir=path):
         meta = False  # Mistral's folders hold another params.json
     if not meta and not hf:
-        raise BadInput(f"llm={path}: holds neither params.json (Meta's layout) nor config.json (Hugging Face's)")
+        raise nothing_in(path, "holds neither params.json (Meta's layout) nor config.json (Hugging Face's)")
     sizes, shapes, read = open_meta(path) if meta else open_hf(path)
     return RawLLM(path, ModelArgs(**sizes), shapes, read)
 
@@ -200,7 +208,7 @@ def open_meta(path):
             raise refusal(where, params, key)
     files = [os.path.join(path, f) for f in sorted(glob.glob("consolidated.*.pth", root_dir=path))]
     if not files:
-        raise BadInput(f"{path}: has no consolidated.00.pth")
+        raise BadInput(f"{path}: has no consolidated.00.pth; of a Mistral take the folder with its config.json")
     shards = [load_tensors(f) for f in files]
     one = shards[0]  # the others hold the same names and shapes
     for f, shard in zip(files, shards):
@@ -254,17 +262,23 @@ def open_meta(path):
 # Hugging Face's layout, likewise
 
 def open_hf(path):
-    """config.json + *.safetensors."""
+    """config.json + *.safetensors or pytorch_model*.bin."""
     where = os.path.join(path, "config.json")
     config = load_json(where)
     sizes = hf_sizes(where, config)
     tensors = {}
     for f in hf_files(path):
-        tensors |= {from_hf(k): v for k, v in load_tensors(f).items() if not k.endswith("rotary_emb.inv_freq")}
-    if sizes["tied"] and "output.weight" in tensors:
-        if not torch.equal(tensors["output.weight"], tensors.get("tok_embeddings.weight")):
-            raise refusal(where, config, "tie_word_embeddings", "but lm_head.weight differs from the embedding")
-        del tensors["output.weight"]
+        for key, tensor in load_tensors(f).items():
+            if from_hf(key) in tensors:
+                raise BadInput(f"{f}: {key} stands in another file too; call the one to take model.safetensors")
+            if not key.endswith("rotary_emb.inv_freq"):
+                tensors[from_hf(key)] = tensor
+    if sizes["tied"]:  # the one matrix may stand there under either name, or both
+        head = tensors.pop("output.weight", None)
+        words = tensors.setdefault("tok_embeddings.weight", head)
+        if head is not None and not torch.equal(head, words):
+            raise refusal(where, config, "tie_word_embeddings", "but lm_head.weight differs from the embedding: "
+                          "false keeps it, without it in the file the embedding takes its place")
     return sizes, shapes_of(tensors), tensors.__getitem__
 
 
@@ -272,9 +286,10 @@ def open_hf(path):
 ONLY = {"attention_bias": (False, None), "mlp_bias": (False, None), "quantization_config": (None, {}),
         "hidden_act": ("silu",), "partial_rotary_factor": (1,)}
 # model_type -> what else it means, where config.json does not say otherwise
-KINDS = {"llama": {}, "mistral": {"sliding_window": 4096}, "qwen2": {"qkv_bias": True}}
+KINDS = {"llama": {}, "mistral": {"sliding_window": 4096}, "qwen2": {"qkv_bias": True},
+         "qwen3": {"head_dim": 128, "qk_norm": True}}
 # kind of rope_scaling -> what it must say
-ROPE = {"default": (),
+ROPE = {"default": (), "linear": ("factor",), "dynamic": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
 
 
@@ -294,7 +309,7 @@ def hf_sizes(where, config):
 
 
 def hf_rope(where, config):
-    """config.json's further word on positions -> rope_theta, where it stands there, and LLaMA 3.1's rope_scaling."""
+    """config.json's further word on positions -> what ModelArgs has of it."""
     # newer folders keep rope_theta in rope_parameters; where both stand, transformers obeys rope_scaling
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(key) or {}
@@ -305,21 +320,27 @@ def hf_rope(where, config):
         raise refusal(where, config, key)
     found = sizes_in(where, rope, {"rope_theta": HF["rope_theta"]})
     positive(where, rope, *ROPE[kind])
-    return found | {"rope_scaling": rope} if kind != "default" else found
+    if kind == "dynamic":
+        return found | sizes_in(where, config, {"max_position_embeddings": ("max_position_embeddings", "rows", True)})
+    return found | {"rope_scaling": rope if ROPE[kind] else None}
 
 
 def hf_files(path):
-    """The files of weights in a folder, as their index says them where there is one."""
-    names = glob.glob("*.safetensors", root_dir=path)
-    index = os.path.join(path, "model.safetensors.index.json")
-    if os.path.exists(index):
-        said = load_json(index).get("weight_map")
-        if not isinstance(said, dict) or not all(isinstance(f, str) for f in said.values()):
-            raise BadInput(f"{index}: its weight_map does not say the files of weights")
-        names = {os.path.basename(f) for f in said.values()}  # files of this folder alone
-    if not names:
-        raise BadInput(f"{path}: has no *.safetensors")
-    return [os.path.join(path, name) for name in sorted(names)]
+    """The files of weights, as transformers takes them: one for all, else those of an index, safetensors first."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if os.path.exists(os.path.join(path, name)):
+            return [os.path.join(path, name)]
+        index = os.path.join(path, name + ".index.json")
+        if os.path.exists(index):
+            said = load_json(index).get("weight_map")
+            if not isinstance(said, dict) or not said or not all(isinstance(f, str) for f in said.values()):
+                raise BadInput(f"{index}: its weight_map does not say the files of weights")
+            return sorted({os.path.join(path, os.path.basename(f)) for f in said.values()})  # of this folder alone
+        # transformers gives up; what they hold says whether they are the shards of one
+        kind = os.path.splitext(name)[1]
+        if found := [f for f in glob.glob("*model*" + kind, root_dir=path) if not f.startswith("adapter")]:
+            return sorted(os.path.join(path, f) for f in found)
+    raise BadInput(f"{path}: has no model.safetensors, no pytorch_model.bin and no index of their shards")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Written for others
@@ -353,12 +374,15 @@ def write_hf(folder, args, tensors, source, dtype, shard_bytes=5 * 10**9):
         about = {"config.json": hf_config(args, source, dtype)}
         if len(shards) > 1:
             about["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        home = tokenizer_folder(source)
+        for file in sorted(os.listdir(home)):
+            if file.startswith(TOKENIZER_FILES):
+                shutil.copy(os.path.join(home, file), part)
+        if os.path.exists(inside("tokenizer.model")) and not os.path.exists(inside("tokenizer_config.json")):
+            about["tokenizer_config.json"] = Tokenizer(source).as_llama()
         for file, value in about.items():
             with open(inside(file), "w") as f:
                 json.dump(value, f, indent=2)
-        for file in sorted(os.listdir(source)):
-            if file.startswith(TOKENIZER_FILES):
-                shutil.copy(os.path.join(source, file), part)
 
 
 def in_shards(tensors, shard_bytes):
