@@ -13,7 +13,7 @@ from lib.program import BadInput
 from lib.tensors import from_hf, load_tensors, to_hf
 
 TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")  # the linear layers that can have one
-OURS = re.compile(r"layers\.\d+\.(?:attention|feed_forward)\.(\w+)\.(lora_[AB])")
+OURS = re.compile(rf"layers\.\d+\.(?:attention|feed_forward)\.(?:{'|'.join(TARGETS)})\.(lora_[AB])")
 # what PEFT may set without changing what is computed here; any other option that is set is refused by name
 HARMLESS = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "base_model_name_or_path",
             "inference_mode", "revision", "auto_mapping", "peft_version", "runtime_config", "ensure_weight_tying",
@@ -57,9 +57,9 @@ def read_adapter(folder):
     for name, tensor in load_tensors(path).items():
         ours = from_hf(name.removeprefix("base_model.model.").removesuffix(".weight"))
         m = OURS.fullmatch(ours)
-        if not m or m[1] not in TARGETS or not name.startswith("base_model.model.model."):
+        if not m or not name.startswith("base_model.model.model."):
             raise BadInput(f"{path}: {name} is not a LoRA weight of one of LLaMA's seven linear layers")
-        if tensor.dim() != 2 or tensor.shape[m[2] == "lora_B"] != rank:
+        if tensor.dim() != 2 or tensor.shape[m[1] == "lora_B"] != rank:
             raise BadInput(f"{path}: {name} is {tuple(tensor.shape)}, r in adapter_config.json is {rank}")
         state[ours] = tensor
     targets = [t for t in TARGETS if any(f".{t}." in name for name in state)]

@@ -19,24 +19,24 @@ def json_in(path, name):
 
 def nothing_in(path, wanted):
     """The error for a path without the files of an LLM that are wanted: what it is, and what to do."""
-    inside = [os.path.dirname(f) for depth in ("*", "snapshots/*", "*/snapshots/*")
-              for f in sorted(glob.glob(f"{depth}/config.json", root_dir=path))]
+    cached = [f for depth in ("", "*/") for f in glob.glob(depth + "snapshots/*", root_dir=path)]
     if path.endswith(".gguf") or glob.glob("*.gguf", root_dir=path):
         wanted = "is GGUF; python -m scripts.gguf_to_hf file=MODEL.gguf to=FOLDER makes a folder of it"
     elif not os.path.isdir(path):
         wanted = "is no folder; one from the hub comes with: hf download NAME --local-dir FOLDER"
     elif os.path.exists(os.path.join(path, "adapter_config.json")):
         wanted = "is an adapter (LoRA); llm= takes the folder of the LLM beneath it"
-    elif inside:
-        wanted = f"is not the LLM's own folder, that is {os.path.join(path, inside[0])}"
+    elif cached:
+        wanted = f"is the hub's cache; the LLM's folder is {os.path.join(path, cached[0])}"
     return BadInput(f"llm={path}: {wanted}")
 
 
-def tokenizer_folder(path):
-    """The folder of an LLM's tokenizer: its own, or the one above, where Meta's download.sh puts tokenizer.model."""
-    above = os.path.dirname(os.path.abspath(path))
-    lone = os.path.exists(os.path.join(path, "params.json")) and not glob.glob("tokenizer.*", root_dir=path)
-    return above if lone and os.path.exists(os.path.join(above, "tokenizer.model")) else path
+def tokenizer_file(path):
+    """The file of the tokenizer in an LLM's folder, by transformers' order; None where there is none."""
+    files = [os.path.join(path, "tokenizer.json"), os.path.join(path, "tokenizer.model")]
+    if os.path.exists(os.path.join(path, "params.json")):  # Meta's download.sh puts it one folder above
+        files.append(os.path.join(os.path.dirname(os.path.abspath(path)), "tokenizer.model"))
+    return next(filter(os.path.exists, files), None)
 
 
 class Tokenizer:
@@ -73,24 +73,24 @@ class Tokenizer:
             self._decode = lambda ids: bytes(i - 3 for i in ids if i > 2).decode(errors="replace")
             self.vocab_size = 259
             return {"bos_token_id": 1, "eos_token_id": 2}, True
-        for name, form in (("tokenizer.json", self.open_json), ("tokenizer.model", self.open_sentencepiece)):
-            file = os.path.join(tokenizer_folder(self.path), name)
-            if os.path.exists(file):
-                try:
-                    return form(file)
-                except BadInput:
-                    raise
-                except Exception as e:
-                    raise BadInput(f"{file}: cannot be read as a tokenizer ({instead(file) or e})") from None
-        raise nothing_in(self.path, "holds neither tokenizer.json nor tokenizer.model; of other files transformers "
-                                    "makes one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)")
+        file = tokenizer_file(self.path)
+        if not file:
+            raise nothing_in(self.path, "holds neither tokenizer.json nor tokenizer.model; of other files transformers "
+                                        "makes one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)")
+        try:
+            return self.open_json(file) if file.endswith(".json") else self.open_sentencepiece(file)
+        except BadInput:
+            raise
+        except Exception as e:
+            raise BadInput(f"{file}: cannot be read as a tokenizer ({instead(file) or e})") from None
 
     def open_sentencepiece(self, file):
         """tokenizer.model"""
         from sentencepiece import SentencePieceProcessor
         sp = SentencePieceProcessor(model_file=file)
         # SentencePiece never finds these in a text
-        added = {sp.id_to_piece(i): i for i in range(len(sp)) if sp.is_control(i) or sp.is_unknown(i)}
+        pieces = {sp.id_to_piece(i): i for i in range(len(sp))}
+        added = {piece: i for piece, i in pieces.items() if sp.is_control(i) or sp.is_unknown(i)}
         more = {t["content"]: int(i) for i, t in self.said.get("added_tokens_decoder", {}).items()}
         added |= more or json_in(self.path, "added_tokens.json")
         split = re.compile(f"({'|'.join(re.escape(t) for t in sorted(added, key=len, reverse=True))})").split
@@ -111,8 +111,8 @@ class Tokenizer:
         self._encode = encode
         self._decode = sp.decode
         self.vocab_size = len(sp)
-        pieces = {sp.id_to_piece(i): i for i in range(len(sp))} | added
-        self.id_of, self.pieces = pieces.get, pieces
+        self.pieces = pieces | added
+        self.id_of = self.pieces.get
         return {"bos_token_id": sp.bos_id(), "eos_token_id": sp.eos_id()}, True
 
     def open_json(self, file):
@@ -175,7 +175,7 @@ class Tokenizer:
         """text -> ids, without BOS and EOS."""
         ids = self._encode(text)
         if max(ids, default=0) >= self.rows:
-            raise BadInput(f"{text[:50]!r}: needs token {max(ids)} of llm={self.path}, its embedding has {self.rows} rows")
+            raise BadInput(f"{text[:50]!r} needs token {max(ids)} of {self.path}, its embedding has {self.rows} rows")
         return ids
 
     def decode(self, ids):

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from lib.files import load_json, whole_folder
 from lib.program import BadInput, Progress
 from lib.tensors import check_names, from_hf, halves, init_weight, load_tensors, shapes_of, to_hf
-from lib.tokenizer import Tokenizer, nothing_in, tokenizer_folder
+from lib.tokenizer import Tokenizer, nothing_in, tokenizer_file
 
 
 @dataclass
@@ -234,23 +234,17 @@ def open_meta(path):
             return 0 if one[name].shape[1] == dim else 1  # LLaMA 2 splits its width, LLaMA 3 its vocabulary
         return 1 if name.endswith(("wo.weight", "w2.weight")) else 0
 
-    def shape(name):
-        s = list(one[name].shape)
-        if axis(name) is not None:
-            s[axis(name)] *= len(shards)
-        return tuple(s)
+    def join(name, device):
+        parts = [s[name].to(device) for s in shards]
+        return parts[0] if axis(name) is None else torch.cat(parts, axis(name))
 
     def read(name):
-        parts = [s[name] for s in shards]
-        if axis(name) is not None:
-            w = torch.cat(parts, axis(name))
-        elif all(torch.equal(p, parts[0]) for p in parts):
-            w = parts[0]
-        else:
+        if axis(name) is None and not all(torch.equal(s[name], one[name]) for s in shards):
             raise BadInput(f"{path}: {name} should be the same in every shard")
+        w = join(name, "cpu")
         return halves(w, head_dim) if name.endswith(("wq.weight", "wk.weight")) else w
 
-    shapes = {name: shape(name) for name in one if name != "rope.freqs"}
+    shapes = shapes_of({name: join(name, "meta") for name in one if name != "rope.freqs"})
     # absent and -1 in what Meta ships: the weights know
     found = {"n_kv_heads": shapes[wk][0] // head_dim, "vocab_size": shapes[embedding][0]}
     for key, value in found.items():
@@ -268,15 +262,10 @@ def open_hf(path):
     sizes = hf_sizes(where, config)
     tensors = {}
     for f in hf_files(path):
-        for key, tensor in load_tensors(f).items():
-            if from_hf(key) in tensors:
-                raise BadInput(f"{f}: {key} stands in another file too; call the one to take model.safetensors")
-            if not key.endswith("rotary_emb.inv_freq"):
-                tensors[from_hf(key)] = tensor
-    if sizes["tied"]:  # the one matrix may stand there under either name, or both
-        head = tensors.pop("output.weight", None)
-        words = tensors.setdefault("tok_embeddings.weight", head)
-        if head is not None and not torch.equal(head, words):
+        tensors |= {from_hf(k): v for k, v in load_tensors(f).items() if not k.endswith("rotary_emb.inv_freq")}
+    if sizes["tied"] and "output.weight" in tensors:  # the one matrix may stand there under either name, or both
+        head = tensors.pop("output.weight")
+        if not torch.equal(head, tensors.setdefault("tok_embeddings.weight", head)):
             raise refusal(where, config, "tie_word_embeddings", "but lm_head.weight differs from the embedding: "
                           "false keeps it, without it in the file the embedding takes its place")
     return sizes, shapes_of(tensors), tensors.__getitem__
@@ -326,21 +315,18 @@ def hf_rope(where, config):
 
 
 def hf_files(path):
-    """The files of weights, as transformers takes them: one for all, else those of an index, safetensors first."""
+    """The files of weights, as transformers takes them: one for all, else those of an index; safetensors first."""
     for name in ("model.safetensors", "pytorch_model.bin"):
-        if os.path.exists(os.path.join(path, name)):
-            return [os.path.join(path, name)]
-        index = os.path.join(path, name + ".index.json")
+        file = os.path.join(path, name)
+        if os.path.exists(file):
+            return [file]
+        index = file + ".index.json"
         if os.path.exists(index):
             said = load_json(index).get("weight_map")
-            if not isinstance(said, dict) or not said or not all(isinstance(f, str) for f in said.values()):
+            if not said or not isinstance(said, dict) or not all(isinstance(f, str) for f in said.values()):
                 raise BadInput(f"{index}: its weight_map does not say the files of weights")
             return sorted({os.path.join(path, os.path.basename(f)) for f in said.values()})  # of this folder alone
-        # transformers gives up; what they hold says whether they are the shards of one
-        kind = os.path.splitext(name)[1]
-        if found := [f for f in glob.glob("*model*" + kind, root_dir=path) if not f.startswith("adapter")]:
-            return sorted(os.path.join(path, f) for f in found)
-    raise BadInput(f"{path}: has no model.safetensors, no pytorch_model.bin and no index of their shards")
+    raise BadInput(f"{path}: has no model.safetensors, no pytorch_model.bin, and no *.index.json of their shards")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Written for others
@@ -359,25 +345,23 @@ def write_hf(folder, args, tensors, source, dtype, shard_bytes=5 * 10**9):
         raise BadInput(f"{folder}: exists already")
     with whole_folder(folder.rstrip("/")) as part:
         inside = lambda name: os.path.join(part, name)
-        shards = []  # the names in each
-        total = 0
+        shards = []  # name -> bytes in each
         for shard in in_shards(tensors, shard_bytes):
             save_file(shard, inside(str(len(shards))), metadata={"format": "pt"})
-            shards.append([*shard])
-            total += sum(t.nbytes for t in shard.values())
+            shards.append({name: t.nbytes for name, t in shard.items()})
         # how many there are is known at the end: until then they are called 0, 1, 2, ...
-        weight_map = {}
-        for i, names in enumerate(shards):
-            file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-            os.rename(inside(str(i)), inside(file))
-            weight_map |= dict.fromkeys(names, file)
         about = {"config.json": hf_config(args, source, dtype)}
+        files = ["model.safetensors"]
         if len(shards) > 1:
-            about["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        home = tokenizer_folder(source)
-        for file in sorted(os.listdir(home)):
-            if file.startswith(TOKENIZER_FILES):
-                shutil.copy(os.path.join(home, file), part)
+            files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+            about["model.safetensors.index.json"] = {
+                "metadata": {"total_size": sum(sum(shard.values()) for shard in shards)},
+                "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}}
+        for i, file in enumerate(files):
+            os.rename(inside(str(i)), inside(file))
+        found = {os.path.join(source, f) for f in os.listdir(source) if f.startswith(TOKENIZER_FILES)}
+        for file in filter(None, {*found, tokenizer_file(source)}):
+            shutil.copy(file, part)
         if os.path.exists(inside("tokenizer.model")) and not os.path.exists(inside("tokenizer_config.json")):
             about["tokenizer_config.json"] = Tokenizer(source).as_llama()
         for file, value in about.items():

@@ -9,12 +9,11 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-from test_model import distance, meta_folder, tiny_hf
+from test_model import distance, tiny_hf
 
 import train
-from data import prompt_ids
 from lib.tokenizer import Tokenizer
 from model import LLaMA
 
@@ -136,7 +135,8 @@ def mistral(folder):
                             "added_tokens_decoder": listed(NAMES + control), "bos_token": "<s>", "eos_token": "</s>",
                             "clean_up_tokenization_spaces": False, "legacy": False, "model_max_length": 10**30,
                             "pad_token": None, "sp_model_kwargs": {}, "spaces_between_special_tokens": False,
-                            "tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>", "use_default_system_prompt": False},
+                            "tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>",
+                            "use_default_system_prompt": False},
           special_tokens_map=MAP, generation_config={"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2})
 
 

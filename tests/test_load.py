@@ -55,6 +55,8 @@ def write(folder, layout):
         names = sorted(shapes)
         for i in range(3):
             save_file({to_hf(n): kinds[shapes[n]].clone() for n in names[i::3]}, folder / f"model-{i}.safetensors")
+        weight_map = {to_hf(n): f"model-{i % 3}.safetensors" for i, n in enumerate(names)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     else:
         params = dict(dim=1024, n_layers=14, n_heads=8, norm_eps=1e-5, vocab_size=-1)
         (folder / "params.json").write_text(json.dumps(params))

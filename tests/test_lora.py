@@ -327,7 +327,8 @@ def export(llama, folder, source, **how):
 
 @pytest.mark.parametrize("kind, changes", [
     ("llama", {}), ("llama", dict(rope_parameters=LLAMA3)), ("mistral", dict(head_dim=16)),
-    ("qwen2", dict(tie_word_embeddings=True)), ("qwen3", dict(head_dim=16))], ids=lambda x: x if isinstance(x, str) else comma(list(x)))
+    ("qwen2", dict(tie_word_embeddings=True)), ("qwen3", dict(head_dim=16))],
+    ids=lambda x: x if isinstance(x, str) else comma(list(x)))
 @pytest.mark.parametrize("form", ["new", "old"])
 def test_export_from_hugging_face(tmp_path, kind, changes, form):
     hf_folder(tmp_path / "base", form, kind, **changes)

@@ -211,8 +211,8 @@ def test_one_file_or_several_in_fp32_or_bf16(tmp_path, kind, dtype, shard_size):
     assert as_stored.norm.weight.dtype == dtype
     assert torch.equal(as_stored.layers[0].attention.wq.weight.float(), model.model.layers[0].self_attn.q_proj.weight)
     if shard_size == "10KB":
-        (tmp_path / "model.safetensors.index.json").unlink()  # not needed: the files say what they hold
-        assert distance(model, LLaMA.from_pretrained(str(tmp_path))) < 1e-4
+        (tmp_path / "model.safetensors.index.json").unlink()  # as for transformers: it says which files are the model
+        refused(tmp_path, "index.json")
 
 
 @pytest.mark.parametrize("shards, embedding_axis", [(1, 1), (2, 1), (2, 0)],
