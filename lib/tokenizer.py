@@ -84,6 +84,12 @@ class Tokenizer:
         except Exception as e:
             raise BadInput(f"{file}: cannot be read as a tokenizer ({instead(file) or e})") from None
 
+    def added(self):
+        """(id, {"content": token, ...}) of what the folder adds to its tokenizer, in the order of their ids."""
+        listed = {int(i): t for i, t in self.said.get("added_tokens_decoder", {}).items()}
+        older = {i: {"content": t} for t, i in json_in(self.path, "added_tokens.json").items()}
+        return sorted((listed or older).items())
+
     def open_sentencepiece(self, file):
         """tokenizer.model"""
         from sentencepiece import SentencePieceProcessor
@@ -91,8 +97,7 @@ class Tokenizer:
         # SentencePiece never finds these in a text
         pieces = {sp.id_to_piece(i): i for i in range(len(sp))}
         added = {piece: i for piece, i in pieces.items() if sp.is_control(i) or sp.is_unknown(i)}
-        more = {t["content"]: int(i) for i, t in self.said.get("added_tokens_decoder", {}).items()}
-        added |= more or json_in(self.path, "added_tokens.json")
+        added |= {t["content"]: i for i, t in self.added()}
         split = re.compile(f"({'|'.join(re.escape(t) for t in sorted(added, key=len, reverse=True))})").split
         line = len(sp.encode("\n"))
 
@@ -132,8 +137,7 @@ class Tokenizer:
             tok.normalizer = None
             tok.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
                 prepend_scheme="always" if self.said.get("legacy") else "first", split=False)
-        more = self.said.get("added_tokens_decoder") or {}
-        tok.add_tokens([tokenizers.AddedToken(**more[i]) for i in sorted(more, key=int)])
+        tok.add_tokens([tokenizers.AddedToken(**t) for _, t in self.added()])
         self._encode = lambda text: tok.encode(text, add_special_tokens=False).ids
         self._decode = tok.decode
         self.vocab_size = tok.get_vocab_size()

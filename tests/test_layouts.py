@@ -4,6 +4,7 @@ the same keys in them, tiny random weights and tokenizers. Ids and logits are th
 
     python -m pytest tests/test_layouts.py
 """
+import base64
 import json
 import shutil
 
@@ -11,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-from test_model import distance, tiny_hf
+from test_model import distance, meta_folder, tiny_hf
 
 import train
+from lib.program import BadInput
 from lib.tokenizer import Tokenizer
+from lora import export_hf
 from model import LLaMA
 
 pytest.importorskip("google.protobuf", reason="transformers reads a tokenizer.model with it")
@@ -246,3 +249,115 @@ def test_deepseek_begins_with_bos(tmp_path):
     publish(tmp_path / "llm", "deepseek-llm-7b-chat")
     tokenizer = Tokenizer(str(tmp_path / "llm"))
     assert tokenizer.id_of("<｜begin▁of▁sentence｜>") == tokenizer.bos_id != tokenizer.eos_id
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers of fine-tunes, and what else lies in folders
+
+def same_ids(folder, texts=TEXTS):
+    tokenizer, theirs = Tokenizer(str(folder)), transformers.AutoTokenizer.from_pretrained(folder)
+    for text in texts:
+        assert tokenizer.encode(text) == theirs(text, add_special_tokens=False).input_ids, text
+    assert tokenizer.eos_id == theirs.eos_token_id
+    return tokenizer
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("json_too", [True, False], ids=["json", "model"])
+@pytest.mark.parametrize("how", ["added_tokens_decoder", "added_tokens.json"])
+def test_added_tokens(tmp_path, how, json_too, legacy):
+    """Newer fine-tunes list them in tokenizer_config.json, older ones in a file of their own."""
+    pieces(tmp_path)
+    if json_too:
+        pieces_json(tmp_path, metaspace=False)
+    n = len(SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")))
+    config = {**OF_LLAMA2, "legacy": legacy}
+    write(tmp_path, config={"model_type": "llama", "eos_token_id": 2})
+    if how == "added_tokens_decoder":
+        config |= {"added_tokens_decoder": listed(NAMES) | listed(CHAT[1:], n), "eos_token": "<|im_end|>"}
+    else:
+        write(tmp_path, added_tokens={t: n + i for i, t in enumerate(CHAT[1:])},
+              special_tokens_map={"eos_token": "<|im_end|>", "additional_special_tokens": CHAT[1:]})
+    write(tmp_path, tokenizer_config=config)
+    tokenizer = same_ids(tmp_path)
+    assert tokenizer.eos_ids == [n + 1, 2] and tokenizer.bos_id == 1
+    assert tokenizer.encode("<|im_start|>") == [n]
+    with pytest.raises(BadInput, match=f"needs token {n} .* {n} rows"):  # no text before it does
+        Tokenizer(str(tmp_path), eos_id=2).fit(n).encode("<|im_start|>")
+    assert Tokenizer(str(tmp_path), eos_id=2).fit(n).encode("am tag")
+
+
+def test_the_map_of_special_tokens(tmp_path):
+    """transformers believes it more than a tokenizer_config.json that does not list the added tokens, else less."""
+    first = bytes_json(tmp_path, CHAT, qwen=False)
+    write(tmp_path, config={"model_type": "llama", "bos_token_id": first, "eos_token_id": first},
+          special_tokens_map={"bos_token": token(CHAT[1]), "eos_token": CHAT[2]})
+    assert same_ids(tmp_path).eos_ids == [first + 2, first]
+    for says, eos in (({"eos_token": CHAT[0]}, [first + 2, first]),
+                      ({"eos_token": CHAT[0], "added_tokens_decoder": listed(CHAT, first)}, [first])):
+        write(tmp_path, tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", **says})
+        assert same_ids(tmp_path).eos_ids == eos
+
+
+@pytest.mark.parametrize("puts", [True, False])
+@pytest.mark.parametrize("says", [
+    {}, {"bos_token": "<|im_start|>"}, {"add_bos_token": True, "bos_token": "<|im_start|>"}], ids=str)
+def test_tokenizer_json_says_whether_there_is_a_bos(tmp_path, puts, says):
+    """A token that it puts in front is BOS; tokenizer_config.json overrules it."""
+    first = bytes_json(tmp_path, CHAT, qwen=False)
+    if puts:
+        tok = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        tok.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<|im_start|> $A", special_tokens=[("<|im_start|>", first + 1)])
+        tok.save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path, tokenizer_config={"eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast", **says},
+          config={"model_type": "llama", "bos_token_id": first, "eos_token_id": first})
+    bos = Tokenizer(str(tmp_path)).bos_id
+    assert bos == (first + 1 if puts or "add_bos_token" in says else -1)
+    if "add_bos_token" not in says:
+        assert (transformers.AutoTokenizer.from_pretrained(tmp_path)("am").input_ids[0] == bos) == puts
+
+
+def test_what_a_call_has_left_in_tokenizer_json(tmp_path):
+    bytes_json(tmp_path, CHAT, qwen=True)
+    write(tmp_path, tokenizer_config={"eos_token": "<|im_end|>"})
+    expected = [Tokenizer(str(tmp_path)).encode(text) for text in TEXTS]
+    tok = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tok.enable_truncation(4), tok.enable_padding(length=32)
+    tok.save(str(tmp_path / "tokenizer.json"))
+    assert [Tokenizer(str(tmp_path)).encode(text) for text in TEXTS] == expected
+
+
+def test_llama_3s_tokenizer_model(tmp_path):
+    """It is tiktoken's: beside a tokenizer.json nobody needs it."""
+    lines = (base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
+    with pytest.raises(BadInput, match="tokenizer.model: .* tiktoken.* Llama 3 .* tokenizer.json"):
+        Tokenizer(str(tmp_path))
+    bytes_json(tmp_path, CHAT, qwen=True)
+    write(tmp_path, tokenizer_config={"eos_token": "<|im_end|>"})
+    assert Tokenizer(str(tmp_path)).decode(Tokenizer(str(tmp_path)).encode("am tag")) == "am tag"
+
+
+@pytest.mark.parametrize("file", ["tokenizer.model", "tokenizer.json"])
+def test_a_pointer_instead_of_a_tokenizer(tmp_path, file):
+    (tmp_path / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:" + "ab" * 32)
+    with pytest.raises(BadInput, match=f"{file}: .*git lfs pull"):
+        Tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("above", [True, False])
+def test_metas_folder_merged(tmp_path, above):
+    """download.sh puts tokenizer.model one folder above; a folder of ours has it, and what transformers must know."""
+    model = tiny_hf(vocab_size=512)
+    meta_folder(tmp_path / "llama-2-7b", model, shards=2)
+    pieces(tmp_path if above else tmp_path / "llama-2-7b")
+    source, merged = str(tmp_path / "llama-2-7b"), tmp_path / "merged"
+    ours = Tokenizer(source)
+    export_hf(LLaMA.from_pretrained(source), str(merged), source)
+    assert same_ids(merged).encode("am tag") == ours.encode("am tag")
+    theirs = transformers.AutoTokenizer.from_pretrained(merged)
+    assert ours.bos_id == theirs.bos_token_id == 1
+    assert theirs("am tag").input_ids == [1, *ours.encode("am tag")]
+    assert theirs.eos_token_id == ours.eos_id == Tokenizer(str(merged)).eos_id == 2
+    read = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    assert read.config.eos_token_id == 2 and distance(read, LLaMA.from_pretrained(source)) < 1e-4
