@@ -141,7 +141,7 @@ def main():
                 weight = merged(weight, learnt[f"{layer}.lora_A"], learnt[f"{layer}.lora_B"], alpha / rank)
             yield name, weight
 
-    write_hf(cfg.to, raw.args, tensors(), source, dtype)
+    write_hf(cfg.to, raw.args, tensors(), source, dtype, ids=(trained["bos_id"], trained["eos_id"]))
     print(f"{cfg.to}: {source} with the LoRA of {cfg.ckpt} merged in")
 
 

@@ -48,13 +48,13 @@ class Tokenizer:
         # the map is for folders from before tokenizer_config.json listed what is added
         said, older = (json_in(path, f"{f}.json") for f in ("tokenizer_config", "special_tokens_map"))
         self.said = said = older | said if "added_tokens_decoder" in said else said | older
-        own, first = self.open()
+        own, front = self.open()
         for f in ("config.json", "generation_config.json"):  # the later knows better
             own |= {key: value for key, value in json_in(path, f).items() if value is not None}
-        if not isinstance(first, bool):  # and the id that tokenizer.json puts in front
-            own["bos_token_id"] = first
+        if front:  # and what tokenizer.json does best
+            own["bos_token_id"] = front
         # -1: this LLM begins without one. Qwen2's config.json names a BOS, but no text begins with it
-        begins = said.get("add_bos_token", first is not False) and said.get("bos_token", "") is not None
+        begins = said.get("add_bos_token", front != []) and said.get("bos_token", "") is not None
         self.bos_id = bos_id if bos_id >= 0 or not begins else (self.ids("bos", own) or [-1])[0]
         self.eos_ids = [eos_id] if eos_id >= 0 else self.ids("eos", own)
         if not self.eos_ids:
@@ -64,15 +64,15 @@ class Tokenizer:
     def open(self):
         """
         Each of the three forms sets _encode, _decode, vocab_size and id_of (piece -> its id or None). -> the ids of BOS
-        and EOS that the file itself knows, as config.json names them; and the id that it puts in front of a text, or
-        whether it puts BOS there.
+        and EOS that the file itself knows, as config.json names them; and the list of the id that it puts in front of a
+        text, None where the file does not say.
         """
         if self.path.startswith("random:"):
             # random weights have none: one token a byte, under LLaMA's ids for bytes
             self._encode = lambda text: [3 + b for b in text.encode()]
             self._decode = lambda ids: bytes(i - 3 for i in ids if i > 2).decode(errors="replace")
             self.vocab_size = 259
-            return {"bos_token_id": 1, "eos_token_id": 2}, True
+            return {"bos_token_id": 1, "eos_token_id": 2}, None
         file = tokenizer_file(self.path)
         if not file:
             raise nothing_in(self.path, "holds neither tokenizer.json nor tokenizer.model; of other files transformers "
@@ -94,15 +94,15 @@ class Tokenizer:
         """tokenizer.model"""
         from sentencepiece import SentencePieceProcessor
         sp = SentencePieceProcessor(model_file=file)
-        # SentencePiece never finds these in a text
         pieces = {sp.id_to_piece(i): i for i in range(len(sp))}
+        # SentencePiece never finds these in a text
         added = {piece: i for piece, i in pieces.items() if sp.is_control(i) or sp.is_unknown(i)}
         added |= {t["content"]: i for i, t in self.added()}
         split = re.compile(f"({'|'.join(re.escape(t) for t in sorted(added, key=len, reverse=True))})").split
         line = len(sp.encode("\n"))
 
         def encode(text):
-            """A text begins with a space, be it SentencePiece's own; after an added token only in "legacy" folders."""
+            """A text begins with a space, its own or SentencePiece's; what follows a token only in "legacy" folders."""
             ids = []
             for i, part in enumerate(split(text)):
                 if part in added:
@@ -118,7 +118,7 @@ class Tokenizer:
         self.vocab_size = len(sp)
         self.pieces = pieces | added
         self.id_of = self.pieces.get
-        return {"bos_token_id": sp.bos_id(), "eos_token_id": sp.eos_id()}, True
+        return {"bos_token_id": sp.bos_id(), "eos_token_id": sp.eos_id()}, None
 
     def open_json(self, file):
         """tokenizer.json"""
@@ -142,8 +142,8 @@ class Tokenizer:
         self._decode = tok.decode
         self.vocab_size = tok.get_vocab_size()
         self.id_of = tok.token_to_id
-        first = tok.encode("a").ids[:1]
-        return {}, first[0] if first != self._encode("a")[:1] else False
+        front = tok.encode("a").ids[:1]
+        return {}, front if front != self._encode("a")[:1] else []
 
     def ids(self, kind, own):
         """The ids of BOS or EOS, by what the folder says of them; own: what it says in numbers."""

@@ -154,25 +154,26 @@ def open_random(path):
 
 # no LLM has more; the largest real ones have 16384, 126, 128 and 256000
 LIMITS = {"width": 2**17, "layers": 1000, "heads": 2**12, "rows": 2**23}
-# a key -> our name, which of LIMITS holds for a whole number (None: any positive number), whether it must be there
-META = {"dim": ("dim", "width", True), "n_layers": ("n_layers", "layers", True), "n_heads": ("n_heads", "heads", True),
-        "norm_eps": ("norm_eps", None, True), "rope_theta": ("rope_theta", None, False)}
-HF = {"hidden_size": ("dim", "width", True), "num_hidden_layers": ("n_layers", "layers", True),
-      "num_attention_heads": ("n_heads", "heads", True), "num_key_value_heads": ("n_kv_heads", "heads", False),
-      "intermediate_size": ("hidden_dim", "width", True), "vocab_size": ("vocab_size", "rows", True),
-      "head_dim": ("head_dim", "width", False), "sliding_window": ("sliding_window", "rows", False),
-      "rms_norm_eps": ("norm_eps", None, True), "rope_theta": ("rope_theta", None, False)}
+# a key -> our name, and which of LIMITS holds for a whole number (None: any positive number)
+META = {"dim": ("dim", "width"), "n_layers": ("n_layers", "layers"), "n_heads": ("n_heads", "heads"),
+        "norm_eps": ("norm_eps", None), "rope_theta": ("rope_theta", None)}
+HF = {"hidden_size": ("dim", "width"), "num_hidden_layers": ("n_layers", "layers"),
+      "num_attention_heads": ("n_heads", "heads"), "num_key_value_heads": ("n_kv_heads", "heads"),
+      "intermediate_size": ("hidden_dim", "width"), "vocab_size": ("vocab_size", "rows"),
+      "head_dim": ("head_dim", "width"), "sliding_window": ("sliding_window", "rows"),
+      "rms_norm_eps": ("norm_eps", None), "rope_theta": ("rope_theta", None)}
+OPTIONAL = ("n_kv_heads", "head_dim", "sliding_window", "rope_theta")
 
 
 def sizes_in(where, says, table):
     """The sizes that a file says, under our names; one that a model can have, before anything of that size is made."""
     found = {}
-    for key, (name, most, needed) in table.items():
+    for key, (name, most) in table.items():
         value = says.get(key)
-        if needed and key not in says:
-            raise BadInput(f"{where}: has no {key}")
-        if value is None and not needed:
+        if value is None and name in OPTIONAL:
             continue
+        if key not in says:
+            raise BadInput(f"{where}: has no {key}")
         if not most:
             positive(where, says, key)
         elif type(value) is not int or not 1 <= value <= LIMITS[most]:
@@ -302,15 +303,13 @@ def hf_rope(where, config):
     # newer folders keep rope_theta in rope_parameters; where both stand, transformers obeys rope_scaling
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(key) or {}
-    if not isinstance(rope, dict):
-        raise refusal(where, config, key)
-    kind = str(rope.get("rope_type", rope.get("type", "default")))
+    kind = str(rope.get("rope_type", rope.get("type", "default"))) if isinstance(rope, dict) else ""
     if kind not in ROPE or not rope.keys() >= set(ROPE[kind]) or rope.get("partial_rotary_factor", 1) != 1:
         raise refusal(where, config, key)
     found = sizes_in(where, rope, {"rope_theta": HF["rope_theta"]})
     positive(where, rope, *ROPE[kind])
-    if kind == "dynamic":
-        return found | sizes_in(where, config, {"max_position_embeddings": ("max_position_embeddings", "rows", True)})
+    if kind == "dynamic":  # it changes nothing up to there
+        return found | sizes_in(where, config, {"max_position_embeddings": ("max_position_embeddings", "rows")})
     return found | {"rope_scaling": rope if ROPE[kind] else None}
 
 
@@ -334,10 +333,11 @@ def hf_files(path):
 TOKENIZER_FILES = ("tokenizer", "special_tokens", "generation_config", "vocab", "merges", "chat_template")
 
 
-def write_hf(folder, args, tensors, source, dtype, shard_bytes=5 * 10**9):
+def write_hf(folder, args, tensors, source, dtype, shard_bytes=5 * 10**9, ids=()):
     """
     Write an LLM as a Hugging Face folder: config.json, safetensors shards with their index, the tokenizer of source.
     tensors: pairs (Meta's name, whole tensor), taken one by one, so that one shard is all that need be in memory.
+    ids: those of BOS and EOS, where source does not say them as Hugging Face's folders do.
     """
     if not os.path.isdir(source):
         raise BadInput(f"{source}: is no folder, there is no tokenizer to copy from it")
@@ -350,7 +350,7 @@ def write_hf(folder, args, tensors, source, dtype, shard_bytes=5 * 10**9):
             save_file(shard, inside(str(len(shards))), metadata={"format": "pt"})
             shards.append({name: t.nbytes for name, t in shard.items()})
         # how many there are is known at the end: until then they are called 0, 1, 2, ...
-        about = {"config.json": hf_config(args, source, dtype)}
+        about = {"config.json": hf_config(args, source, dtype, ids)}
         files = ["model.safetensors"]
         if len(shards) > 1:
             files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -363,7 +363,7 @@ def write_hf(folder, args, tensors, source, dtype, shard_bytes=5 * 10**9):
         for file in filter(None, {*found, tokenizer_file(source)}):
             shutil.copy(file, part)
         if os.path.exists(inside("tokenizer.model")) and not os.path.exists(inside("tokenizer_config.json")):
-            about["tokenizer_config.json"] = Tokenizer(source).as_llama()
+            about["tokenizer_config.json"] = Tokenizer(source, *ids).as_llama()
         for file, value in about.items():
             with open(inside(file), "w") as f:
                 json.dump(value, f, indent=2)
@@ -380,14 +380,14 @@ def in_shards(tensors, shard_bytes):
     yield shard
 
 
-def hf_config(a, source, dtype):
+def hf_config(a, source, dtype, ids=()):
     """config.json for these sizes: that of source where it has one, else made of them."""
     dtype = str(dtype).removeprefix("torch.")
     path = os.path.join(source, "config.json")
     if os.path.exists(path):
         return load_json(path) | {"torch_dtype": dtype, "dtype": dtype}  # for older and newer transformers
-    tokenizer = Tokenizer(source)
-    return {key: getattr(a, name) for key, (name, *_) in HF.items()} | {
+    tokenizer = Tokenizer(source, *ids)
+    return {key: getattr(a, name) for key, (name, _) in HF.items()} | {
         "architectures": [a.model_type.capitalize() + "ForCausalLM"], "model_type": a.model_type,
         "hidden_act": "silu", "max_position_embeddings": 4096, "tie_word_embeddings": a.tied,
         "bos_token_id": tokenizer.bos_id if tokenizer.bos_id >= 0 else None, "eos_token_id": tokenizer.eos_id,

@@ -17,6 +17,7 @@ from test_model import distance, meta_folder, tiny_hf
 import train
 from lib.program import BadInput
 from lib.tokenizer import Tokenizer
+from lib.weights import write_hf
 from lora import export_hf
 from model import LLaMA
 
@@ -359,5 +360,10 @@ def test_metas_folder_merged(tmp_path, above):
     assert ours.bos_id == theirs.bos_token_id == 1
     assert theirs("am tag").input_ids == [1, *ours.encode("am tag")]
     assert theirs.eos_token_id == ours.eos_id == Tokenizer(str(merged)).eos_id == 2
+    # a run that has learnt another EOS, as with stories260K
+    llama = LLaMA.from_pretrained(source)
+    write_hf(str(tmp_path / "other"), llama.args, llama.state_dict().items(), source, torch.float32, ids=(2, 1))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "other")
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs("am").input_ids[0]) == (2, 1, 2)
     read = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
     assert read.config.eos_token_id == 2 and distance(read, LLaMA.from_pretrained(source)) < 1e-4

@@ -355,6 +355,11 @@ def test_sliding_window_shorter_than_the_sequence(tmp_path):
     llama(h=h, lens=[25, 25])  # a stream may be longer, its documents are not
     with pytest.raises(BadInput, match="sliding_window"):  # decoding would outgrow it
         generate(llama, [(h[:, :40], [40])], [1], max_new_tokens=10)
+    # so with dynamic positions: plain up to there
+    rope = dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
+    hf_folder(tmp_path, rope_parameters=rope, max_position_embeddings=49)
+    refused(tmp_path, "max_position_embeddings=49", tokens=TOKENS)
+    LLaMA.from_pretrained(str(tmp_path))(TOKENS[:, :49])
     # Qwen2 says how long its window is, and that it does not use it
     hf_folder(tmp_path, kind="qwen2")
     with edit(tmp_path) as c:
