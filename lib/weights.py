@@ -174,11 +174,10 @@ def sizes_in(where, says, table):
             continue
         if key not in says:
             raise BadInput(f"{where}: has no {key}")
-        if not most:
-            positive(where, says, key)
-        elif type(value) is not int or not 1 <= value <= LIMITS[most]:
-            raise BadInput(f"{where}: {key}={str(value)[:50]} is not a whole number "
-                           f"from 1 to {LIMITS[most]} (weights.LIMITS)")
+        if most and (type(value) is not int or not 1 <= value <= LIMITS[most]):
+            raise refusal(where, says, key, f"is not a whole number from 1 to {LIMITS[most]} (weights.LIMITS)")
+        if not most and (type(value) not in (int, float) or not 0 < value < 1e30):
+            raise refusal(where, says, key, "is not a positive number")
         found[name] = value
     return found
 
@@ -186,14 +185,6 @@ def sizes_in(where, says, table):
 def refusal(where, says, key, why="is not implemented"):
     """The error that names a key of a file and its value."""
     return BadInput(f"{where}: {key}={repr(says.get(key))[:100]} {why}")
-
-
-def positive(where, values, *keys):
-    """These must be numbers that one can divide by."""
-    for key in keys:
-        value = values.get(key)
-        if type(value) not in (int, float) or not 0 < value < 1e30:
-            raise BadInput(f"{where}: {key}={str(value)[:50]} is not a positive number")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Meta's layout: a folder -> (sizes as ModelArgs takes them, name -> shape, read)
@@ -306,8 +297,8 @@ def hf_rope(where, config):
     kind = str(rope.get("rope_type", rope.get("type", "default"))) if isinstance(rope, dict) else ""
     if kind not in ROPE or not rope.keys() >= set(ROPE[kind]) or rope.get("partial_rotary_factor", 1) != 1:
         raise refusal(where, config, key)
+    sizes_in(where, rope, {key: (key, None) for key in ROPE[kind]})  # positive numbers, which may be divided by
     found = sizes_in(where, rope, {"rope_theta": HF["rope_theta"]})
-    positive(where, rope, *ROPE[kind])
     if kind == "dynamic":  # it changes nothing up to there
         return found | sizes_in(where, config, {"max_position_embeddings": ("max_position_embeddings", "rows")})
     return found | {"rope_scaling": rope if ROPE[kind] else None}
