@@ -54,7 +54,8 @@ class Tokenizer:
         if front:  # and what tokenizer.json does best
             own["bos_token_id"] = front
         # -1: this LLM begins without one. Qwen2's config.json names a BOS, but no text begins with it
-        begins = said.get("add_bos_token", front != []) and said.get("bos_token", "") is not None
+        adds = said.get("add_bos_token")
+        begins = (front != [] if adds is None else adds) and said.get("bos_token", "") is not None
         self.bos_id = bos_id if bos_id >= 0 or not begins else (self.ids("bos", own) or [-1])[0]
         self.eos_ids = [eos_id] if eos_id >= 0 else self.ids("eos", own)
         if not self.eos_ids:
@@ -86,7 +87,7 @@ class Tokenizer:
 
     def added(self):
         """(id, {"content": token, ...}) of what the folder adds to its tokenizer, in the order of their ids."""
-        listed = {int(i): t for i, t in self.said.get("added_tokens_decoder", {}).items()}
+        listed = {int(i): t for i, t in (self.said.get("added_tokens_decoder") or {}).items()}
         older = {i: {"content": t} for t, i in json_in(self.path, "added_tokens.json").items()}
         return sorted((listed or older).items())
 

@@ -301,7 +301,7 @@ def test_the_map_of_special_tokens(tmp_path):
 
 @pytest.mark.parametrize("puts", [True, False])
 @pytest.mark.parametrize("says", [
-    {}, {"bos_token": "<|im_start|>"}, {"add_bos_token": True, "bos_token": "<|im_start|>"}], ids=str)
+    {}, {"bos_token": "<|im_start|>", "add_bos_token": None}, {"add_bos_token": True, "bos_token": "<|im_start|>"}], ids=str)
 def test_tokenizer_json_says_whether_there_is_a_bos(tmp_path, puts, says):
     """A token that it puts in front is BOS; tokenizer_config.json overrules it."""
     first = bytes_json(tmp_path, CHAT, qwen=False)
@@ -313,8 +313,8 @@ def test_tokenizer_json_says_whether_there_is_a_bos(tmp_path, puts, says):
     write(tmp_path, tokenizer_config={"eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast", **says},
           config={"model_type": "llama", "bos_token_id": first, "eos_token_id": first})
     bos = Tokenizer(str(tmp_path)).bos_id
-    assert bos == (first + 1 if puts or "add_bos_token" in says else -1)
-    if "add_bos_token" not in says:
+    assert bos == (first + 1 if puts or says.get("add_bos_token") else -1)
+    if not says.get("add_bos_token"):
         assert (transformers.AutoTokenizer.from_pretrained(tmp_path)("am").input_ids[0] == bos) == puts
 
 
