@@ -301,7 +301,8 @@ def test_the_map_of_special_tokens(tmp_path):
 
 @pytest.mark.parametrize("puts", [True, False])
 @pytest.mark.parametrize("says", [
-    {}, {"bos_token": "<|im_start|>", "add_bos_token": None}, {"add_bos_token": True, "bos_token": "<|im_start|>"}], ids=str)
+    {}, {"bos_token": "<|im_start|>", "add_bos_token": None},
+    {"bos_token": "<|im_start|>", "add_bos_token": True}], ids=str)
 def test_tokenizer_json_says_whether_there_is_a_bos(tmp_path, puts, says):
     """A token that it puts in front is BOS; tokenizer_config.json overrules it."""
     first = bytes_json(tmp_path, CHAT, qwen=False)
