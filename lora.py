@@ -98,6 +98,11 @@ def save_lora(llama, folder, base=""):
     write_adapter(folder, tensors, len(first.lora_A), first.alpha, {f[1] for f in found}, first.dropout.p, base)
 
 
+def export_hf(llama, folder, source):
+    """Write a LLaMA, its LoRA merged, as a Hugging Face folder; source: the one that it came from."""
+    write_hf(folder, llama.args, llama.state_dict().items(), source, llama.tok_embeddings.weight.dtype)
+
+
 @torch.no_grad()
 def load_lora(llama, folder):
     """Apply to a plain LLaMA the LoRA that a folder holds (ours or PEFT's), rank, alpha and targets too. -> llama"""
@@ -123,7 +128,6 @@ def main():
         raise BadInput(f"ckpt={cfg.ckpt}: has no LoRA (stage={trained['stage']}), there is nothing to merge")
     source = cfg.llm or trained["llm"]
     raw, (rank, alpha, targets, *_) = open_llm(source), checkpoint.lora
-    check_names(source, raw.args.shapes(), raw.shapes)
     learnt = {name.removeprefix("llm."): t for name, t in checkpoint.tensors.items() if name.startswith("llm.")}
     dtype = raw.read("tok_embeddings.weight").dtype
     # what has learnt must find its place in these weights, or it would be lost without a word
@@ -142,10 +146,8 @@ def main():
                 weight = merged(weight, learnt[f"{layer}.lora_A"], learnt[f"{layer}.lora_B"], alpha / rank)
             yield name, weight
 
-    if trained["llm_bits"] < 16:
-        print(f"{source}: is merged as it lies there, though the run has seen it in {trained['llm_bits']} bits")
-    write_hf(cfg.to, raw.args, tensors(), source, dtype)
-    print(f"{cfg.to}: {source} with the LoRA of {cfg.ckpt} merged in")
+    write_hf(cfg.to, raw.args, tensors(), source, dtype, ids=(trained["bos_id"], trained["eos_id"]))
+    print(f"{cfg.to}: {source}, as it lies there in 16 bits, with the LoRA of {cfg.ckpt} merged in")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.linear import Linear, must_divide, quantize
 from lib.program import BadInput
-from lib.tensors import check_fit, check_names, fill, init_weight
+from lib.tensors import check_fit, fill, init_weight
 from lib.weights import open_llm
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -37,11 +37,11 @@ class RMSNorm(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x)."""
 
-    def __init__(self, dim, hidden_dim, bits=16):
+    def __init__(self, dim, hidden_dim, linear=Linear):
         super().__init__()
-        self.w1 = Linear(dim, hidden_dim, bits=bits)
-        self.w2 = Linear(hidden_dim, dim, bits=bits)
-        self.w3 = Linear(dim, hidden_dim, bits=bits)
+        self.w1 = linear(dim, hidden_dim)
+        self.w2 = linear(hidden_dim, dim)
+        self.w3 = linear(dim, hidden_dim)
 
     def forward(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -49,11 +49,13 @@ class FeedForward(nn.Module):
 
 def rope_table(pos, head_dim, theta=10000.0, scaling=None):
     """
-    Positions (...) -> cos and sin (..., 1, D/2) of rotary embeddings, fp32; scaling: LLaMA 3.1's dict.
+    Positions (...) -> cos and sin (..., 1, D/2) of rotary embeddings, fp32; scaling: as in ModelArgs.
     Made anew in each forward: a table kept as a buffer would come back as garbage from the meta device.
     """
     inv = theta ** (-torch.arange(0, head_dim, 2, device=pos.device, dtype=torch.float32) / head_dim)
-    if scaling:  # long wavelengths are stretched by `factor`, short ones kept, those between blended
+    if scaling and "low_freq_factor" not in scaling:  # linear: all wavelengths are stretched by `factor`
+        inv = inv / scaling["factor"]
+    elif scaling:  # long ones are stretched, short ones kept, those between blended
         turns = scaling["original_max_position_embeddings"] * inv / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -75,17 +77,18 @@ class Attention(nn.Module):
     attend(q (B, T, H, D), k and v (B, T, Hkv, D), *how) -> (B, T, H*D).
     """
 
-    def __init__(self, dim, n_heads, n_kv_heads, head_dim, bias=False, bits=16):
+    def __init__(self, dim, n_heads, n_kv_heads, head_dim, bias=False, linear=Linear, norm=nn.Identity):
         super().__init__()
         self.head_dim = head_dim
-        self.wq = Linear(dim, n_heads * head_dim, bias, bits)
-        self.wk = Linear(dim, n_kv_heads * head_dim, bias, bits)
-        self.wv = Linear(dim, n_kv_heads * head_dim, bias, bits)
-        self.wo = Linear(n_heads * head_dim, dim, bits=bits)
+        self.wq = linear(dim, n_heads * head_dim, bias)
+        self.wk = linear(dim, n_kv_heads * head_dim, bias)
+        self.wv = linear(dim, n_kv_heads * head_dim, bias)
+        self.wo = linear(n_heads * head_dim, dim)
+        self.q_norm, self.k_norm = norm(), norm()  # Qwen3's, over each head
 
     def forward(self, x, rope, attend, *how):
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # -> (B, T, H, D)
-        return self.wo(attend(rotate(q, rope), rotate(k, rope), v, *how))
+        return self.wo(attend(rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v, *how))
 
 
 class Block(nn.Module):
@@ -220,8 +223,11 @@ class LLaMA(nn.Module):
         """bits: of the seven matrices of a block; 8 and 4 are frozen. Embeddings, output and norms stay as they are."""
         super().__init__()
         self.args, self.bits = args, bits
-        attention = lambda: Attention(args.dim, args.n_heads, args.n_kv_heads, args.head_dim, args.qkv_bias, bits)
-        block = lambda: Block(args.dim, attention(), FeedForward(args.dim, args.hidden_dim, bits), args.norm_eps)
+        linear = partial(Linear, bits=bits)
+        norm = partial(RMSNorm, args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity
+        attention = lambda: Attention(args.dim, args.n_heads, args.n_kv_heads, args.head_dim, args.qkv_bias,
+                                      linear, norm)
+        block = lambda: Block(args.dim, attention(), FeedForward(args.dim, args.hidden_dim, linear), args.norm_eps)
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(block() for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
@@ -260,7 +266,7 @@ class LLaMA(nn.Module):
     def fill(self, raw):
         """Give every weight its value from raw ones, a tensor at a time; what is to lie in 8 or 4 bits is quantised."""
         own = dict(self.named_parameters())
-        must_divide({name: shape for name, shape in raw.shapes.items() if not own[name].is_floating_point()}, self.bits)
+        must_divide({n: s for n, s in self.args.shapes().items() if not own[n].is_floating_point()}, self.bits)
         for name, weight in raw.tensors():
             if own[name].is_floating_point():
                 fill(own[name], weight)
@@ -272,13 +278,12 @@ class LLaMA(nn.Module):
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu", bits=16):
         """
         A LLaMA with the weights of a folder, frozen: Meta's layout (params.json + consolidated.*.pth, any number of
-        shards) or Hugging Face's (config.json + *.safetensors; model types llama, mistral, qwen2).
+        shards) or Hugging Face's (config.json + *.safetensors or *.bin; model types llama, mistral, qwen2, qwen3).
         BadInput names what is missing, surplus or cannot be run exactly.
         """
         raw = open_llm(path)
         with torch.device("meta"):
             llama = cls(raw.args, bits).to(dtype)
-        check_names(path, raw.args.shapes(), raw.shapes)
         llama.to_empty(device=device).requires_grad_(False).fill(raw)
         return llama.eval()
 
@@ -328,7 +333,6 @@ class SLLaMA(nn.Module):
         """
         state, own, buffers = state or {}, dict(self.named_parameters()), dict(self.named_buffers())
         learnt = [name for name in own if not name.startswith("llm.") or "lora_" in name]
-        check_names(raw.path, raw.args.shapes(), raw.shapes)
         check_fit(state, own | buffers, needed=[*learnt, *buffers])
         self.to_empty(device=device)
         self.llm.fill(raw)

@@ -13,7 +13,7 @@ from lib.program import BadInput
 from lib.tensors import from_hf, load_tensors, to_hf
 
 TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")  # the linear layers that can have one
-OURS = re.compile(r"layers\.\d+\.(?:attention|feed_forward)\.(\w+)\.(lora_[AB])")
+OURS = re.compile(rf"layers\.\d+\.(?:attention|feed_forward)\.(?:{'|'.join(TARGETS)})\.(lora_[AB])")
 # what PEFT may set without changing what is computed here; any other option that is set is refused by name
 HARMLESS = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "base_model_name_or_path",
             "inference_mode", "revision", "auto_mapping", "peft_version", "runtime_config", "ensure_weight_tying",
@@ -41,28 +41,26 @@ def read_adapter(folder):
     """
     where = os.path.join(folder, "adapter_config.json")
     c = load_json(where)
-    for key in ("peft_type", "r", "lora_alpha"):
-        if key not in c:
-            raise BadInput(f"{where}: has no {key}")
-    rank, alpha, dropout = c["r"], c["lora_alpha"], c.get("lora_dropout") or 0.0
+    rank, alpha, dropout = c.get("r"), c.get("lora_alpha"), c.get("lora_dropout") or 0.0
     if type(rank) is not int or type(alpha) not in (int, float) or type(dropout) not in (int, float):
-        raise BadInput(f"{where}: r, lora_alpha and lora_dropout must be numbers")
-    if c["peft_type"] != "LORA":
-        raise BadInput(f"{where}: peft_type={c['peft_type']!r} is not LORA")
+        raise BadInput(f"{where}: r={rank!r}, lora_alpha={alpha!r}, lora_dropout={dropout!r} must be numbers")
+    if c.get("peft_type") != "LORA":
+        raise BadInput(f"{where}: peft_type={c.get('peft_type')!r} is not LORA")
     for key, value in c.items():
         if key not in HARMLESS and value not in UNSET and not (key == "init_lora_weights" and value in INITS):
             raise BadInput(f"{where}: {key}={repr(value)[:100]} is not implemented")
     path = os.path.join(folder, "adapter_model.safetensors")
-    if not os.path.exists(path) and os.path.exists(os.path.join(folder, "adapter_model.bin")):
-        path = os.path.join(folder, "adapter_model.bin")  # as PEFT saved before 0.6
-    state, targets = {}, set()
+    older = os.path.join(folder, "adapter_model.bin")  # as PEFT saved before 0.6
+    if os.path.exists(older) and not os.path.exists(path):
+        path = older
+    state = {}
     for name, tensor in load_tensors(path).items():
         ours = from_hf(name.removeprefix("base_model.model.").removesuffix(".weight"))
         m = OURS.fullmatch(ours)
-        if not m or m[1] not in TARGETS or not name.startswith("base_model.model.model."):
+        if not m or not name.startswith("base_model.model.model."):
             raise BadInput(f"{path}: {name} is not a LoRA weight of one of LLaMA's seven linear layers")
-        if tensor.dim() != 2 or tensor.shape[m[2] == "lora_B"] != rank:
+        if tensor.dim() != 2 or tensor.shape[m[1] == "lora_B"] != rank:
             raise BadInput(f"{path}: {name} is {tuple(tensor.shape)}, r in adapter_config.json is {rank}")
         state[ours] = tensor
-        targets.add(m[1])
-    return rank, alpha, [t for t in TARGETS if t in targets], dropout, state
+    targets = [t for t in TARGETS if any(f".{t}." in name for name in state)]
+    return rank, alpha, targets, dropout, state

@@ -8,28 +8,27 @@ import zlib
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from lib.program import BadInput
 
 # Hugging Face's word -> Meta's
-HF_NAMES = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output",
+HF_NAMES = {"embed_tokens": "tok_embeddings", "lm_head": "output",
             "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
             "self_attn": "attention", "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo",
             "mlp": "feed_forward", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+META_NAMES = {meta: hf for hf, meta in HF_NAMES.items()}
 
 
 def from_hf(name):
     """Hugging Face's name of a weight -> Meta's, model.layers.0.mlp.up_proj -> layers.0.feed_forward.w3"""
-    name = re.sub(r"model\.embed_tokens|model\.norm|[a-z_]+", lambda m: HF_NAMES.get(m[0], m[0]), name)
-    return name.removeprefix("model.")
+    return ".".join(HF_NAMES.get(word, word) for word in name.removeprefix("model.").split("."))
 
 
 def to_hf(name):
     """Meta's name of a weight -> Hugging Face's, the inverse of from_hf."""
-    back = {v: k for k, v in HF_NAMES.items()}
-    name = re.sub(r"[a-z_]+\d?", lambda m: back.get(m[0], m[0]), name)
-    return "model." + name if name.startswith("layers.") else name
+    words = ".".join(META_NAMES.get(word, word) for word in name.split("."))
+    return "model." + words if name.startswith(("layers.", "tok_embeddings.", "norm.")) else words
 
 
 def halves(w, head_dim):
@@ -42,26 +41,37 @@ def pairs(w, head_dim):
     return w.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(w.shape)
 
 
+# how a file begins that is not what its name says -> what it is, and what to do
+INSTEAD = {rb"version https://git-lfs": "it is a git-lfs pointer, not the file: git lfs pull brings it",
+           rb"[\w+/=]+ \d+\n": "it is tiktoken's, as Llama 3 has it: take the Hugging Face folder's tokenizer.json",
+           rb"\s*<": "it is a web page, not the file: download it again"}
+
+
+def instead(path):
+    """What a file that cannot be read is, where its beginning tells; else None."""
+    with open(path, "rb") as f:
+        start = f.read(1000)
+    return next((what for pattern, what in INSTEAD.items() if re.match(pattern, start)), None)
+
+
 def load_tensors(path):
-    """name -> tensor of a .safetensors or .pth file, memory-mapped. Nothing in the file is executed."""
+    """name -> tensor of a .safetensors, .pth or .bin file, memory-mapped. Nothing in the file is executed."""
     try:
         if path.endswith(".safetensors"):
             with safe_open(path, "pt") as f:
                 return {k: f.get_tensor(k) for k in f.keys()}
         # what torch < 1.6 wrote (torchvision's googlenet) is no zip, and cannot be mapped
-        mmap = zipfile.is_zipfile(path)
-        state = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+        state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except OSError as e:
         raise BadInput(f"{path}: {e.strerror or e}") from None
-    except Exception as e:  # a damaged file can raise nearly anything; the first line of what it says is enough
-        said = (str(e) or type(e).__name__).splitlines()[0][:200]
-        if isinstance(e, SafetensorError):
-            said = said.split(":")[-1]
-        elif "eights_only" in said or "eights only" in said:
+    except Exception as e:  # a damaged file can raise nearly anything; the end of its first line is enough
+        said = str(e).partition("\n")[0][-200:].rpartition(":")[2].strip() or type(e).__name__
+        if "eights_only" in str(e) or "eights only" in str(e):
             said = "it holds more than tensors, which might run code"
-        raise BadInput(f"{path}: cannot be read as weights, damaged or not plain tensors ({said.strip()})") from None
-    tensors = isinstance(state, dict) and all(isinstance(v, torch.Tensor) for v in state.values())
-    if not tensors or not all(isinstance(k, str) for k in state):
+        said = instead(path) or f"damaged or not plain tensors ({said})"
+        raise BadInput(f"{path}: cannot be read as weights, {said}") from None
+    if not isinstance(state, dict) or {str} | {type(k) for k in state} != {str} or not all(
+            isinstance(v, torch.Tensor) for v in state.values()):
         raise BadInput(f"{path}: is not a plain dict of tensors")
     return state
 

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,12 +17,12 @@ from safetensors.torch import save_file
 from lib.files import load_json, whole_folder
 from lib.program import BadInput, Progress
 from lib.tensors import check_names, from_hf, halves, init_weight, load_tensors, shapes_of, to_hf
-from lib.tokenizer import Tokenizer
+from lib.tokenizer import Tokenizer, nothing_in, tokenizer_file
 
 
 @dataclass
 class ModelArgs:
-    """Meta's names for the sizes of a LLaMA; the last five are what Mistral, Qwen2 and LLaMA 3 add."""
+    """Meta's names for the sizes of a LLaMA; what stands behind vocab_size is what the LLaMAs since have added."""
     dim: int
     n_layers: int
     n_heads: int
@@ -33,17 +32,21 @@ class ModelArgs:
     head_dim: int
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: dict = None  # LLaMA 3.1's dict, or None
+    rope_scaling: dict = None  # LLaMA 3.1's dict, or linear's, which has a factor alone
     qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3: RMSNorm over each head's queries and keys
     tied: bool = False  # the output layer is the embedding
-    sliding_window: int = None  # Mistral 0.1: no sequence may be longer
+    # no sequence may be longer: Mistral 0.1, and rope_scaling dynamic, which changes nothing up to there
+    sliding_window: int = None
+    max_position_embeddings: int = None
     model_type: str = "llama"
 
     def fits(self, length):
-        """BadInput where a sequence of this length would need a sliding window, which is not implemented."""
-        if self.sliding_window and length > self.sliding_window:
-            raise BadInput(f"sliding_window={self.sliding_window}: a sequence of {length} tokens is longer, "
-                           "and the window is not implemented")
+        """BadInput where a sequence of this length would need what is not implemented."""
+        for key in ("sliding_window", "max_position_embeddings"):
+            most = getattr(self, key)
+            if most and length > most:
+                raise BadInput(f"{key}={most}: a sequence of {length} tokens is longer, which is not implemented")
 
     def shapes(self):
         """name -> shape of every weight, under Meta's names."""
@@ -60,6 +63,8 @@ class ModelArgs:
                      "attention_norm.weight": (dim,), "ffn_norm.weight": (dim,)}
             if self.qkv_bias:
                 block |= {f"attention.w{n}.bias": (rows,) for n, rows in zip("qkv", (query, key, key))}
+            if self.qk_norm:
+                block |= {f"attention.{n}_norm.weight": (self.head_dim,) for n in "qk"}
             shapes |= {f"layers.{i}.{name}": shape for name, shape in block.items()}
         shapes["norm.weight"] = (dim,)
         return shapes if self.tied else shapes | {"output.weight": (self.vocab_size, dim)}
@@ -68,13 +73,15 @@ class ModelArgs:
 LLAMA_7B = dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=32000)
 SIZES = {  # llm=random:NAME
     "7B": LLAMA_7B,
-    "13B": dict(dim=5120, n_layers=40, n_heads=40, n_kv_heads=40, hidden_dim=13824, vocab_size=32000),
-    "70B": dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, hidden_dim=28672, vocab_size=32000),
+    "13B": LLAMA_7B | dict(dim=5120, n_layers=40, n_heads=40, n_kv_heads=40, hidden_dim=13824),
+    "70B": LLAMA_7B | dict(dim=8192, n_layers=80, n_heads=64, hidden_dim=28672, n_kv_heads=8),
     "vicuna-7b-v1.5": LLAMA_7B,
     "mistral-7b-instruct-v0.3": LLAMA_7B | dict(n_kv_heads=8, hidden_dim=14336, vocab_size=32768, rope_theta=1e6,
                                                 model_type="mistral"),
     "qwen2-7b-instruct": dict(dim=3584, n_layers=28, n_heads=28, n_kv_heads=4, hidden_dim=18944, vocab_size=152064,
                               norm_eps=1e-6, rope_theta=1e6, qkv_bias=True, model_type="qwen2"),
+    "qwen3-8b": dict(dim=4096, n_layers=36, n_heads=32, n_kv_heads=8, head_dim=128, hidden_dim=12288,
+                     vocab_size=151936, norm_eps=1e-6, rope_theta=1e6, qk_norm=True, model_type="qwen3"),
     "deepseek-llm-7b-chat": LLAMA_7B | dict(n_layers=30, vocab_size=102400, norm_eps=1e-6),
     "chinese-llama-2-7b": LLAMA_7B | dict(vocab_size=55296),
     "smollm2-135m": dict(dim=576, n_layers=30, n_heads=9, n_kv_heads=3, hidden_dim=1536, vocab_size=49152,
@@ -103,7 +110,8 @@ class RawLLM:
                 f"{n / 1e6:.2f}M parameters, {n * dtype.itemsize / 1e9:.3f} GB in {str(dtype).removeprefix('torch.')}")
 
     def tensors(self):
-        """Yield (name, whole tensor), so that no more than one need be in memory; shows GB/s."""
+        """Yield (name, whole tensor), so that no more than one need be in memory; shows GB/s. All that args name."""
+        check_names(self.path, self.args.shapes(), self.shapes)
         done = 0
         show = None
         for name in self.shapes:
@@ -128,7 +136,7 @@ def open_llm(path):
     if meta and hf and not glob.glob("consolidated.*.pth", root_dir=path):
         meta = False  # Mistral's folders hold another params.json
     if not meta and not hf:
-        raise BadInput(f"llm={path}: holds neither params.json (Meta's layout) nor config.json (Hugging Face's)")
+        raise nothing_in(path, "holds neither params.json (Meta's layout) nor config.json (Hugging Face's)")
     sizes, shapes, read = open_meta(path) if meta else open_hf(path)
     return RawLLM(path, ModelArgs(**sizes), shapes, read)
 
@@ -138,41 +146,46 @@ def open_random(path):
     sizes = SIZES.get(path.removeprefix("random:"))
     if not sizes:
         raise BadInput(f"llm={path}: the sizes are {', '.join(SIZES)}")
-    args = ModelArgs(head_dim=sizes["dim"] // sizes["n_heads"], **sizes)
+    args = ModelArgs(**{"head_dim": sizes["dim"] // sizes["n_heads"]} | sizes)
     shapes = args.shapes()
-    # drawn once, since billions take minutes; a prime number of them, so that rows differ
-    noise = torch.randn(2**22 - 3, generator=torch.Generator().manual_seed(0))
-
-    def read(name):
-        shape = shapes[name]
-        if len(shape) == 1:
-            return init_weight(name, shape, 0)
-        n = math.prod(shape)
-        mine = noise.roll(zlib.crc32(name.encode())).repeat(math.ceil(n / len(noise)))[:n]
-        return mine.view(shape).mul_(shape[1] ** -0.5)
-
-    return RawLLM(path, args, shapes, read)
+    return RawLLM(path, args, shapes, lambda name: init_weight(name, shapes[name], 0))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sizes that stand in a file
 
 # no LLM has more; the largest real ones have 16384, 126, 128 and 256000
 LIMITS = {"width": 2**17, "layers": 1000, "heads": 2**12, "rows": 2**23}
+# a key -> our name, and which of LIMITS holds for a whole number (None: any positive number)
+META = {"dim": ("dim", "width"), "n_layers": ("n_layers", "layers"), "n_heads": ("n_heads", "heads"),
+        "norm_eps": ("norm_eps", None), "rope_theta": ("rope_theta", None)}
+HF = {"hidden_size": ("dim", "width"), "num_hidden_layers": ("n_layers", "layers"),
+      "num_attention_heads": ("n_heads", "heads"), "num_key_value_heads": ("n_kv_heads", "heads"),
+      "intermediate_size": ("hidden_dim", "width"), "vocab_size": ("vocab_size", "rows"),
+      "head_dim": ("head_dim", "width"), "sliding_window": ("sliding_window", "rows"),
+      "rms_norm_eps": ("norm_eps", None), "rope_theta": ("rope_theta", None)}
+OPTIONAL = ("n_kv_heads", "head_dim", "sliding_window", "rope_theta")
 
 
-def whole_number(where, key, value, most):
-    """A size must be one that a model can have: looked at before anything of that size is made."""
-    if type(value) is not int or not 1 <= value <= LIMITS[most]:
-        raise BadInput(f"{where}: {key}={str(value)[:50]} is not a whole number "
-                       f"from 1 to {LIMITS[most]} (weights.LIMITS)")
+def sizes_in(where, says, table):
+    """The sizes that a file says, under our names; one that a model can have, before anything of that size is made."""
+    found = {}
+    for key, (name, most) in table.items():
+        value = says.get(key)
+        if value is None and name in OPTIONAL:
+            continue
+        if key not in says:
+            raise BadInput(f"{where}: has no {key}")
+        if most and (type(value) is not int or not 1 <= value <= LIMITS[most]):
+            raise refusal(where, says, key, f"is not a whole number from 1 to {LIMITS[most]} (weights.LIMITS)")
+        if not most and (type(value) not in (int, float) or not 0 < value < 1e30):
+            raise refusal(where, says, key, "is not a positive number")
+        found[name] = value
+    return found
 
 
-def positive(where, values, *keys):
-    """These, where they stand there, must be numbers that one can divide by."""
-    for key in keys:
-        value = values.get(key)
-        if value is not None and (type(value) not in (int, float) or not 0 < value < 1e30):
-            raise BadInput(f"{where}: {key}={str(value)[:50]} is not a positive number")
+def refusal(where, says, key, why="is not implemented"):
+    """The error that names a key of a file and its value."""
+    return BadInput(f"{where}: {key}={repr(says.get(key))[:100]} {why}")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Meta's layout: a folder -> (sizes as ModelArgs takes them, name -> shape, read)
@@ -181,20 +194,14 @@ def open_meta(path):
     """params.json + consolidated.*.pth, model-parallel shards: they know what params.json does not say."""
     where = os.path.join(path, "params.json")
     params = load_json(where)
-    for key in ("dim", "n_layers", "n_heads", "norm_eps"):
-        if key not in params:
-            raise BadInput(f"{where}: has no {key}")
-    known = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier",
-             "norm_eps", "rope_theta"}
-    if surplus := sorted(k for k in params.keys() - known if params[k]):
-        raise BadInput(f"{where}: {surplus[0]}={params[surplus[0]]} is not implemented")
-    for key, most in {"dim": "width", "n_layers": "layers", "n_heads": "heads"}.items():
-        whole_number(where, key, params[key], most)
-    positive(where, params, "norm_eps", "rope_theta")
-
-    files = sorted(glob.glob(os.path.join(glob.escape(path), "consolidated.*.pth")))
+    sizes = sizes_in(where, params, META)
+    known = META.keys() | {"n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier"}
+    for key in sorted(params.keys() - known):
+        if params[key]:
+            raise refusal(where, params, key)
+    files = [os.path.join(path, f) for f in sorted(glob.glob("consolidated.*.pth", root_dir=path))]
     if not files:
-        raise BadInput(f"{path}: has no consolidated.00.pth")
+        raise BadInput(f"{path}: has no consolidated.00.pth; of a Mistral take the folder with its config.json")
     shards = [load_tensors(f) for f in files]
     one = shards[0]  # the others hold the same names and shapes
     for f, shard in zip(files, shards):
@@ -206,8 +213,8 @@ def open_meta(path):
     for name in (embedding, wk, wo, w1):
         if name not in one or one[name].dim() != 2:
             raise BadInput(f"{files[0]}: has no matrix {name}")
-    dim = params["dim"]
-    head_dim = dim // params["n_heads"]
+    dim = sizes["dim"]
+    head_dim = dim // sizes["n_heads"] or 1
     width = one[wo].shape[1]
     if width * len(files) < dim:
         raise BadInput(f"{path}: has {len(files)} of {dim // width} shards consolidated.*.pth")
@@ -220,177 +227,160 @@ def open_meta(path):
             return 0 if one[name].shape[1] == dim else 1  # LLaMA 2 splits its width, LLaMA 3 its vocabulary
         return 1 if name.endswith(("wo.weight", "w2.weight")) else 0
 
-    def shape(name):
-        s = list(one[name].shape)
-        if axis(name) is not None:
-            s[axis(name)] *= len(shards)
-        return tuple(s)
+    def join(name, device):
+        parts = [s[name].to(device) for s in shards]
+        return parts[0] if axis(name) is None else torch.cat(parts, axis(name))
 
     def read(name):
-        parts = [s[name] for s in shards]
-        if axis(name) is not None:
-            w = torch.cat(parts, axis(name))
-        elif all(torch.equal(p, parts[0]) for p in parts):
-            w = parts[0]
-        else:
+        if axis(name) is None and not all(torch.equal(s[name], one[name]) for s in shards):
             raise BadInput(f"{path}: {name} should be the same in every shard")
+        w = join(name, "cpu")
         return halves(w, head_dim) if name.endswith(("wq.weight", "wk.weight")) else w
 
-    shapes = {name: shape(name) for name in one if name != "rope.freqs"}
+    shapes = shapes_of({name: join(name, "meta") for name in one if name != "rope.freqs"})
     # absent and -1 in what Meta ships: the weights know
     found = {"n_kv_heads": shapes[wk][0] // head_dim, "vocab_size": shapes[embedding][0]}
     for key, value in found.items():
         if params.get(key) not in (None, -1, value):
             raise BadInput(f"{where}: {key}={params[key]}, but its weights have {value}")
-    sizes = dict(dim=dim, n_layers=params["n_layers"], n_heads=params["n_heads"], head_dim=head_dim,
-                 hidden_dim=shapes[w1][0], norm_eps=params["norm_eps"], rope_theta=params.get("rope_theta", 10000.0))
-    return sizes | found, shapes, read
+    return sizes | found | {"head_dim": head_dim, "hidden_dim": shapes[w1][0]}, shapes, read
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Hugging Face's layout, likewise
 
 def open_hf(path):
-    """config.json + *.safetensors."""
+    """config.json + *.safetensors or pytorch_model*.bin."""
     where = os.path.join(path, "config.json")
     config = load_json(where)
     sizes = hf_sizes(where, config)
     tensors = {}
     for f in hf_files(path):
         tensors |= {from_hf(k): v for k, v in load_tensors(f).items() if not k.endswith("rotary_emb.inv_freq")}
-    if sizes["tied"] and "output.weight" in tensors:
-        if not torch.equal(tensors["output.weight"], tensors.get("tok_embeddings.weight")):
-            raise refusal(where, config, "tie_word_embeddings", "but lm_head.weight differs from the embedding")
-        del tensors["output.weight"]
+    if sizes["tied"] and "output.weight" in tensors:  # the one matrix may stand there under either name, or both
+        head = tensors.pop("output.weight")
+        if not torch.equal(head, tensors.setdefault("tok_embeddings.weight", head)):
+            raise refusal(where, config, "tie_word_embeddings", "but lm_head.weight differs from the embedding: "
+                          "false keeps it, without it in the file the embedding takes its place")
     return sizes, shapes_of(tensors), tensors.__getitem__
 
 
-def refusal(where, config, key, why="is not implemented"):
-    """The error that names a key of config.json and its value."""
-    return BadInput(f"{where}: {key}={repr(config[key])[:100]} {why}")
+# values of keys that change what is computed: the first is what an absent key means
+ONLY = {"attention_bias": (False, None), "mlp_bias": (False, None), "quantization_config": (None, {}),
+        "hidden_act": ("silu",), "partial_rotary_factor": (1,)}
+# model_type -> what else it means, where config.json does not say otherwise
+KINDS = {"llama": {}, "mistral": {"sliding_window": 4096}, "qwen2": {"qkv_bias": True},
+         "qwen3": {"head_dim": 128, "qk_norm": True}}
+# kind of rope_scaling -> what it must say
+ROPE = {"default": (), "linear": ("factor",), "dynamic": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
 
 
 def hf_sizes(where, config):
     """config.json -> sizes as ModelArgs takes them; what cannot be run exactly is refused."""
-    for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-                "vocab_size", "rms_norm_eps"):
-        if config.get(key) is None:
-            raise BadInput(f"{where}: has no {key}")
-    for key, most in {"hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads",
-                      "num_key_value_heads": "heads", "intermediate_size": "width", "vocab_size": "rows",
-                      "head_dim": "width", "sliding_window": "rows"}.items():
-        if config.get(key) is not None:
-            whole_number(where, key, config[key], most)
-    positive(where, config, "rms_norm_eps", "rope_theta")
-    kind = config["model_type"]
-    if str(kind) not in ("llama", "mistral", "qwen2"):
-        raise refusal(where, config, "model_type", "is none of llama, mistral, qwen2")
-    for key in ("attention_bias", "mlp_bias", "quantization_config"):
-        if config.get(key):
+    kind = config.get("model_type")
+    if str(kind) not in KINDS:
+        raise refusal(where, config, "model_type", f"is none of {', '.join(KINDS)}")
+    for key, values in ONLY.items():
+        if config.get(key, values[0]) not in values:
             raise refusal(where, config, key)
-    if config.get("hidden_act", "silu") != "silu":
-        raise refusal(where, config, "hidden_act")
-    rope = hf_rope(where, config)
-    window = None
-    if config.get("use_sliding_window", kind != "qwen2"):
-        window = config.get("sliding_window", 4096 if kind == "mistral" else None)
-    dim = config["hidden_size"]
-    heads = config["num_attention_heads"]
-    return dict(dim=dim, n_layers=config["num_hidden_layers"], n_heads=heads,
-                n_kv_heads=config.get("num_key_value_heads") or heads, head_dim=config.get("head_dim") or dim // heads,
-                hidden_dim=config["intermediate_size"], vocab_size=config["vocab_size"],
-                norm_eps=config["rms_norm_eps"], tied=bool(config.get("tie_word_embeddings")),
-                qkv_bias=kind == "qwen2", sliding_window=window, model_type=kind) | rope
+    said = sizes_in(where, config, HF)
+    sizes = dict(n_kv_heads=said["n_heads"], head_dim=said["dim"] // said["n_heads"]) | KINDS[kind] | said
+    if config.get("sliding_window", 0) is None or not config.get("use_sliding_window", kind == "mistral"):
+        sizes["sliding_window"] = None
+    return sizes | hf_rope(where, config) | dict(tied=bool(config.get("tie_word_embeddings")), model_type=kind)
 
 
 def hf_rope(where, config):
-    """config.json -> rope_theta, and rope_scaling where it is LLaMA 3.1's."""
+    """config.json's further word on positions -> what ModelArgs has of it."""
     # newer folders keep rope_theta in rope_parameters; where both stand, transformers obeys rope_scaling
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(key) or {}
-    if not isinstance(rope, dict):
+    kind = str(rope.get("rope_type", rope.get("type", "default"))) if isinstance(rope, dict) else ""
+    if kind not in ROPE or not rope.keys() >= set(ROPE[kind]) or rope.get("partial_rotary_factor", 1) != 1:
         raise refusal(where, config, key)
-    needed = {"default": (),
-              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    positive(where, rope, "rope_theta", *needed["llama3"])
-    kind = str(rope.get("rope_type", rope.get("type", "default")))
-    if kind not in needed or not rope.keys() >= set(needed[kind]) or rope.get("partial_rotary_factor", 1) != 1:
-        raise refusal(where, config, key)
-    if config.get("partial_rotary_factor", 1) != 1:
-        raise refusal(where, config, "partial_rotary_factor")
-    return dict(rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
-                rope_scaling=rope if kind == "llama3" else None)
+    sizes_in(where, rope, {key: (key, None) for key in ROPE[kind]})  # positive numbers, which may be divided by
+    found = sizes_in(where, rope, {"rope_theta": HF["rope_theta"]})
+    if kind == "dynamic":  # it changes nothing up to there
+        return found | sizes_in(where, config, {"max_position_embeddings": ("max_position_embeddings", "rows")})
+    return found | {"rope_scaling": rope if ROPE[kind] else None}
 
 
 def hf_files(path):
-    """The files of weights in a folder, as their index says them where there is one."""
-    names = glob.glob("*.safetensors", root_dir=path)
-    index = os.path.join(path, "model.safetensors.index.json")
-    if os.path.exists(index):
-        said = load_json(index).get("weight_map")
-        if not isinstance(said, dict) or not all(isinstance(f, str) for f in said.values()):
-            raise BadInput(f"{index}: its weight_map does not say the files of weights")
-        names = {os.path.basename(f) for f in said.values()}  # files of this folder alone
-    if not names:
-        raise BadInput(f"{path}: has no *.safetensors")
-    return [os.path.join(path, name) for name in sorted(names)]
+    """The files of weights, as transformers takes them: one for all, else those of an index; safetensors first."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        file = os.path.join(path, name)
+        if os.path.exists(file):
+            return [file]
+        index = file + ".index.json"
+        if os.path.exists(index):
+            said = load_json(index).get("weight_map")
+            if not said or not isinstance(said, dict) or not all(isinstance(f, str) for f in said.values()):
+                raise BadInput(f"{index}: its weight_map does not say the files of weights")
+            return sorted({os.path.join(path, os.path.basename(f)) for f in said.values()})  # of this folder alone
+    raise BadInput(f"{path}: has no model.safetensors, no pytorch_model.bin, and no *.index.json of their shards")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Written for others
 
-def write_hf(folder, args, tensors, source, dtype, shard_bytes=5 * 10**9):
+TOKENIZER_FILES = ("tokenizer", "special_tokens", "generation_config", "vocab", "merges", "chat_template")
+
+
+def write_hf(folder, args, tensors, source, dtype, shard_bytes=5 * 10**9, ids=()):
     """
     Write an LLM as a Hugging Face folder: config.json, safetensors shards with their index, the tokenizer of source.
     tensors: pairs (Meta's name, whole tensor), taken one by one, so that one shard is all that need be in memory.
+    ids: those of BOS and EOS, where source does not say them as Hugging Face's folders do.
     """
     if not os.path.isdir(source):
         raise BadInput(f"{source}: is no folder, there is no tokenizer to copy from it")
     if os.path.exists(folder):
         raise BadInput(f"{folder}: exists already")
     with whole_folder(folder.rstrip("/")) as part:
-        shards = []  # names in each that is written
-        shard = {}  # the one that is being filled
-        total = 0
-
-        def write():
-            save_file(shard, os.path.join(part, f"{len(shards)}.safetensors"), metadata={"format": "pt"})
-            shards.append(list(shard))
-            shard.clear()
-
-        # the number of shards is known at the end: until then their names are 0, 1, 2, ...
-        for name, tensor in tensors:
-            if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > shard_bytes:
-                write()
-            shard[to_hf(name)] = tensor.contiguous()
-            total += tensor.nbytes
-        write()
+        inside = lambda name: os.path.join(part, name)
+        shards = []  # name -> bytes in each
+        for shard in in_shards(tensors, shard_bytes):
+            save_file(shard, inside(str(len(shards))), metadata={"format": "pt"})
+            shards.append({name: t.nbytes for name, t in shard.items()})
+        # how many there are is known at the end: until then they are called 0, 1, 2, ...
+        about = {"config.json": hf_config(args, source, dtype, ids)}
         files = ["model.safetensors"]
-        about = {"config.json": hf_config(args, source, dtype)}
         if len(shards) > 1:
             files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-            weight_map = {name: f for f, names in zip(files, shards) for name in names}
-            about["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        for i, f in enumerate(files):
-            os.rename(os.path.join(part, f"{i}.safetensors"), os.path.join(part, f))
-        for f, value in about.items():
-            with open(os.path.join(part, f), "w") as out:
-                json.dump(value, out, indent=2)
-        for f in sorted(os.listdir(source)):
-            if f.startswith(("tokenizer", "special_tokens", "generation_config", "vocab", "merges", "chat_template")):
-                shutil.copy(os.path.join(source, f), part)
+            about["model.safetensors.index.json"] = {
+                "metadata": {"total_size": sum(sum(shard.values()) for shard in shards)},
+                "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}}
+        for i, file in enumerate(files):
+            os.rename(inside(str(i)), inside(file))
+        found = {os.path.join(source, f) for f in os.listdir(source) if f.startswith(TOKENIZER_FILES)}
+        for file in filter(None, {*found, tokenizer_file(source)}):
+            shutil.copy(file, part)
+        if os.path.exists(inside("tokenizer.model")) and not os.path.exists(inside("tokenizer_config.json")):
+            about["tokenizer_config.json"] = Tokenizer(source, *ids).as_llama()
+        for file, value in about.items():
+            with open(inside(file), "w") as f:
+                json.dump(value, f, indent=2)
 
 
-def hf_config(a, source, dtype):
+def in_shards(tensors, shard_bytes):
+    """Pairs (Meta's name, tensor) -> dicts (Hugging Face's name -> tensor) of at most so many bytes, or one tensor."""
+    shard = {}
+    for name, tensor in tensors:
+        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > shard_bytes:
+            yield shard
+            shard = {}
+        shard[to_hf(name)] = tensor.contiguous()
+    yield shard
+
+
+def hf_config(a, source, dtype, ids=()):
     """config.json for these sizes: that of source where it has one, else made of them."""
     dtype = str(dtype).removeprefix("torch.")
     path = os.path.join(source, "config.json")
     if os.path.exists(path):
         return load_json(path) | {"torch_dtype": dtype, "dtype": dtype}  # for older and newer transformers
-    tokenizer = Tokenizer(source)
-    return {"architectures": [a.model_type.capitalize() + "ForCausalLM"], "model_type": a.model_type,
-            "hidden_size": a.dim, "num_hidden_layers": a.n_layers, "num_attention_heads": a.n_heads,
-            "num_key_value_heads": a.n_kv_heads, "head_dim": a.head_dim,
-            "intermediate_size": a.hidden_dim, "vocab_size": a.vocab_size,
-            "rms_norm_eps": a.norm_eps, "rope_theta": a.rope_theta, "hidden_act": "silu",
-            "max_position_embeddings": 4096, "tie_word_embeddings": a.tied, "sliding_window": a.sliding_window,
-            "bos_token_id": tokenizer.bos_id if tokenizer.bos_id >= 0 else None, "eos_token_id": tokenizer.eos_id,
-            "torch_dtype": dtype}
+    tokenizer = Tokenizer(source, *ids)
+    return {key: getattr(a, name) for key, (name, _) in HF.items()} | {
+        "architectures": [a.model_type.capitalize() + "ForCausalLM"], "model_type": a.model_type,
+        "hidden_act": "silu", "max_position_embeddings": 4096, "tie_word_embeddings": a.tied,
+        "bos_token_id": tokenizer.bos_id if tokenizer.bos_id >= 0 else None, "eos_token_id": tokenizer.eos_id,
+        "torch_dtype": dtype}

@@ -258,6 +258,8 @@ def hostile(home, seconds=20):
 
     build = lambda folder: model.LLaMA.from_pretrained(folder)
     torch.save({"tok_embeddings.weight": Harm()}, f"{meta('pickled')}/consolidated.00.pth")
+    outside = hf("outside")
+    os.remove(f"{outside}/model.safetensors")  # it would come first
     put("outside/model.safetensors.index.json", b'{"weight_map": {"a": "../../../etc/passwd"}}')
     with open(place / "big.json", "wb") as f:
         f.truncate(3 * 10**9)  # a hole in the disk, gigabytes to a reader
@@ -277,7 +279,7 @@ def hostile(home, seconds=20):
         "num_hidden_layers=10**9": lambda: build(hf("deep", num_hidden_layers=10**9)),
         "num_attention_heads=0": lambda: build(hf("headless", num_attention_heads=0)),
         "n_layers=10**9": lambda: build(meta("deepmeta", n_layers=10**9)),
-        "shards named outside of the folder": lambda: open_llm(hf("outside")),
+        "shards named outside of the folder": lambda: open_llm(outside),
         "a config file with code": lambda: read_literals(put("code.py", code), strict=True),
     }
     ended = [(what, *forked(job, seconds)) for what, job in jobs.items()]

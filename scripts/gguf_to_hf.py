@@ -44,7 +44,7 @@ def convert(path, folder):
     try:
         import gguf
         import tokenizers
-        from tokenizers import decoders, models, pre_tokenizers
+        from tokenizers import decoders, models, pre_tokenizers, processors
     except ImportError as e:
         raise BadInput(f"{e.name}: is not installed (pip install gguf tokenizers)") from None
     try:
@@ -89,6 +89,9 @@ def convert(path, folder):
         pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tok.decoder = decoders.ByteLevel()
     tok.add_special_tokens([t for t, kind in zip(tokens, kinds) if kind == CONTROL])
+    if field.get("tokenizer.ggml.add_bos_token", True):
+        begin = [(said["bos_token"], config["bos_token_id"])]
+        tok.post_processor = processors.TemplateProcessing(single=[said["bos_token"], "$A"], special_tokens=begin)
     with whole_folder(folder.rstrip("/")) as part:
         save_file(state, f"{part}/model.safetensors", metadata={"format": "pt"})
         tok.save(f"{part}/tokenizer.json")

@@ -83,7 +83,7 @@ def train_tokenizer_json(folder, texts, pieces, bos):
                                                        show_progress=False, initial_alphabet=alphabet))
     tok.save(f"{folder}/tokenizer.json")
     with open(f"{folder}/tokenizer_config.json", "w") as f:
-        json.dump({"bos_token": "<s>" if bos else None, "eos_token": "</s>"}, f)
+        json.dump({"bos_token": "<s>" if bos else None, "eos_token": "</s>", "add_bos_token": bos}, f)
 
 
 def content_words(words, rng, function_words=FUNCTION_WORDS):

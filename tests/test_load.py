@@ -48,13 +48,17 @@ def write(folder, layout):
     with torch.device("meta"):
         shapes = {k: p.shape for k, p in LLaMA(ModelArgs(**SIZE)).named_parameters()}
     kinds = {s: torch.randn(s) for s in set(shapes.values())}
-    if layout == "hf":
+    if layout in ("safetensors", "bin"):
         c = dict(model_type="llama", hidden_size=1024, num_hidden_layers=14, num_attention_heads=8,
                  intermediate_size=2816, vocab_size=4000, rms_norm_eps=1e-5)
         (folder / "config.json").write_text(json.dumps(c))
         names = sorted(shapes)
         for i in range(3):
-            save_file({to_hf(n): kinds[shapes[n]].clone() for n in names[i::3]}, folder / f"model-{i}.safetensors")
+            part = {to_hf(n): kinds[shapes[n]].clone() for n in names[i::3]}
+            (save_file if layout == "safetensors" else torch.save)(part, folder / f"{i}.{layout}")
+        weight_map = {to_hf(n): f"{i % 3}.{layout}" for i, n in enumerate(names)}
+        index = "model.safetensors.index.json" if layout == "safetensors" else "pytorch_model.bin.index.json"
+        (folder / index).write_text(json.dumps({"weight_map": weight_map}))
     else:
         params = dict(dim=1024, n_layers=14, n_heads=8, norm_eps=1e-5, vocab_size=-1)
         (folder / "params.json").write_text(json.dumps(params))
@@ -66,7 +70,7 @@ def write(folder, layout):
     return 4 * sum(s.numel() for s in shapes.values()), total
 
 
-@pytest.mark.parametrize("layout", ["hf", "meta"])
+@pytest.mark.parametrize("layout", ["safetensors", "bin", "meta"])
 @pytest.mark.long
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="what a process holds is read from Linux's /proc")
 def test_two_processes_hold_little_more_than_the_model(tmp_path, layout):

@@ -60,12 +60,12 @@ def test_update_by_hand():
     torch.testing.assert_close(lora(x), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["llama", "qwen2"])
-def test_merged_equals_unmerged(bias):
-    lora = with_lora(tiny_llama(qkv_bias=bias))
+@pytest.mark.parametrize("kind", [{}, {"qkv_bias": True}, {"qk_norm": True}], ids=["llama", "qwen2", "qwen3"])
+def test_merged_equals_unmerged(kind):
+    lora = with_lora(tiny_llama(**kind))
     merged = merge_lora(copy.deepcopy(lora))
-    assert difference(lora, merged) < 1e-4 < 1e-1 < difference(merged, tiny_llama(qkv_bias=bias))
-    assert merged.state_dict().keys() == tiny_llama(qkv_bias=bias).state_dict().keys()
+    assert difference(lora, merged) < 1e-4 < 1e-1 < difference(merged, tiny_llama(**kind))
+    assert merged.state_dict().keys() == tiny_llama(**kind).state_dict().keys()
     assert not any(isinstance(m, LoRALinear) for m in merged.modules())
 
 
@@ -152,7 +152,7 @@ SUBSETS = [ALL, ["wq", "wk", "wv", "wo"], ["w1", "w2", "w3"], ["wv", "w2"]]
 comma = lambda x: ",".join(x) if isinstance(x, list) else x
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("targets", SUBSETS, ids=comma)
 def test_peft_reads_what_we_save(tmp_path, targets, kind):
     peft = pytest.importorskip("peft")
@@ -329,7 +329,8 @@ def export(llama, folder, source, **how):
 
 @pytest.mark.parametrize("kind, changes", [
     ("llama", {}), ("llama", dict(rope_parameters=LLAMA3)), ("mistral", dict(head_dim=16)),
-    ("qwen2", dict(tie_word_embeddings=True))], ids=lambda x: x if isinstance(x, str) else comma(list(x)))
+    ("qwen2", dict(tie_word_embeddings=True)), ("qwen3", dict(head_dim=16))],
+    ids=lambda x: x if isinstance(x, str) else comma(list(x)))
 @pytest.mark.parametrize("form", ["new", "old"])
 def test_export_from_hugging_face(tmp_path, kind, changes, form):
     hf_folder(tmp_path / "base", form, kind, **changes)
@@ -421,7 +422,8 @@ def test_merge_program(tmp_path, monkeypatch, capsys, dtype):
     assert str(run) in capsys.readouterr().out
     merged = transformers_loads(tmp_path / "merged", dtype="auto")
     files = {f.name for f in (tmp_path / "merged").iterdir()}
-    assert files == {"config.json", "model.safetensors", "tokenizer.model", "tokenizer.vocab", "generation_config.json"}
+    assert files == {"config.json", "model.safetensors", "tokenizer.model", "tokenizer.vocab", "generation_config.json",
+                     "tokenizer_config.json"}
     stored = load_file(tmp_path / "merged" / "model.safetensors").values()
     assert {str(t.dtype) for t in stored} == {str(merged.dtype)} == {f"torch.{dtype}"}
     exact = dict(merge_lora(copy.deepcopy(model.llm)).named_parameters())

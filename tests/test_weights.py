@@ -9,12 +9,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_model import edit, hf_folder, meta_folder, refused, tiny_hf
+from test_model import distance, edit, hf_folder, meta_folder, refused, tiny_hf
 
 from lib import files
 from lib.files import load_json
 from lib.program import BadInput
 from lib.tensors import check_names, from_hf, load_tensors, to_hf
+from lib.tokenizer import Tokenizer
 from lib.weights import open_llm
 from model import LLaMA
 
@@ -156,19 +157,101 @@ def test_the_index_says_which_files_are_read(says, tmp_path):
     names = sorted(tensors)
     save_file({k: tensors[k] for k in names[::2]}, tmp_path / "a.safetensors")
     save_file({k: tensors[k] for k in names[1::2]}, tmp_path / "b.safetensors")
-    save_file({k: torch.zeros_like(v) for k, v in tensors.items()}, file)  # an older state, say
+    file.unlink()
+    for other in ("model-epoch1", "consolidated", "adapter_model"):  # an older state, say
+        save_file({k: torch.zeros_like(v) for k, v in tensors.items()}, tmp_path / f"{other}.safetensors")
     index = tmp_path / "model.safetensors.index.json"
     for at in ("", "../", "/etc/", "sub/"):  # a path leads nowhere else
         index.write_text(json.dumps({"weight_map": {k: f"{at}{'ab'[i % 2]}.safetensors" for i, k in enumerate(names)}}))
         raw = open_llm(folder)
         assert {to_hf(k) for k in raw.shapes} == set(names)
         assert all(torch.equal(raw.read(from_hf(k)), tensors[k]) for k in names)
-    for wrong in ({}, {"weight_map": ["a.safetensors"]}, {"weight_map": {"a": 1}}):
+    for wrong in ({}, {"weight_map": {}}, {"weight_map": ["a.safetensors"]}, {"weight_map": {"a": 1}}):
         index.write_text(json.dumps(wrong))
         with pytest.raises(BadInput, match="index.json: its weight_map"):
             open_llm(folder)
-    index.unlink(), file.unlink()
-    assert {to_hf(k) for k in open_llm(folder).shapes} == set(names)  # without an index all there are
+    index.unlink()
+    with pytest.raises(BadInput, match="has no model.safetensors, .* no .*index.json"):  # nor does transformers guess
+        open_llm(folder)
+
+
+FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@pytest.mark.parametrize("first", range(4), ids=FILES)
+def test_which_file_comes_first(says, tmp_path, first):
+    """Each of them holds other numbers: those of transformers are read."""
+    transformers = pytest.importorskip("transformers")
+    folder, whole = says(), load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    for k, name in [*enumerate(FILES)][first:]:
+        tensors = {key: v * (1 + k / 10) for key, v in whole.items()}
+        write = torch.save if "bin" in name else save_file
+        file = name if not name.endswith("index.json") else name.replace(".", "-1.", 1).removesuffix(".index.json")
+        write(tensors, tmp_path / file)
+        if file != name:
+            (tmp_path / name).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, file)}))
+    raw = open_llm(folder)
+    query = whole["model.layers.1.self_attn.q_proj.weight"] * (1 + first / 10)
+    assert torch.equal(raw.read("layers.1.attention.wq.weight"), query)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert distance(theirs, LLaMA.from_pretrained(folder)) < 1e-4
+
+
+def test_bin_files_are_data(says, tmp_path):
+    folder, whole = says(), load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    for held, words in (({**whole, "x": print}, "more than tensors"), ({"state_dict": whole}, "plain dict of tensors")):
+        torch.save(held, tmp_path / "pytorch_model.bin")
+        with pytest.raises(BadInput, match=f"pytorch_model.bin: .*{words}"):
+            open_llm(folder)
+    torch.save(whole, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)  # before torch 1.6
+    assert open_llm(folder).shapes.keys() == {from_hf(k) for k in whole}
+
+
+@pytest.mark.parametrize("kept", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_a_tied_matrix_under_either_name(tmp_path, kept):
+    """safetensors.torch.save_model keeps one of the names that a tensor has."""
+    model = hf_folder(tmp_path, kind="qwen2", tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    both = tensors.pop("model.embed_tokens.weight")
+    save_file({**tensors, kept: both}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert distance(model, LLaMA.from_pretrained(str(tmp_path))) < 1e-4
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    refused(tmp_path, "has no tensor tok_embeddings.weight")
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "ab" * 32 + "\nsize 4943162336\n"
+
+
+@pytest.mark.parametrize("file, holds, words", [
+    ("model.safetensors", POINTER, "git lfs pull"), ("pytorch_model.bin", POINTER, "git lfs pull"),
+    ("model.safetensors", "<!DOCTYPE html><html>", "a web page"), ("pytorch_model.bin", "\n<html>", "a web page")])
+def test_files_that_are_something_else(says, tmp_path, file, holds, words):
+    folder = says()
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / file).write_text(holds)
+    with pytest.raises(BadInput, match=f"{file}: .*{words}"):
+        open_llm(folder)
+
+
+def test_paths_that_are_no_folder_of_an_llm(says, tmp_path, monkeypatch):
+    """What the tokenizer says too, which train.py meets first."""
+    folder = says()
+    home = tmp_path / "home"
+    (home / "models--a--b" / "snapshots").mkdir(parents=True)
+    (tmp_path / "model.safetensors").rename(tmp_path / "weights")
+    (home / "models--a--b" / "snapshots" / "0123abcd").symlink_to(folder)
+    for name, file in (("adapter", "adapter_config.json"), ("quantised", "llama.Q4_K_M.gguf"), ("empty", "README.md")):
+        (home / name).mkdir(), (home / name / file).write_text("{}")
+    monkeypatch.chdir(home)
+    snapshot = "models--a--b/snapshots/0123abcd"
+    for path, words in (("meta-llama/Llama-2-7b-hf", "is no folder.*hf download"), ("models--a--b", f"is {snapshot}"),
+                        (".", f"is ./{snapshot}"), ("adapter", "an adapter"), ("quantised", "scripts.gguf_to_hf"),
+                        ("quantised/llama.Q4_K_M.gguf", "scripts.gguf_to_hf"), ("empty", "holds neither")):
+        for reads in (open_llm, Tokenizer):
+            with pytest.raises(BadInput, match=f"llm={path}: .*{words}"):
+                reads(path)
 
 
 def test_a_tied_output_may_stand_there_again(says, tmp_path):
@@ -182,7 +265,7 @@ def test_a_tied_output_may_stand_there_again(says, tmp_path):
         assert (LLaMA.from_pretrained(folder).output is None) == tied
     tensors["lm_head.weight"][0, 0] += 1
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(BadInput, match="tie_word_embeddings=True but lm_head.weight differs"):
+    with pytest.raises(BadInput, match="tie_word_embeddings=True but lm_head.weight differs .* false keeps it"):
         open_llm(says(tie_word_embeddings=True))
 
 
