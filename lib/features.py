@@ -89,7 +89,7 @@ def open_features(path, split, names, values=True, sigma=None):
     The source of one pattern and split: .npy files (a folder, or a path with {name} in it), a .safetensors or a pickle.
     values=False: for the shapes alone. sigma: stand-ins from the alignments in neccam's base annotations.
     """
-    path = first([path.replace("{split}", s) for s in (split, VAL.get(split, split))])
+    path = first("", [path.replace("{split}", s) for s in (split, VAL.get(split, split))])
     if "{name}" in path:
         return open_arrays(path, split, names)
     if os.path.isdir(path):
@@ -110,7 +110,7 @@ def open_arrays(pattern, split, names):
     """The source of .npy files, one a clip; a split may have a folder of its own among them."""
     source = {}
     for name in names:
-        file = first([pattern.replace("{name}", n) for n in (name, f"{split}/{name}")])
+        file = first("", [pattern.replace("{name}", n) for n in (name, f"{split}/{name}")])
         if not os.path.exists(file):
             continue
         try:

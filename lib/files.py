@@ -3,6 +3,7 @@ Files read safely and written whole: what stands in one comes from anybody, and 
 """
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -27,22 +28,27 @@ def load_json(path, kind=dict):
     return value
 
 
+def read_text(path):
+    """What stands in a text file, which is UTF-8."""
+    raw = open(path, "rb").read()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise BadInput(f"{path}:{raw[:e.start].count(10) + 1}: is not UTF-8 ({e.reason} at byte {e.start})") from None
+
+
 def read_jsonl(path, what, take):
     """take(row) for each line of a file of JSON lines; what it raises names the line, and says that it is no `what`."""
-    try:
-        lines = list(open(path, encoding="utf-8-sig"))  # not splitlines: a sentence may hold U+2028
-    except UnicodeDecodeError:
-        raise BadInput(f"{path}: is not UTF-8") from None
-    if not lines:
-        raise BadInput(f"{path}: has no lines, each {what}")
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(io.StringIO(read_text(path)), 1):  # not splitlines: a sentence may hold U+2028
         try:
             found.append(take(json.loads(line)))
         except BadInput as e:
             raise BadInput(f"{path}:{number}: {e}") from None
         except (ValueError, KeyError, TypeError) as e:
             raise BadInput(f"{path}:{number}: is not {what} ({e})") from None
+    if not found:
+        raise BadInput(f"{path}: has no lines, each {what}")
     return found
 
 
