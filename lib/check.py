@@ -20,6 +20,7 @@ ODD = "[\0-\x1f\x7f\ud800-\udfff]"
 def clip_trouble(row, seen):
     """What is wrong with a clip's name, text and video, or None. seen: name -> split and video of the clips before."""
     name = row["name"]
+    video = row.get("video")
     # __metadata__ is a key of safetensors' own
     if name in ("", "__metadata__") or os.path.isabs(name) or ".." in name.split("/") or re.search(ODD, name):
         return "the name must be one inside the folder"
@@ -29,38 +30,38 @@ def clip_trouble(row, seen):
         return "has an empty text"
     if re.search("[\ud800-\udfff]", row["text"]):
         return "its text has half a character"
-    video = row.get("video")
-    if video is None:
-        return None
-    if not os.path.exists(video):
+    if video is not None and not os.path.exists(video):
         return f"{video or 'its video'} does not exist"
-    if os.path.isdir(video):
-        return None if images(video) else f"{video} has no frames"
-    return None if os.path.getsize(video) else f"{video} is an empty file"
+    if video and not (images(video) if os.path.isdir(video) else os.path.getsize(video)):
+        return f"{video} has no frames" if os.path.isdir(video) else f"{video} is an empty file"
 
 
 def images(folder):
     """How many frames lie in a folder."""
-    return sum(f.name.lower().endswith(IMAGES) for f in os.scandir(folder))
+    return sum(f.lower().endswith(IMAGES) for f in os.listdir(folder))
 
 
-def feature_trouble(name, sources, width):
-    """What is wrong with a clip's features in {pattern: source}, or None."""
+def joined(name, sources, width):
+    """
+    (T, D) of a clip's features from {pattern: source}, or the text of what is wrong with them.
+    width: D of the clips before, 0 at first.
+    """
+    frames = {}
+    D = 0
     for path, source in sources.items():
         if name not in source:
             return f"has no features in {path}"
-    found = {path: source[name][0] for path, source in sources.items()}
-    for path, shape in found.items():
+        shape, _ = source[name]
         if isinstance(shape, str):
             return f"{path}: {shape}"
         if len(shape) != 2 or 0 in shape:
             hint = "; features=states makes stand-ins from alignments" if shape == (0,) else ""
             return f"its features in {path} have the shape {shape}, not (frames, width){hint}"
-    if len({T for T, _ in found.values()}) > 1:
-        return "its features have " + " and ".join(f"{T} frames in {path}" for path, (T, _) in found.items())
-    D = sum(D for _, D in found.values())
-    if width and D != width:
-        return f"its features are {D} wide, those of the first clip {width}"
+        frames[path] = shape[0]
+        D += shape[1]
+    if len({*frames.values()}) > 1:
+        return "its features have " + " and ".join(f"{T} frames in {path}" for path, T in frames.items())
+    return (shape[0], D) if D == (width or D) else f"its features are {D} wide, those of the first clip {width}"
 
 
 def check(splits, patterns=(), sigma=None):
@@ -83,44 +84,44 @@ def check(splits, patterns=(), sigma=None):
     published = next((counts for names, counts in PUBLISHED.items() if re.match(names, name)), None)
     counts = tuple(len(splits[s]) for s in SPLITS)
     if published and counts != published:
-        note = "clips: {}/{}/{}, published are {}/{}/{}".format(*counts, *published)
-        if counts[0] == 18400 and published[0] == 18401:
-            note += " (18400 is a known variant, without S000005_P0004_T00)"
-        notes.append(note)
+        notes.append("clips: {}/{}/{}, published are {}/{}/{}".format(*counts, *published))
+        if counts[0] == 18400:
+            notes[0] += " (18400 is a known variant, without S000005_P0004_T00)"
 
     for split, known in zip(SPLITS, published or ("", "", "")):
-        names = [row["name"] for row in splits[split]]
-        sources = {}
-        if names:
-            sources = {p.replace("{split}", split): open_features(p, split, names, False, sigma) for p in patterns}
-        for row in splits[split]:
+        rows = splits[split]
+        names = [row["name"] for row in rows]
+        sources = {p.replace("{split}", split): open_features(p, split, names, False, sigma)
+                   for p in patterns if names}
+        for row in rows:
             name = row["name"]
             row = dict(row)
             if not sources:
                 row.setdefault("video", "")  # no video and no features either
             elif not os.path.exists(row.get("video", "")):
                 row.pop("video", None)
-            trouble = clip_trouble(row, seen) or feature_trouble(name, sources, width)
+            trouble = clip_trouble(row, seen)
+            T = row.get("frames")
+            if not trouble and sources:
+                found = joined(name, sources, width)
+                if isinstance(found, str):
+                    trouble = found
+                else:
+                    T, width = shapes[name] = found
+            elif not trouble and "frames" in row and os.path.isdir(row["video"]):
+                T = images(row["video"])
             seen.setdefault(name, f"{split} ({row['video']})" if row.get("video") else split)
             if trouble:
                 line = f"{split}: clip {name}: {trouble}"
                 problems.append(ascii(line) if re.search(ODD, line) else line)
                 continue
             good[split].append(row)
-            T = row.get("frames")
-            if sources:
-                found = [source[name][0] for source in sources.values()]
-                shapes[name] = found[0][0], sum(D for _, D in found)
-                T, width = shapes[name]
-            elif "frames" in row and os.path.isdir(row["video"]):
-                T = images(row["video"])
             if row.get("frames", T) != T:
                 notes.append(f"{split}: clip {name}: {T} frames, its labels say {row['frames']}")
         if not names:
             notes.append(f"{split}: no clips")
-        repeated = sum(row["text"] in train for row in splits[split]) if split != "train" else ""
-        wrong = len(names) - len(good[split])
-        table.append(f"{split:5} {len(names):7} {known:>10} {wrong:9} {repeated:>21}".rstrip())
+        repeated = sum(row["text"] in train for row in rows) if split != "train" else ""
+        table.append(f"{split:5} {len(rows):7} {known:>10} {len(rows) - len(good[split]):9} {repeated:>21}".rstrip())
     return good, problems, notes, table, shapes
 
 
@@ -133,10 +134,8 @@ def report(problems, notes, table, folder, strict):
     if rank() == 0:
         print("\n".join(table), flush=True)
         for kind, lines in (("note", notes), ("problem", problems)):
-            for line in lines[:20]:
-                print(f"{kind}: {line}")
-            if len(lines) > 20:
-                print(f"{kind}: ... and {len(lines) - 20} more", flush=True)
+            more = [f"... and {len(lines) - 20} more"] if len(lines) > 20 else []
+            print("".join(f"{kind}: {line}\n" for line in lines[:20] + more), end="", flush=True)
         if problems:
             os.makedirs(folder, exist_ok=True)
             with whole(path) as f:

@@ -106,40 +106,37 @@ class Extractor:
         neither kills nor workers leave a trace in the store.
         """
         batch = np.zeros((BATCH, self.crop, self.crop, 3), np.uint8)
-        owners = []  # the clip of each frame in the batch
-        rows = {}  # clip -> its features so far
-        ended = {}  # clip -> its rate or its BadInput, once all its frames have come
+        queue = []  # the clip of each frame in the batch, and (clip, how it ended) where all its frames have come
+        rows = {i: [] for i in range(len(paths))}  # clip -> its features so far
 
         def flush():
-            for i, row in zip(owners, self.compute(batch)):  # what the last batch is filled up with has no owner
-                rows.setdefault(i, []).append(row)
-            owners.clear()
-
-        def done():
-            for i in [i for i in ended if i not in owners]:
-                end = ended.pop(i)
-                features = np.array(rows.pop(i, []))
-                if not isinstance(end, BadInput) and not np.isfinite(features).all():
+            features = iter(self.compute(batch))  # what the last batch is filled up with has no owner
+            for item in queue:
+                if isinstance(item, int):
+                    rows[item].append(next(features))
+                    continue
+                i, end = item
+                x = np.array(rows.pop(i))
+                if not isinstance(end, BadInput) and not np.isfinite(x).all():
                     end = BadInput(f"{paths[i]}: backbone {self.settings['backbone']} gives features "
                                    "that are not finite")
-                if isinstance(end, BadInput):
-                    features = None
-                yield i, features, end
+                yield i, None if isinstance(end, BadInput) else x, end
+            queue.clear()
 
+        n = 0  # frames in the batch
         # collate_fn: arrays stay arrays and come through a pipe; tensors would go through /dev/shm, small in containers
         for i, some, end in DataLoader(Decoder(paths, **self.how), batch_size=None, collate_fn=tuple,
                                        num_workers=min(workers, len(paths))):
             for frame in some:
-                batch[len(owners)] = frame
-                owners.append(i)
-                if len(owners) == BATCH:
-                    flush()
+                if n == BATCH:
+                    yield from flush()
+                    n = 0
+                batch[n] = frame
+                queue.append(i)
+                n += 1
             if end is not None:
-                ended[i] = end
-            yield from done()
-        if owners:
-            flush()
-        yield from done()
+                queue.append((i, end))
+        yield from flush()
 
     def __call__(self, path):
         """The features of a clip: float16 (T, D)."""
