@@ -1,7 +1,9 @@
 """
-Videos in, frames out: mp4, webm, gif, folders of images; number, order, orientation and times as ffmpeg's.
+Videos in, frames out: mp4, webm, gif, folders of images; number, order, orientation and times are ffmpeg's.
 """
 import contextlib
+import itertools
+import logging
 import os
 import re
 
@@ -14,6 +16,8 @@ VIDEOS = (".mp4", ".webm", ".gif", ".mov", ".avi", ".mkv")
 # a larger frame or a longer clip is taken for a mistake
 MAX_SIDE = 8192
 MAX_FRAMES = 20_000
+# the form of a file, and what ffmpeg notes of one that is cut off where it decodes what is left of it without an error
+CUT = r"matroska.*: File ended prematurely|gif: LZW decode failed|(image2|jpeg_pipe): EOI missing"
 
 
 def natural(name):
@@ -21,70 +25,112 @@ def natural(name):
     return [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", name)]
 
 
+def visible(folder):
+    """What lies in a folder, less what systems put there: ._1.png, .DS_Store, @eaDir, __MACOSX."""
+    return sorted((f for f in os.listdir(folder) if f[0] not in ".@" and f != "__MACOSX"), key=natural)
+
+
+def frame_files(folder):
+    """The images in a folder, in natural order."""
+    files = [f for f in visible(folder) if f.lower().endswith(IMAGES)]
+    for one, other in itertools.pairwise(files):
+        if os.path.splitext(one)[0] == os.path.splitext(other)[0]:
+            raise BadInput(f"{folder}: {one} and {other} are one frame under two endings")
+    return [os.path.join(folder, f) for f in files]
+
+
+def promised(file):
+    """Where a file ends by its own word, an mp4's boxes or an AVI's first chunk; 0 where it does not say."""
+    at = 0
+    with open(file, "rb") as f:
+        while head := f.read(16):
+            if head[4:8] in (b"ftyp", b"moov", b"moof", b"mdat", b"free", b"wide", b"skip", b"uuid", b"sidx"):
+                size = int.from_bytes(head[8:] if head[:4] == b"\0\0\0\1" else head[:4])
+            else:
+                size = int.from_bytes(head[4:8], "little") + 8 if head[:4] == b"RIFF" and head[4:8] != b"\xff" * 4 else 0
+            if not size:
+                break
+            at += size
+            f.seek(at)
+    return at
+
+
 @contextlib.contextmanager
 def opened(file):
-    """The container of a video or an image; whatever there is to say against it is a BadInput."""
+    """A video or an image -> (container, its default video); whatever there is to say against it is a BadInput."""
     import av  # here: with all its codecs it takes a tenth of a second, and who trains decodes nothing
+    logging.getLogger("libav").addHandler(logging.NullHandler())
+    av.logging.set_level(av.logging.WARNING)
+    av.logging.set_skip_repeated(False)
     try:
-        # the decoder would give a GIF's frames up to where it is cut off, without a word
-        if file.lower().endswith(".gif") and open(file, "rb").read().rstrip(b"\0\r\n ")[-1:] != b";":
-            raise BadInput(f"{file}: is cut off, a GIF ends with ';'")
-        with av.open(file) as container:
-            if not container.streams.video:
-                raise BadInput(f"{file}: holds no video")
-            video = container.streams.video[0]
+        if promised(file) > os.path.getsize(file):
+            raise BadInput(f"{file}: is cut off")
+        with av.logging.Capture() as said, av.open(file, metadata_errors="replace") as container:
+            video = container.streams.best("video")
+            if not video or not video.codec_context:
+                raise BadInput(f"{file}: holds no video that ffmpeg can decode")
             if max(video.width, video.height) > MAX_SIDE:
                 raise BadInput(f"{file}: is {video.width}x{video.height} large, "
                                f"video.MAX_SIDE = {MAX_SIDE} allows no more")
             video.thread_count = 1  # small clips: threads cost more than they bring, processes scale
-            yield container
-    except (av.error.FFmpegError, UnicodeDecodeError, OSError) as e:  # UnicodeDecodeError: damaged tags
-        raise BadInput(f"{file}: cannot be decoded ({getattr(e, 'strerror', None) or e})") from None
+            yield container, video
+            if any(re.match(CUT, f"{container.format.name}: {message}") for *_, message in said):
+                raise BadInput(f"{file}: is cut off")
+    except (av.error.FFmpegError, OSError) as e:
+        raise BadInput(f"{file}: cannot be decoded: absent, damaged or cut off ({e.strerror or e})") from None
+
+
+def packets(container, video):
+    """
+    A video's packets. Where their times begin again, since one recording was put behind another, they are made to go
+    on; in an MPEG stream, which may begin at any time, also where they leap by more than ten seconds, as in ffmpeg.
+    """
+    leap = 10 / video.time_base if container.format.name == "mpegts" else float("inf")
+    shift = 0
+    step = 1
+    last = None
+    for packet in container.demux(video):
+        if packet.dts is not None:
+            at = packet.dts + shift
+            if last is not None and not 0 <= at - last <= leap:
+                shift += last + step - at
+                at = last + step
+            step = step if last is None else at - last
+            packet.dts = last = at
+        if packet.pts is not None:
+            packet.pts += shift
+        yield packet
 
 
 def rate_of(path, rate=0.0):
     """
-    Frames a second as a video file has them, 0 where it does not say or says nonsense.
+    Frames a second as a video file's packets have them, 0 where they do not say or say nonsense.
     A folder of frames cannot say; its rate is the one given.
     """
     if os.path.isdir(path):
         return rate
-    with opened(path) as container:
-        video = container.streams.video[0]
-        own = float(video.average_rate or 0)
-        # that is a guess from the first frames of a GIF, and hangs on how long the last one of an mp4 lasts
-        if video.frames > 1:
-            times = [p.pts for p in container.demux(video) if p.pts is not None]
-            seconds = (max(times) - min(times)) * video.time_base
-            own = float((len(times) - 1) / max(seconds, 1e-6))
+    with opened(path) as (container, video):
+        times = [p.dts if p.pts is None else p.pts for p in packets(container, video) if p.size]
+        seconds = (max(times) - min(times)) * video.time_base if len(times) > 1 else 0
+        own = float((len(times) - 1) / seconds if seconds else video.average_rate or 0)
     return own if 1 <= own <= 240 else 0.0
 
 
 def timed(path, rate=0.0):
     """Yield (time in seconds, av's frame) through a clip; a folder of frames has no times but those of its rate."""
-    if os.path.isdir(path):
-        files = [os.path.join(path, f) for f in sorted(os.listdir(path), key=natural) if f.lower().endswith(IMAGES)]
-    else:
-        files = [path]
-        rate = 0.0
-    shape = None
-    for number, file in enumerate(files):
-        with opened(file) as container:
-            at = 0.0
-            for frame in container.decode(video=0):
-                at = frame.time or 0.0
-                size = (frame.width, frame.height)
-                shape = shape or size  # that of the first frame
-                if size != shape:
-                    raise BadInput(f"{file}: a frame of {size[0]}x{size[1]} in a clip of {shape[0]}x{shape[1]}")
-                time = number / rate if rate else frame.time
-                yield time, frame
-            # webm: the decoder takes the end of a file that was cut off for the end of the clip,
-            # but the header knows how long it was
-            gif = file.lower().endswith(".gif")
-            if len(container.streams) == 1 and not gif and at + 0.5 < 0.8e-6 * (container.duration or 0):
-                raise BadInput(f"{file}: is cut off, it ends at {at:.1f} s of {container.duration / 1e6:.1f}")
-    if shape is None:
+    folder = os.path.isdir(path)
+    frame = None
+    for number, file in enumerate(frame_files(path) if folder else [path]):
+        with opened(file) as (container, video):
+            torn = False
+            for packet in itertools.islice(packets(container, video), 1 if folder else None):
+                if packet.size:  # a GIF's picture ends with an empty block
+                    torn = packet.is_corrupt or container.format.name == "gif" and not re.search(rb"\0(;|$)", packet)
+                for frame in packet.decode():
+                    yield (number / rate if rate else None) if folder else frame.time, frame
+            if torn:
+                raise BadInput(f"{file}: is cut off")
+    if frame is None:
         raise BadInput(f"{path}: has no frames")
 
 
@@ -114,25 +160,43 @@ def resampled(clip, fps, path):
         n += 1
 
 
+def upright(rgb, frame):
+    """A picture as it is to be shown: turned and mirrored by its frame's display matrix, which phones and EXIF give."""
+    from av.filter import Graph
+    try:
+        found = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # beside EXIF, which has the number 31 and in this av no name: the filter takes that away
+        graph = Graph()
+        ends = dict(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
+        graph.link_nodes(graph.add_buffer(**ends), graph.add("sidedata", "mode=delete:type=31"),
+                         graph.add("buffersink")).configure()
+        graph.push(frame)
+        found = graph.pull().side_data.get("DISPLAYMATRIX")
+    # (x, y) -> (a x + c y, b x + d y)
+    a, b, _, c, d, *_ = np.frombuffer(found, np.int32).tolist() if found else (1, 0, 0, 0, 1)
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        rgb, a, d = rgb.swapaxes(0, 1), c, b
+    return rgb[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
+
+
 def frames(path, size=None, interpolation="BILINEAR", fps=0.0, rate=0.0):
     """
     Yield the frames of a clip (mp4, webm, gif, ..., or a folder of png/jpg, filmed at `rate`) as uint8 (H, W, 3).
-    size: squeezed to size x size.
+    size: squeezed to size x size; else all have the size of the first.
     fps: resampled to it where its own rate is another by more than 1 % (and known, if it is a folder).
     """
     from av.video.reformatter import VideoReformatter
     clip = timed(path, rate)
     if fps and abs(rate_of(path, rate or fps) / fps - 1) > 0.01:
         clip = resampled(clip, fps, path)
-    how = dict(format="rgb24", interpolation=interpolation, threads=1)
-    if size:
-        how |= dict(width=size, height=size)
+    how = dict(format="rgb24", interpolation=interpolation, threads=1, width=size, height=size)
     reformat = VideoReformatter().reformat
     for n, (_, frame) in enumerate(clip):
         if n == MAX_FRAMES:
             raise BadInput(f"{path}: is longer than video.MAX_FRAMES = {MAX_FRAMES} frames")
-        rgb = reformat(frame, **how).to_ndarray()
-        yield np.rot90(rgb, frame.rotation // 90) if frame.rotation else rgb  # phones film upright and note the turn
+        if not how["width"]:
+            how |= dict(width=frame.width, height=frame.height)
+        yield upright(reformat(frame, **how).to_ndarray(), frame)
 
 
 def read_video(path):
