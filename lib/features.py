@@ -9,10 +9,10 @@ import os
 import numpy as np
 from safetensors import safe_open
 
-from lib.files import whole
+from lib.files import kind_of, whole
 from lib.pickles import Array, numpy_of, outline, read_pickle
 from lib.program import BadInput, print0
-from lib.readers import SPLITS, VAL, entries, first
+from lib.readers import SPLITS, VAL, entries, first, forms
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Ours
@@ -25,7 +25,7 @@ class Store:
         try:
             self.file = safe_open(path, "pt")
         except Exception as e:
-            raise BadInput(f"{path}: cannot be read as safetensors, such as data.py writes ({e})") from None
+            raise BadInput(f"{path}: cannot be read as safetensors, such as data.py writes ({kind_of(path) or e})") from None
         self.metadata = self.file.metadata() or {}
         self.names = set(self.file.keys())
 
@@ -100,7 +100,8 @@ def open_features(path, split, names, values=True, sigma=None):
     if os.path.isdir(path):
         path = os.path.join(path, "{name}.npy")
     # with and without "train/" in front, in these files and in the labels
-    keys = {n: (n, f"{split}/{n}", n.removeprefix(split + "/")) for n in names}
+    keys = {n: [key for form in forms(n) for key in (form, f"{split}/{form}", form.removeprefix(split + "/"))]
+            for n in names}
     if "{name}" in path:
         files = {n: first("", [path.replace("{name}", key) for key in keys[n]]) for n in names}
         return {n: open_array(file) for n, file in files.items() if os.path.exists(file)}
@@ -120,8 +121,8 @@ def open_array(file):
     """What a source has of a clip, from its .npy file."""
     try:
         shape = np.load(file, mmap_mode="r", allow_pickle=False).shape
-    except (ValueError, EOFError, OSError, AttributeError) as e:  # AttributeError: an .npz
-        shape = f"{os.path.basename(file)} cannot be read as an array ({' '.join(str(e).split())})"
+    except (ValueError, EOFError, OSError, AttributeError):  # AttributeError: an .npz
+        shape = f"{os.path.basename(file)} cannot be read as an array: it is {kind_of(file) or 'no .npy of numbers'}"
     return shape, functools.partial(np.load, file, allow_pickle=False)
 
 

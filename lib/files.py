@@ -28,13 +28,26 @@ def load_json(path, kind=dict):
     return value
 
 
+# how files begin that are given for others
+KINDS = {b"\x89HDF": "HDF5", b"PK\3\4": "a zip archive, as torch.save, .npz and .xlsx are", b"<": "a web page or XML",
+         b"\x80\2\x8a\nl\xfc": "a file of torch.save", b"{": "JSON", b"[": "JSON", b"\x93NUMPY": "a .npy file",
+         b"version https://git-lfs": "a Git LFS pointer, git lfs pull fetches the file itself"}
+
+
+def kind_of(path):
+    """What a file is, of the kinds that are given for others; "" for the rest."""
+    start = open(path, "rb").read(64).lstrip()
+    return next((kind for magic, kind in KINDS.items() if start.startswith(magic)), "")
+
+
 def read_text(path):
-    """What stands in a text file, which is UTF-8."""
+    """What stands in a text file: UTF-8, with a byte order mark or without, or UTF-16 with one."""
     raw = open(path, "rb").read()
     try:
-        return raw.decode("utf-8-sig")
+        return raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as e:
-        raise BadInput(f"{path}:{raw[:e.start].count(10) + 1}: is not UTF-8 ({e.reason} at byte {e.start})") from None
+        raise BadInput(f"{path}:{raw[:e.start].count(10) + 1}: is not UTF-8 ({kind_of(path) or e.reason} "
+                       f"at byte {e.start}); save it as UTF-8, which Excel calls CSV UTF-8") from None
 
 
 def read_jsonl(path, what, take):
@@ -42,7 +55,7 @@ def read_jsonl(path, what, take):
     found = []
     for number, line in enumerate(io.StringIO(read_text(path)), 1):  # not splitlines: a sentence may hold U+2028
         try:
-            found.append(take(json.loads(line)))
+            found += [take(json.loads(line))] if line.strip() else []
         except BadInput as e:
             raise BadInput(f"{path}:{number}: {e}") from None
         except (ValueError, KeyError, TypeError) as e:

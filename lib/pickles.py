@@ -19,6 +19,7 @@ import zipfile
 import numpy as np
 import torch
 
+from lib.files import kind_of
 from lib.program import BadInput
 
 MAX_PICKLE = 8 << 30  # bytes that a pickle may take when unpacked
@@ -152,7 +153,7 @@ class Unpickler(pickle._Unpickler):  # the one in Python: in the one in C a few 
             return None
         if raw[:2] == b"PK" and any(f.compress_type for f in zipfile.ZipFile(io.BytesIO(raw)).infolist()):
             raise ValueError("a tensor in a compressed zip")
-        return torch.load(io.BytesIO(raw), weights_only=True)  # torch's own function of this name loads anything
+        return torch.load(io.BytesIO(raw), "cpu", weights_only=True)  # torch's own function of this name loads anything
 
     def tensor(self, storage, offset, size, stride, *_):
         size = tuple(map(int, size))
@@ -173,6 +174,8 @@ def read_pickle(path, values=True):
     What a pickle holds (gzip or not), arrays as `Array`.
     values=False: arrays without their numbers, which are read and not kept.
     """
+    if kind := kind_of(path):
+        raise BadInput(f"{path}: is {kind}; read are pickles, of features also .safetensors and .npy")
     try:
         file = Counted(path)
         with file.file:

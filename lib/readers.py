@@ -10,6 +10,7 @@ import functools
 import glob
 import io
 import os
+import unicodedata
 import zlib
 
 from lib.files import read_text
@@ -24,21 +25,33 @@ FPS = {"phoenix14t": 25.0, "csl_daily": 30.0}
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables and folders
 
-def read_table(path, sep, *columns, quoting=csv.QUOTE_NONE):
-    """The rows {column: cell} of a table with a header; "line" is a row's place in the file."""
-    table = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=sep, quoting=quoting)
-    header = next(table, [])
+def read_table(path, *columns):
+    """
+    The rows {column: cell} of a table with a header, as pandas reads them; "line" is a row's place in the file.
+    Tab, comma, semicolon or '|' part the cells, whichever the header has; beside '|' a quote is just a character.
+    """
+    text = read_text(path)
+    first_line = text[:1 << 16].splitlines()[:1] or [""]
+    sep = max("\t,;|", key=first_line[0].count)
+    lines = [*io.StringIO(text, newline=""), "\n"]  # the last shows whether the rows end outside of quotes
+    table = csv.reader(lines, delimiter=sep, quoting=csv.QUOTE_NONE if sep == "|" else csv.QUOTE_MINIMAL)
+    header = next(table)
     for column in columns:
         if header.count(column) != 1:
             raise BadInput(f"{path}: its header {'names twice' if column in header else 'has no'} column {column}")
     rows = []
-    for cells in table:
-        line = f"{path}:{table.line_num}"
-        if not "".join(cells).strip():
-            continue
-        if len(cells) != len(header):
-            raise BadInput(f"{line}: {len(cells)} columns, the header has {len(header)}")
-        rows.append(dict(zip(header, cells)) | {"line": line})
+    try:
+        for cells in table:
+            line = f"{path}:{table.line_num}"
+            if not "".join(cells).strip():
+                continue
+            if len(cells) != len(header):
+                raise BadInput(f"{line}: {len(cells)} columns, the header has {len(header)}")
+            rows.append(dict(zip(header, cells)) | {"line": line})
+    except csv.Error as e:
+        raise BadInput(f"{path}:{table.line_num}: {e}") from None
+    if table.line_num == len(lines) and cells:
+        raise BadInput(f"{line}: a cell that begins with a quote has no end")
     if not rows:
         raise BadInput(f"{path}: lists no clips")
     return rows
@@ -59,9 +72,14 @@ def find(root, *files):
     raise BadInput(f"{root}: holds no {files[0]}, not even three folders down")
 
 
+def forms(name):
+    """A name as it is, and as other systems write it: macOS takes an ü apart."""
+    return [name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
+
+
 def first(folder, names):
     """The first of these names in a folder that exists, else the first of all: the one that the error will name."""
-    paths = [os.path.join(folder, name) for name in names]
+    paths = [os.path.join(folder, form) for name in names for form in forms(name)]
     return next(filter(os.path.exists, paths), paths[0])
 
 
@@ -151,13 +169,13 @@ def read_clips(root):
     path = os.path.join(root, "clips.tsv")
     if not os.path.exists(path):
         raise BadInput(f"{path}: No such file or directory; own clips need this table, with a header file<TAB>text")
-    for cells in read_table(path, "\t", "file", "text"):
+    for cells in read_table(path, "file", "text"):
         row = {k: c.strip() for k, c in cells.items() if k in ("file", "text", "signer", "gloss", "line") and c.strip()}
         if "file" not in row:
             raise BadInput(f"{row['line']}: names no file")
         file = os.path.normpath(row.pop("file"))
-        video = os.path.join(root, file)
-        name = file if os.path.isdir(video) else os.path.splitext(file)[0]
+        video = first(root, [file])
+        name = unicodedata.normalize("NFC", file if os.path.isdir(video) else os.path.splitext(file)[0])
         yield cells.get("split", "").strip() or None, {"name": name, "text": "", "video": video} | row
 
 
@@ -173,7 +191,7 @@ def read_phoenix14t(root):
     for split, table in tables.items():
         path = os.path.join(home, table)
         if os.path.exists(path):
-            for row in read_table(path, "|", "name", "speaker", "orth", "translation"):
+            for row in read_table(path, "name", "speaker", "orth", "translation"):
                 video = os.path.join(home, "features/fullFrame-210x260px", split, row["name"])
                 yield split, {"name": row["name"], "text": row["translation"], "video": video,
                               "signer": row["speaker"], "gloss": row["orth"]}
@@ -198,7 +216,7 @@ def read_csl_daily(root):
     folders = ("sentence", "sentences", "sentence_frames-512x512")
     frames = first(home, [os.path.join(f, inner) for f in folders for inner in ("frames_512x512", "")])
     lost = []
-    for row in read_table(os.path.join(home, "sentence_label/split_1.txt"), "|", "name", "split"):
+    for row in read_table(os.path.join(home, "sentence_label/split_1.txt"), "name", "split"):
         name = row["name"].strip()
         if name not in info:
             lost.append(name)
@@ -227,7 +245,7 @@ def read_how2sign(root):
         found = True
         clips = files_in(root, f"sentence_level/{s}/rgb_front/raw_videos", f"{s}_rgb_front_clips/raw_videos",
                          f"{s}_raw_videos", f"{s}/raw_videos", s, "raw_videos", "")
-        for row in read_table(path, "\t", "SENTENCE_NAME", "SENTENCE", quoting=csv.QUOTE_MINIMAL):
+        for row in read_table(path, "SENTENCE_NAME", "SENTENCE"):
             file = row["SENTENCE_NAME"] + ".mp4"
             yield split, {"name": row["SENTENCE_NAME"], "text": row["SENTENCE"],
                           "video": clips.get(file, os.path.join(root, file))}
@@ -246,7 +264,7 @@ def read_openasl(root):
     """
     path = os.path.join(find(root, "openasl-v1.0.tsv"), "openasl-v1.0.tsv")
     clips = files_in(root, "", "clips", "videos", "train", "valid", "test")
-    for row in read_table(path, "\t", "vid", "raw-text", "split", quoting=csv.QUOTE_MINIMAL):
+    for row in read_table(path, "vid", "raw-text", "split"):
         file = row["vid"] + ".mp4"
         video = clips.get(file) or clips.get(file.replace(":", "%")) or os.path.join(root, file)
         yield ({"valid": "dev", "val": "dev"}.get(row["split"], row["split"]),
