@@ -8,7 +8,7 @@ from lib.features import open_features
 from lib.files import whole
 from lib.program import BadInput, print0, rank
 from lib.readers import SPLITS
-from lib.video import IMAGES
+from lib.video import frame_files
 
 # how the names begin -> clips of each split
 PUBLISHED = {"[0-9]{2}[A-Z][a-z]+_[0-9]{4}_[A-Z]": (7096, 519, 642),
@@ -32,19 +32,17 @@ def clip_trouble(row, seen):
         return "its text has half a character"
     if video is not None and not os.path.exists(video):
         return f"{video or 'its video'} does not exist"
-    if video and not (images(video) if os.path.isdir(video) else os.path.getsize(video)):
-        return f"{video} has no frames" if os.path.isdir(video) else f"{video} is an empty file"
+    try:
+        if video and not (frame_files(video) if os.path.isdir(video) else os.path.getsize(video)):
+            return f"{video} has no frames" if os.path.isdir(video) else f"{video} is an empty file"
+    except BadInput as e:
+        return str(e)
 
 
-def images(folder):
-    """How many frames lie in a folder."""
-    return sum(f.lower().endswith(IMAGES) for f in os.listdir(folder))
-
-
-def joined(name, sources, width):
+def joined(name, sources, known, first):
     """
     (T, D) of a clip's features from {pattern: source}, or the text of what is wrong with them.
-    width: D of the clips before, 0 at first.
+    known: how many frames the clip has, None if nobody says it; first: (T, D) of the first clip, None before it.
     """
     frames = {}
     D = 0
@@ -57,11 +55,17 @@ def joined(name, sources, width):
         if len(shape) != 2 or 0 in shape:
             hint = "; features=states makes stand-ins from alignments" if shape == (0,) else ""
             return f"its features in {path} have the shape {shape}, not (frames, width){hint}"
-        frames[path] = shape[0]
-        D += shape[1]
+        T, width = shape
+        if T != known == width:
+            return f"its features in {path} have the shape {shape}: it has {known} frames, (frames, width) is read"
+        frames[path] = T
+        D += width
     if len({*frames.values()}) > 1:
         return "its features have " + " and ".join(f"{T} frames in {path}" for path, T in frames.items())
-    return (shape[0], D) if D == (width or D) else f"its features are {D} wide, those of the first clip {width}"
+    if first and D != first[1]:
+        hint = ", of as many frames: are they (width, frames)?" if T == first[0] else ""
+        return f"its features are {D} wide, those of the first clip {first[1]}{hint}"
+    return T, D
 
 
 def check(splits, patterns=(), sigma=None):
@@ -75,7 +79,7 @@ def check(splits, patterns=(), sigma=None):
     notes = []
     shapes = {}
     seen = {}  # name -> split and video
-    width = 0
+    first = None  # (T, D) of the first clip's features
     train = {row["text"] for row in splits["train"]}
     table = ["split   clips  published  problems  text stands in train"]
 
@@ -101,15 +105,16 @@ def check(splits, patterns=(), sigma=None):
             elif not os.path.exists(row.get("video", "")):
                 row.pop("video", None)
             trouble = clip_trouble(row, seen)
-            T = row.get("frames")
+            folder = row.get("video", "")
+            T = len(frame_files(folder)) if not trouble and os.path.isdir(folder) else row.get("frames")
             if not trouble and sources:
-                found = joined(name, sources, width)
+                found = joined(name, sources, T, first)
                 if isinstance(found, str):
                     trouble = found
                 else:
-                    T, width = shapes[name] = found
-            elif not trouble and "frames" in row and os.path.isdir(row["video"]):
-                T = images(row["video"])
+                    shapes[name] = found
+                    first = first or found
+                    T = found[0]
             seen.setdefault(name, f"{split} ({row['video']})" if row.get("video") else split)
             if trouble:
                 line = f"{split}: clip {name}: {trouble}"

@@ -25,7 +25,8 @@ class Store:
         try:
             self.file = safe_open(path, "pt")
         except Exception as e:
-            raise BadInput(f"{path}: cannot be read as safetensors, such as data.py writes ({kind_of(path) or e})") from None
+            said = kind_of(path) if os.path.isfile(path) else ""
+            raise BadInput(f"{path}: cannot be read as safetensors, data.py writes them ({said or e})") from None
         self.metadata = self.file.metadata() or {}
         self.names = set(self.file.keys())
 

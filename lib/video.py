@@ -40,19 +40,20 @@ def frame_files(folder):
 
 
 def promised(file):
-    """Where a file ends by its own word, an mp4's boxes or an AVI's first chunk; 0 where it does not say."""
-    at = 0
+    """How long a file is by its own word, an mp4's boxes or an AVI's first chunk; 0 where it does not say."""
+    end = 0
     with open(file, "rb") as f:
         while head := f.read(16):
+            size = 0
             if head[4:8] in (b"ftyp", b"moov", b"moof", b"mdat", b"free", b"wide", b"skip", b"uuid", b"sidx"):
                 size = int.from_bytes(head[8:] if head[:4] == b"\0\0\0\1" else head[:4])
-            else:
-                size = int.from_bytes(head[4:8], "little") + 8 if head[:4] == b"RIFF" and head[4:8] != b"\xff" * 4 else 0
+            elif head[:4] == b"RIFF" and head[4:8] != b"\xff" * 4:
+                size = int.from_bytes(head[4:8], "little") + 8
             if not size:
                 break
-            at += size
-            f.seek(at)
-    return at
+            end += size
+            f.seek(end)
+    return end
 
 
 @contextlib.contextmanager
