@@ -128,13 +128,6 @@ def test_squeezed_frames(tmp_path):
     assert [f.shape for f in frames] == [(16, 16, 3)] * 2 and [round(f.mean() / 10) for f in frames] == [1, 10]
 
 
-def test_frame_of_another_size(tmp_path):
-    write_image(tmp_path / "1.png", shades(1)[0])
-    write_image(tmp_path / "2.png", shades(1, height=26)[0])
-    with bad(tmp_path / "2.png", "40x26", "40x24"):
-        read_video(str(tmp_path))
-
-
 def test_no_frames(tmp_path):
     (tmp_path / "notes.txt").write_text("not a frame")
     with bad(tmp_path, "no frames"):
