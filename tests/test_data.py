@@ -777,8 +777,15 @@ def test_what_is_missing_is_named(split, tmp_path):
         Clips(str(tmp_path), "own", "cnn", "train")
 
 
+def test_blank_lines_of_a_jsonl_are_passed_over(split, tmp_path):
+    split(3)
+    with open(tmp_path / "own/train.jsonl", "a") as f:
+        f.write("\n  \n")
+    assert len(Clips(str(tmp_path), "own", "cnn", "train")) == 1
+
+
 @pytest.mark.parametrize("line", ['{"name": "b"', '{"name": "b", "text": ""}', '{"name": "", "text": "ja"}',
-                                  '{"text": "ja"}', "[1]", "3", ""])
+                                  '{"text": "ja"}', "[1]", "3"])
 def test_wrong_jsonl(split, tmp_path, line):
     split(3)
     with open(tmp_path / "own/train.jsonl", "a") as f:
