@@ -39,21 +39,20 @@ def frame_files(folder):
     return [os.path.join(folder, f) for f in files]
 
 
-def promised(file):
-    """How long a file is by its own word, an mp4's boxes or an AVI's first chunk; 0 where it does not say."""
-    end = 0
+def cut_short(file):
+    """Whether a file is shorter than it says itself, in the boxes of an mp4 or the first chunk of an AVI."""
+    left = os.path.getsize(file)
     with open(file, "rb") as f:
-        while head := f.read(16):
-            size = 0
-            if head[4:8] in (b"ftyp", b"moov", b"moof", b"mdat", b"free", b"wide", b"skip", b"uuid", b"sidx"):
+        while left >= 0 and len(head := f.read(16)) > 7:
+            if head[4:8] in b"ftyp moov moof mdat free wide skip uuid sidx":
                 size = int.from_bytes(head[8:] if head[:4] == b"\0\0\0\1" else head[:4])
-            elif head[:4] == b"RIFF" and head[4:8] != b"\xff" * 4:
-                size = int.from_bytes(head[4:8], "little") + 8
+            else:
+                size = head.startswith(b"RIFF") and int.from_bytes(head[4:8], "little") + 8
             if not size:
                 break
-            end += size
-            f.seek(end)
-    return end
+            left -= max(size, 8)
+            f.seek(-max(left, 0), os.SEEK_END)
+    return left < 0
 
 
 @contextlib.contextmanager
@@ -64,7 +63,7 @@ def opened(file):
     av.logging.set_level(av.logging.WARNING)
     av.logging.set_skip_repeated(False)
     try:
-        if promised(file) > os.path.getsize(file):
+        if cut_short(file):
             raise BadInput(f"{file}: is cut off")
         with av.logging.Capture() as said, av.open(file, metadata_errors="replace") as container:
             video = container.streams.best("video")
@@ -93,10 +92,11 @@ def packets(container, video):
     for packet in container.demux(video):
         if packet.dts is not None:
             at = packet.dts + shift
-            if last is not None and not 0 <= at - last <= leap:
+            last = at if last is None else last
+            if not last <= at <= last + leap:
                 shift += last + step - at
                 at = last + step
-            step = step if last is None else at - last
+            step = at - last
             packet.dts = last = at
         if packet.pts is not None:
             packet.pts += shift
@@ -117,19 +117,25 @@ def rate_of(path, rate=0.0):
     return own if 1 <= own <= 240 else 0.0
 
 
-def timed(path, rate=0.0):
+def timed(path, rate=1.0):
     """Yield (time in seconds, av's frame) through a clip; a folder of frames has no times but those of its rate."""
+    from av.filter import Graph
     folder = os.path.isdir(path)
-    frame = None
+    frame = last = None
     for number, file in enumerate(frame_files(path) if folder else [path]):
         with opened(file) as (container, video):
-            torn = False
-            for packet in itertools.islice(packets(container, video), 1 if folder else None):
-                if packet.size:  # a GIF's picture ends with an empty block
-                    torn = packet.is_corrupt or container.format.name == "gif" and not re.search(rb"\0(;|$)", packet)
+            still = file.lower().endswith(IMAGES)
+            for packet in itertools.islice(packets(container, video), 1 if still else None):
                 for frame in packet.decode():
-                    yield (number / rate if rate else None) if folder else frame.time, frame
-            if torn:
+                    if still:  # EXIF, number 31, has no name in this av, which would then show none of the side data
+                        graph = Graph()
+                        graph.link_nodes(graph.add_buffer(video), graph.add("sidedata", "mode=delete:type=31"),
+                                         graph.add("buffersink")).configure()
+                        graph.push(frame)
+                        frame = graph.pull()
+                    yield number / rate if folder else frame.time, frame
+                last = packet if packet.size else last
+            if container.format.name == "gif" and not re.search(rb"\0(;|$)", last):  # an empty block ends a picture
                 raise BadInput(f"{file}: is cut off")
     if frame is None:
         raise BadInput(f"{path}: has no frames")
@@ -138,44 +144,28 @@ def timed(path, rate=0.0):
 def resampled(clip, fps, path):
     """
     (time, frame) through a clip -> for each of the times 0, 1/fps, 2/fps, ... the frame nearest to it.
-    Frames may come at any intervals.
+    Frames may come at any intervals; the last one is shown as long as the one before.
     """
     n = 0
     start = None
-    frame = None
-    before = 0.0  # when `frame` came, from the start
-    for at, after in clip:
+    step = 0.0
+    for (at, frame), (after, _) in itertools.pairwise(itertools.chain(clip, [(None, None)])):
         if at is None:
             raise BadInput(f"{path}: its frames carry no times, fps={fps:g} cannot be made of them")
-        if start is None:
-            start = at
-        step = at - start - before
-        middle = (at - start + before) / 2
-        while frame and n / fps < middle + 1e-6:  # halfway between two frames: the earlier
+        start = at if start is None else start
+        step = step if after is None else after - at
+        while n / fps < at - start + max(step, 1e-3) / 2 + 1e-6:  # halfway between two frames: the earlier
             yield n / fps, frame
             n += 1
-        before = at - start
-        frame = after
-    while n / fps < before + max(step, 1e-3) / 2 + 1e-6:  # the last one is shown as long as the one before
-        yield n / fps, frame
-        n += 1
 
 
 def upright(rgb, frame):
     """A picture as it is to be shown: turned and mirrored by its frame's display matrix, which phones and EXIF give."""
-    from av.filter import Graph
-    try:
-        found = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # beside EXIF, which has the number 31 and in this av no name: the filter takes that away
-        graph = Graph()
-        ends = dict(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
-        graph.link_nodes(graph.add_buffer(**ends), graph.add("sidedata", "mode=delete:type=31"),
-                         graph.add("buffersink")).configure()
-        graph.push(frame)
-        found = graph.pull().side_data.get("DISPLAYMATRIX")
-    # (x, y) -> (a x + c y, b x + d y)
-    a, b, _, c, d, *_ = np.frombuffer(found, np.int32).tolist() if found else (1, 0, 0, 0, 1)
-    if abs(b) + abs(c) > abs(a) + abs(d):
+    found = frame.side_data.get("DISPLAYMATRIX")
+    if not found:
+        return rgb
+    a, b, _, c, d = np.frombuffer(found, np.int32)[:5].tolist()  # (x, y) -> (a x + c y, b x + d y)
+    if abs(b) > abs(a):
         rgb, a, d = rgb.swapaxes(0, 1), c, b
     return rgb[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
 
@@ -187,7 +177,7 @@ def frames(path, size=None, interpolation="BILINEAR", fps=0.0, rate=0.0):
     fps: resampled to it where its own rate is another by more than 1 % (and known, if it is a folder).
     """
     from av.video.reformatter import VideoReformatter
-    clip = timed(path, rate)
+    clip = timed(path, rate or 1.0)
     if fps and abs(rate_of(path, rate or fps) / fps - 1) > 0.01:
         clip = resampled(clip, fps, path)
     how = dict(format="rgb24", interpolation=interpolation, threads=1, width=size, height=size)
