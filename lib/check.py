@@ -17,54 +17,61 @@ PUBLISHED = {"[0-9]{2}[A-Z][a-z]+_[0-9]{4}_[A-Z]": (7096, 519, 642),
 ODD = "[\0-\x1f\x7f\ud800-\udfff]"
 
 
-def clip_trouble(row, seen):
-    """What is wrong with a clip's name, text and video, or None. seen: name -> split and video of the clips before."""
+def look(row, video, seen):
+    """
+    How many frames a clip has, None where nobody says it; BadInput says what is wrong with its name, text or video.
+    video: None where it does not matter; seen: name -> split and video of the clips before.
+    """
     name = row["name"]
-    video = row.get("video")
     # __metadata__ is a key of safetensors' own
     if name in ("", "__metadata__") or os.path.isabs(name) or ".." in name.split("/") or re.search(ODD, name):
-        return "the name must be one inside the folder"
+        raise BadInput("the name must be one inside the folder")
     if name in seen:
-        return f"stands there already, in {seen[name]}"
+        raise BadInput(f"stands there already, in {seen[name]}")
     if not row["text"].strip():
-        return "has an empty text"
+        raise BadInput("has an empty text")
     if re.search("[\ud800-\udfff]", row["text"]):
-        return "its text has half a character"
-    if video is not None and not os.path.exists(video):
-        return f"{video or 'its video'} does not exist"
-    try:
-        if video and not (frame_files(video) if os.path.isdir(video) else os.path.getsize(video)):
-            return f"{video} has no frames" if os.path.isdir(video) else f"{video} is an empty file"
-    except BadInput as e:
-        return str(e)
+        raise BadInput("its text has half a character")
+    if video is None:
+        return row.get("frames")
+    if not os.path.exists(video):
+        raise BadInput(f"{video or 'its video'} does not exist")
+    if os.path.isdir(video):
+        if T := len(frame_files(video)):
+            return T
+        raise BadInput(f"{video} has no frames")
+    if not os.path.getsize(video):
+        raise BadInput(f"{video} is an empty file")
+    return row.get("frames")
 
 
 def joined(name, sources, known, first):
     """
-    (T, D) of a clip's features from {pattern: source}, or the text of what is wrong with them.
+    (T, D) of a clip's features from {pattern: source}; BadInput says what is wrong with them.
     known: how many frames the clip has, None if nobody says it; first: (T, D) of the first clip, None before it.
     """
     frames = {}
     D = 0
     for path, source in sources.items():
         if name not in source:
-            return f"has no features in {path}"
+            raise BadInput(f"has no features in {path}")
         shape, _ = source[name]
         if isinstance(shape, str):
-            return f"{path}: {shape}"
+            raise BadInput(f"{path}: {shape}")
         if len(shape) != 2 or 0 in shape:
             hint = "; features=states makes stand-ins from alignments" if shape == (0,) else ""
-            return f"its features in {path} have the shape {shape}, not (frames, width){hint}"
+            raise BadInput(f"its features in {path} have the shape {shape}, not (frames, width){hint}")
         T, width = shape
         if T != known == width:
-            return f"its features in {path} have the shape {shape}: it has {known} frames, (frames, width) is read"
+            raise BadInput(f"its features in {path} have the shape {shape}: "
+                           f"it has {known} frames, (frames, width) is read")
         frames[path] = T
         D += width
     if len({*frames.values()}) > 1:
-        return "its features have " + " and ".join(f"{T} frames in {path}" for path, T in frames.items())
+        raise BadInput("its features have " + " and ".join(f"{T} frames in {path}" for path, T in frames.items()))
     if first and D != first[1]:
         hint = ", of as many frames: are they (width, frames)?" if T == first[0] else ""
-        return f"its features are {D} wide, those of the first clip {first[1]}{hint}"
+        raise BadInput(f"its features are {D} wide, those of the first clip {first[1]}{hint}")
     return T, D
 
 
@@ -79,7 +86,6 @@ def check(splits, patterns=(), sigma=None):
     notes = []
     shapes = {}
     seen = {}  # name -> split and video
-    first = None  # (T, D) of the first clip's features
     train = {row["text"] for row in splits["train"]}
     table = ["split   clips  published  problems  text stands in train"]
 
@@ -88,9 +94,8 @@ def check(splits, patterns=(), sigma=None):
     published = next((counts for names, counts in PUBLISHED.items() if re.match(names, name)), None)
     counts = tuple(len(splits[s]) for s in SPLITS)
     if published and counts != published:
-        notes.append("clips: {}/{}/{}, published are {}/{}/{}".format(*counts, *published))
-        if counts[0] == 18400:
-            notes[0] += " (18400 is a known variant, without S000005_P0004_T00)"
+        hint = " (18400 is a known variant, without S000005_P0004_T00)" if counts[0] == 18400 else ""
+        notes.append("clips: {}/{}/{}, published are {}/{}/{}{}".format(*counts, *published, hint))
 
     for split, known in zip(SPLITS, published or ("", "", "")):
         rows = splits[split]
@@ -99,30 +104,21 @@ def check(splits, patterns=(), sigma=None):
                    for p in patterns if names}
         for row in rows:
             name = row["name"]
-            row = dict(row)
-            if not sources:
-                row.setdefault("video", "")  # no video and no features either
-            elif not os.path.exists(row.get("video", "")):
-                row.pop("video", None)
-            trouble = clip_trouble(row, seen)
-            folder = row.get("video", "")
-            T = len(frame_files(folder)) if not trouble and os.path.isdir(folder) else row.get("frames")
-            if not trouble and sources:
-                found = joined(name, sources, T, first)
-                if isinstance(found, str):
-                    trouble = found
-                else:
-                    shapes[name] = found
-                    first = first or found
-                    T = found[0]
-            seen.setdefault(name, f"{split} ({row['video']})" if row.get("video") else split)
-            if trouble:
-                line = f"{split}: clip {name}: {trouble}"
+            video = row.get("video", "")
+            if sources and not os.path.exists(video):
+                row = {k: v for k, v in row.items() if k != "video"}
+                video = None
+            try:
+                T = look(row, video, seen)
+                if sources:
+                    T, _ = shapes[name] = joined(name, sources, T, next(iter(shapes.values()), None))
+                good[split].append(row)
+                if row.get("frames", T) != T:
+                    notes.append(f"{split}: clip {name}: {T} frames, its labels say {row['frames']}")
+            except BadInput as e:
+                line = f"{split}: clip {name}: {e}"
                 problems.append(ascii(line) if re.search(ODD, line) else line)
-                continue
-            good[split].append(row)
-            if row.get("frames", T) != T:
-                notes.append(f"{split}: clip {name}: {T} frames, its labels say {row['frames']}")
+            seen.setdefault(name, f"{split} ({video})" if video else split)
         if not names:
             notes.append(f"{split}: no clips")
         repeated = sum(row["text"] in train for row in rows) if split != "train" else ""

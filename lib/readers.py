@@ -30,10 +30,8 @@ def read_table(path, *columns):
     The rows {column: cell} of a table with a header, as pandas reads them; "line" is a row's place in the file.
     Tab, comma, semicolon or '|' part the cells, whichever the header has; beside '|' a quote is just a character.
     """
-    text = read_text(path)
-    first_line = text[:1 << 16].splitlines()[:1] or [""]
-    sep = max("\t,;|", key=first_line[0].count)
-    lines = [*io.StringIO(text, newline=""), "\n"]  # the last shows whether the rows end outside of quotes
+    lines = [*io.StringIO(read_text(path), newline=""), "\n"]  # the last shows whether the rows end outside of quotes
+    sep = max("\t,;|", key=lines[0].count)
     table = csv.reader(lines, delimiter=sep, quoting=csv.QUOTE_NONE if sep == "|" else csv.QUOTE_MINIMAL)
     header = next(table)
     for column in columns:
@@ -43,14 +41,13 @@ def read_table(path, *columns):
     try:
         for cells in table:
             line = f"{path}:{table.line_num}"
-            if not "".join(cells).strip():
-                continue
-            if len(cells) != len(header):
-                raise BadInput(f"{line}: {len(cells)} columns, the header has {len(header)}")
-            rows.append(dict(zip(header, cells)) | {"line": line})
+            if "".join(cells).strip():
+                rows.append(dict(zip(header, cells, strict=True)) | {"line": line})
     except csv.Error as e:
         raise BadInput(f"{path}:{table.line_num}: {e}") from None
-    if table.line_num == len(lines) and cells:
+    except ValueError:
+        raise BadInput(f"{line}: {len(cells)} columns, the header has {len(header)}") from None
+    if cells:
         raise BadInput(f"{line}: a cell that begins with a quote has no end")
     if not rows:
         raise BadInput(f"{path}: lists no clips")
@@ -67,26 +64,19 @@ def find(root, *files):
                            "say which with root=")
         if homes:
             return homes.pop()
-    if not os.path.isdir(root):
-        raise BadInput(f"{root}: there is no such folder")
-    raise BadInput(f"{root}: holds no {files[0]}, not even three folders down")
+    what = f"holds no {files[0]}, not even three folders down" if os.path.isdir(root) else "there is no such folder"
+    raise BadInput(f"{root}: {what}")
 
 
 def forms(name):
     """A name as it is, and as other systems write it: macOS takes an ü apart."""
-    return [name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
+    return dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))])
 
 
-def first(folder, names):
-    """The first of these names in a folder that exists, else the first of all: the one that the error will name."""
+def first(folder, names, otherwise=0):
+    """The first of these names in a folder that exists, else this one of them: the one that the error will name."""
     paths = [os.path.join(folder, form) for name in names for form in forms(name)]
-    return next(filter(os.path.exists, paths), paths[0])
-
-
-def files_in(root, *folders):
-    """file name -> path for what lies in these folders of root; the earlier ones go first."""
-    paths = [os.path.join(root, folder) for folder in reversed(folders)]
-    return {f: os.path.join(path, f) for path in paths if os.path.isdir(path) for f in os.listdir(path)}
+    return next(filter(os.path.exists, paths), paths[otherwise])
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pickles of labels
@@ -110,9 +100,8 @@ def entries(path, content=None):
 def optional(entry):
     """A row's keys beside name, text and video, from an entry of a pickle."""
     gloss = entry.get("gloss")
-    if isinstance(gloss, list):
-        gloss = " ".join(map(str, gloss))
-    row = {"signer": entry.get("signer"), "gloss": gloss, "frames": entry.get("num_frames", entry.get("length"))}
+    row = {"signer": entry.get("signer"), "gloss": " ".join(map(str, gloss)) if isinstance(gloss, list) else gloss,
+           "frames": entry.get("num_frames", entry.get("length"))}
     return {k: v for k, v in row.items() if isinstance(v, (str, int)) and v != ""}
 
 
@@ -129,13 +118,13 @@ def label_pattern(root, *stems):
                    "root= is the folder of these files, or their path with {split} in it")
 
 
-def label_entries(pattern):
-    """(split, entry) for every clip in the files of a pattern."""
+def label_entries(root, *stems):
+    """(split, entry) for every clip in the files that label_pattern finds."""
+    pattern = label_pattern(root, *stems)
     for split in SPLITS:
         path = pattern.replace("{split}", split)
-        if os.path.isfile(path):
-            for e in entries(path):
-                yield split, e | {"name": e["name"].removeprefix(split + "/")}
+        for e in entries(path) if os.path.isfile(path) else ():
+            yield split, e | {"name": e["name"].removeprefix(split + "/")}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Readers
@@ -151,11 +140,11 @@ def reader(rows):
         splits = {s: [] for s in SPLITS}
         said = False
         for split, row in rows(root):
-            said = said or split is not None
             line = row.pop("line", root)
             if split not in (None, *SPLITS):
                 raise BadInput(f"{line}: clip {row['name']}: split {split!r} is none of {', '.join(SPLITS)}")
             splits[split or "train"].append(row)
+            said |= split is not None
         return splits, said
     return read
 
@@ -240,15 +229,12 @@ def read_how2sign(root):
         texts = f"sentence_level/{s}/text/en/raw_text"
         homes = ("", s, f"{s}_rgb_front_clips", texts + "/re_aligned", texts)
         path = first(root, [os.path.join(home, f"how2sign_realigned_{s}.csv") for home in homes])
-        if not os.path.exists(path):
-            continue
-        found = True
-        clips = files_in(root, f"sentence_level/{s}/rgb_front/raw_videos", f"{s}_rgb_front_clips/raw_videos",
-                         f"{s}_raw_videos", f"{s}/raw_videos", s, "raw_videos", "")
-        for row in read_table(path, "SENTENCE_NAME", "SENTENCE"):
-            file = row["SENTENCE_NAME"] + ".mp4"
-            yield split, {"name": row["SENTENCE_NAME"], "text": row["SENTENCE"],
-                          "video": clips.get(file, os.path.join(root, file))}
+        folders = (f"sentence_level/{s}/rgb_front/raw_videos", f"{s}_rgb_front_clips/raw_videos",
+                   f"{s}_raw_videos", f"{s}/raw_videos", s, "raw_videos", "")
+        for row in read_table(path, "SENTENCE_NAME", "SENTENCE") if os.path.exists(path) else ():
+            found = True
+            video = first(root, [os.path.join(f, row["SENTENCE_NAME"] + ".mp4") for f in folders], -1)
+            yield split, {"name": row["SENTENCE_NAME"], "text": row["SENTENCE"], "video": video}
     if not found:
         raise BadInput(f"{root}: holds no how2sign_realigned_train.csv, neither there nor in train "
                        "or sentence_level/train/text/en/raw_text/re_aligned")
@@ -263,10 +249,10 @@ def read_openasl(root):
     writes '%' for the ':' in a vid.
     """
     path = os.path.join(find(root, "openasl-v1.0.tsv"), "openasl-v1.0.tsv")
-    clips = files_in(root, "", "clips", "videos", "train", "valid", "test")
+    folders = ("", "clips", "videos", "train", "valid", "test")
     for row in read_table(path, "vid", "raw-text", "split"):
-        file = row["vid"] + ".mp4"
-        video = clips.get(file) or clips.get(file.replace(":", "%")) or os.path.join(root, file)
+        files = [row["vid"] + ".mp4", row["vid"].replace(":", "%") + ".mp4"]
+        video = first(root, [os.path.join(folder, file) for file in files for folder in folders])
         yield ({"valid": "dev", "val": "dev"}.get(row["split"], row["split"]),
                {"name": row["vid"], "text": row["raw-text"], "video": video, "line": row["line"]})
 
@@ -283,7 +269,7 @@ def read_gfslt(root):
               "PHOENIX-2014-T/features/fullFrame-210x260px",
               "PHOENIX-2014-T-release-v3/PHOENIX-2014-T/features/fullFrame-210x260px",
               "sentence-crop", "sentence/frames_512x512")
-    for split, e in label_entries(label_pattern(root, "labels", "csl_daily.labels")):
+    for split, e in label_entries(root, "labels", "csl_daily.labels"):
         images = e.get("imgs_path")
         folder_of = os.path.dirname(str(images[0])) if images and isinstance(images, list) else e["name"]
         clip = str(e.get("video_path") or folder_of)
@@ -302,7 +288,7 @@ def read_slt(root):
     The " ." at the end of every text is not the data set's own and goes. There are no clips: the features are
     imported, and the pami1, ... beside them are concatenated by features=A.{split},B.{split}.
     """
-    for split, e in label_entries(label_pattern(root, *SLT)):
+    for split, e in label_entries(root, *SLT):
         yield split, {"name": e["name"], "text": e["text"].removesuffix(" .")} | optional(e)
 
 
@@ -313,12 +299,11 @@ READERS = {"phoenix14t": read_phoenix14t, "csl_daily": read_csl_daily, "how2sign
 def deal_out(rows, ratio):
     """Share rows out to train, dev and test in an order that depends on their names alone."""
     try:
-        shares = [float(s) for s in ratio.split(",")]
-        if len(shares) != 3 or min(shares) < 0 or not 0.999 < sum(shares) < 1.001:
-            raise ValueError
+        a, b, c = map(float, ratio.split(","))
     except ValueError:
-        raise BadInput(f"ratio={ratio}: is not three shares that sum to 1") from None
+        a = b = c = -1
+    if min(a, b, c) < 0 or not 0.999 < a + b + c < 1.001:
+        raise BadInput(f"ratio={ratio}: is not three shares that sum to 1")
     rows = sorted(rows, key=lambda r: (zlib.crc32(r["name"].encode()), r["name"]))
-    a = round(shares[0] * len(rows))
-    b = round((shares[0] + shares[1]) * len(rows))
-    return {"train": rows[:a], "dev": rows[a:b], "test": rows[b:]}
+    one, two = round(a * len(rows)), round((a + b) * len(rows))
+    return {"train": rows[:one], "dev": rows[one:two], "test": rows[two:]}
