@@ -30,16 +30,12 @@ class RandomCNN(nn.Module):
         return F.adaptive_avg_pool2d(x, 4).flatten(1)  # (F, 64, h, w) -> (F, 64, 4, 4) -> (F, 1024)
 
 
-class ConvBN(nn.Module):
+class ConvBN(nn.Sequential):
     """A convolution, normalised over the batch that it was trained with, and ReLU."""
 
     def __init__(self, i, o, kernel, stride=1):
-        super().__init__()
-        self.conv = nn.Conv2d(i, o, kernel, stride, kernel // 2, bias=False)
-        self.bn = nn.BatchNorm2d(o, eps=0.001)
-
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)))
+        conv = nn.Conv2d(i, o, kernel, stride, kernel // 2, bias=False)
+        super().__init__(OrderedDict(conv=conv, bn=nn.BatchNorm2d(o, eps=0.001), relu=nn.ReLU()))
 
 
 class Inception(nn.Module):

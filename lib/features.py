@@ -194,10 +194,10 @@ def import_features(name, splits, data_dir, label, patterns, shapes, sigma=None)
         split = split_of[clip]
         if split not in opened:  # one split's files at a time: a pickle must be read whole
             opened.clear()
-            names = [row["name"] for row in splits[split]]
-            opened[split] = {p.replace("{split}", split): open_features(p, split, names, True, sigma) for p in patterns}
-        parts = [half(source[clip][1](), f"{path}: clip {clip}") for path, source in opened[split].items()]
-        return np.concatenate(parts, 1)
+            names = [n for n, s in split_of.items() if s == split]
+            opened[split] = {p: open_features(p, split, names, True, sigma) for p in patterns}
+        return np.concatenate([half(source[clip][1](), f"{path.replace('{split}', split)}: clip {clip}")
+                               for path, source in opened[split].items()], 1)
 
     settings = {"backbone": label, "weights": "", "imported": True, "features": ",".join(patterns)}
     if sigma is not None:

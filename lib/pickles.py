@@ -14,6 +14,7 @@ import math
 import os
 import pickle
 import re
+import sys
 import zipfile
 
 import numpy as np
@@ -86,8 +87,7 @@ class Memo(dict):
 
     def __setitem__(self, key, value):
         parts = value if isinstance(value, tuple) else (value,)
-        large = any(isinstance(v, (bytes, bytearray, str)) and len(v) > 1 << 16 for v in parts)
-        super().__setitem__(key, None if large else value)
+        super().__setitem__(key, None if sum(map(sys.getsizeof, parts)) > 1 << 16 else value)
 
 
 class Counted:

@@ -112,8 +112,8 @@ def rate_of(path, rate=0.0):
         return rate
     with opened(path) as (container, video):
         times = [p.dts if p.pts is None else p.pts for p in packets(container, video) if p.size]
-        seconds = (max(times) - min(times)) * video.time_base if len(times) > 1 else 0
-        own = float((len(times) - 1) / seconds if seconds else video.average_rate or 0)
+        span = max(times, default=0) - min(times, default=0)
+        own = float((len(times) - 1) / (span * video.time_base) if span else video.average_rate or 0)
     return own if 1 <= own <= 240 else 0.0
 
 
