@@ -85,6 +85,10 @@ class GoogLeNet(nn.Sequential):
     def features(self, x):
         return self(x).mean((2, 3))  # (F, 1024, 7, 7) -> (F, 1024)
 
+    def load(self, path):
+        """Read torchvision's googlenet state dict (.pth or .safetensors), without its classifiers (fc, aux1, aux2)."""
+        return load_cnn(self, path, ("fc.", "aux"))
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Their weights
 
