@@ -234,7 +234,6 @@ def main():
         best = max(tried, key=lambda t: t["dev_bleu4"])
         how |= {"beam": best["beam"], "length_penalty": best["length_penalty"]}
     clips, features, refs = read_split(trained, cfg.split)
-    say_if_unspaced(refs, lang)
     controls = [c for c in ("none", *CONTROLS) if cfg.control in (c, "all")]
     mean, std, found, began = sllama.mean.cpu(), sllama.std.cpu(), {}, time.time()
     for control in controls:
@@ -245,6 +244,7 @@ def main():
         return
 
     # their scores
+    say_if_unspaced(refs, lang)
     learnt = glob.glob(glob.escape(folder) + "/*.safetensors")
     files = [clips.path, clips.store.path, *sorted(f for f in learnt if not f.endswith("optimizer.safetensors"))]
     facts = {"split": cfg.split, "dataset": trained.dataset, "checkpoint": folder, "step": state["step"],

@@ -13,7 +13,7 @@ import os
 import unicodedata
 import zlib
 
-from lib.files import read_text
+from lib.files import kind_of, read_text
 from lib.pickles import outline
 from lib.program import BadInput, print0
 
@@ -36,7 +36,8 @@ def read_table(path, *columns):
     header = next(table)
     for column in columns:
         if header.count(column) != 1:
-            raise BadInput(f"{path}: its header {'names twice' if column in header else 'has no'} column {column}")
+            raise BadInput(f"{path}: its header {'names twice' if column in header else 'has no'} column {column}"
+                           + (kind_of(path) and f", it is {kind_of(path)}"))
     rows = []
     try:
         for cells in table:

@@ -178,7 +178,8 @@ def test_names_as_macos_writes_them(tmp_path, monkeypatch, disk, table):
     ("file\ttext\na.mp4\n", (":2", "1 columns", "2")),
     ("file\ttext\tsplit\na.mp4\tja\tvalid\n", (":2", "clip a", "valid", "train, dev, test")),
     ("file\ttext\na.mp4\tfür\n".encode("cp1252"), (":2", "UTF-8", "byte 17", "save it as UTF-8")),
-    (b"PK\3\4\xff\xff", ("zip archive", ".xlsx"))])
+    (b"PK\3\4\xff\xff", ("zip archive", ".xlsx")),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ("no column file", "Git LFS pointer"))])
 def test_wrong_clips_tsv(own, tmp_path, table, says):
     with bad(tmp_path / "clips.tsv", *says):
         own(table)
