@@ -82,19 +82,17 @@ def first(folder, names, otherwise=0):
 # ---------------------------------------------------------------------------------------------------------------------
 # Pickles of labels
 
-def entries(path, content=None):
+def entries(path):
     """The clips of a pickle: a list of dicts (neccam) or a dict of dicts (GFSLT), as dicts with a name and a text."""
-    if content is None:
-        content = outline(path)
+    content = outline(path)
     if isinstance(content, dict):
         content = [{"name": name} | e if isinstance(e, dict) else e for name, e in content.items()]
     if not isinstance(content, list) or not content:
         raise BadInput(f"{path}: is not a list or a dict of clips")
     for number, e in enumerate(content, 1):
-        e = e if isinstance(e, dict) else {"name": e}
         for key in ("name", "text"):
-            if not isinstance(e.get(key), str):
-                raise BadInput(f"{path}: clip number {number} ({str(e.get('name'))[:80]}) has no text `{key}`")
+            if not isinstance(e, dict) or not isinstance(e.get(key), str):
+                raise BadInput(f"{path}: clip number {number} ({str(e)[:80]}) has no text `{key}`")
     return content
 
 
@@ -160,13 +158,14 @@ def read_clips(root):
     if not os.path.exists(path):
         raise BadInput(f"{path}: No such file or directory; own clips need this table, with a header file<TAB>text")
     for cells in read_table(path, "file", "text"):
-        row = {k: c.strip() for k, c in cells.items() if k in ("file", "text", "signer", "gloss", "line") and c.strip()}
+        row = {k: c.strip() for k, c in cells.items() if c.strip()}
         if "file" not in row:
             raise BadInput(f"{row['line']}: names no file")
-        file = os.path.normpath(row.pop("file"))
+        file = os.path.normpath(row["file"])
         video = first(root, [file])
         name = unicodedata.normalize("NFC", file if os.path.isdir(video) else os.path.splitext(file)[0])
-        yield cells.get("split", "").strip() or None, {"name": name, "text": "", "video": video} | row
+        more = {k: row[k] for k in ("signer", "gloss", "line") if k in row}
+        yield row.get("split"), {"name": name, "text": row.get("text", ""), "video": video} | more
 
 
 @reader
@@ -198,21 +197,20 @@ def read_csl_daily(root):
     home = find(root, labels)
     path = os.path.join(home, labels)
     try:
-        info = [e | {"text": "".join(map(str, e["label_char"])), "gloss": e.get("label_gloss")}
-                for e in outline(path)["info"]]
-    except (KeyError, TypeError, AttributeError):
+        info = {str(e["name"]): e for e in outline(path)["info"]}
+        texts = {name: "".join(map(str, e["label_char"])) for name, e in info.items()}
+    except (KeyError, TypeError):
         raise BadInput(f"{path}: has no list 'info' of clips with a label_char") from None
-    info = {e["name"]: e for e in entries(path, info)}
     folders = ("sentence", "sentences", "sentence_frames-512x512")
     frames = first(home, [os.path.join(f, inner) for f in folders for inner in ("frames_512x512", "")])
     lost = []
     for row in read_table(os.path.join(home, "sentence_label/split_1.txt"), "name", "split"):
         name = row["name"].strip()
-        if name not in info:
+        if name in info:
+            known = {"name": name, "text": texts[name], "video": os.path.join(frames, name), "line": row["line"]}
+            yield row["split"].strip(), known | optional(info[name] | {"gloss": info[name].get("label_gloss")})
+        else:
             lost.append(name)
-            continue
-        known = {"name": name, "text": info[name]["text"], "video": os.path.join(frames, name), "line": row["line"]}
-        yield row["split"].strip(), known | optional(info[name])
     if lost:  # the official release has one such, S000005_P0004_T00: hence the 18400 training clips of some papers
         print0(f"{path}: has no text for {len(lost)} clip(s) of split_1.txt, left out: {', '.join(lost[:20])}")
 
