@@ -180,14 +180,14 @@ def frames(path, size=None, interpolation="BILINEAR", fps=0.0, rate=0.0):
     clip = timed(path, rate or 1.0)
     if fps and abs(rate_of(path, rate or fps) / fps - 1) > 0.01:
         clip = resampled(clip, fps, path)
-    how = dict(format="rgb24", interpolation=interpolation, threads=1, width=size, height=size)
+    shape = size and (size, size)
     reformat = VideoReformatter().reformat
     for n, (_, frame) in enumerate(clip):
         if n == MAX_FRAMES:
             raise BadInput(f"{path}: is longer than video.MAX_FRAMES = {MAX_FRAMES} frames")
-        if not how["width"]:
-            how |= dict(width=frame.width, height=frame.height)
-        yield upright(reformat(frame, **how).to_ndarray(), frame)
+        shape = shape or (frame.width, frame.height)
+        rgb = reformat(frame, *shape, "rgb24", interpolation=interpolation, threads=1).to_ndarray()
+        yield upright(rgb, frame)
 
 
 def read_video(path):
