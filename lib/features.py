@@ -131,7 +131,7 @@ def open_pickle(path, values):
     """The source of a pickle: a list of neccam's clips, or a dict name -> array."""
     content = read_pickle(path) if values else outline(path)
     if isinstance(content, list):
-        content = {e["name"]: e for e in content if isinstance(e, dict) and isinstance(e.get("name"), str)}
+        content = {str(e.get("name")): e for e in content if isinstance(e, dict)}
     if not isinstance(content, dict):
         raise BadInput(f"{path}: is neither a list of clips nor a dict name -> array")
     arrays = {name: e.get("sign") if isinstance(e, dict) else e for name, e in content.items()}
