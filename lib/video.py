@@ -80,27 +80,27 @@ def opened(file):
         raise BadInput(f"{file}: cannot be decoded: absent, damaged or cut off ({e.strerror or e})") from None
 
 
-def packets(container, video):
+def going_on(times, video):
     """
-    A video's packets. Where their times begin again, since one recording was put behind another, they are made to go
-    on; in an MPEG stream, which may begin at any time, also where they leap by more than ten seconds, as in ffmpeg.
+    Times in the video's unit, made to go on where they begin again, since one recording was put behind another.
+    In an MPEG stream, which may begin at any time, also where they leap by more than ten seconds, as in ffmpeg.
+    Within half a second they may be out of order, as packets are in a file.
     """
-    leap = 10 / video.time_base if container.format.name == "mpegts" else float("inf")
+    back = 0.5 / video.time_base
+    leap = 20 * back if video.container.format.name == "mpegts" else float("inf")
     shift = 0
     step = 1
     last = None
-    for packet in container.demux(video):
-        if packet.dts is not None:
-            at = packet.dts + shift
+    for at in times:
+        if at is not None:
+            at += shift
             last = at if last is None else last
-            if not last <= at <= last + leap:
+            if not last - back <= at <= last + leap:
                 shift += last + step - at
                 at = last + step
-            step = at - last
-            packet.dts = last = at
-        if packet.pts is not None:
-            packet.pts += shift
-        yield packet
+            step = at - last if at > last else step
+            at = last = max(at, last)
+        yield at
 
 
 def rate_of(path, rate=0.0):
@@ -111,32 +111,41 @@ def rate_of(path, rate=0.0):
     if os.path.isdir(path):
         return rate
     with opened(path) as (container, video):
-        times = [p.dts if p.pts is None else p.pts for p in packets(container, video) if p.size]
+        times = (p.dts if p.pts is None else p.pts for p in container.demux(video) if p.size)
+        times = [at for at in going_on(times, video) if at is not None]
         span = max(times, default=0) - min(times, default=0)
         own = float((len(times) - 1) / (span * video.time_base) if span else video.average_rate or 0)
     return own if 1 <= own <= 240 else 0.0
+
+
+def decoded(container, video, still):
+    """An image's frame, or a video's in the order in which they are shown."""
+    last = None
+    for packet in itertools.islice(container.demux(video), 1 if still else None):
+        yield from packet.decode()
+        last = packet if packet.size else last
+    # a GIF's picture ends with an empty block
+    if last and (last.is_corrupt or container.format.name == "gif" and not re.search(rb"\0(;|$)", last)):
+        raise BadInput(f"{container.name}: is cut off")
 
 
 def timed(path, rate=1.0):
     """Yield (time in seconds, av's frame) through a clip; a folder of frames has no times but those of its rate."""
     from av.filter import Graph
     folder = os.path.isdir(path)
-    frame = last = None
+    frame = None
     for number, file in enumerate(frame_files(path) if folder else [path]):
         with opened(file) as (container, video):
             still = file.lower().endswith(IMAGES)
-            for packet in itertools.islice(packets(container, video), 1 if still else None):
-                for frame in packet.decode():
-                    if still:  # EXIF, number 31, has no name in this av, which would then show none of the side data
-                        graph = Graph()
-                        graph.link_nodes(graph.add_buffer(video), graph.add("sidedata", "mode=delete:type=31"),
-                                         graph.add("buffersink")).configure()
-                        graph.push(frame)
-                        frame = graph.pull()
-                    yield number / rate if folder else frame.time, frame
-                last = packet if packet.size else last
-            if container.format.name == "gif" and not re.search(rb"\0(;|$)", last):  # an empty block ends a picture
-                raise BadInput(f"{file}: is cut off")
+            pictures, again = itertools.tee(decoded(container, video, still))
+            for frame, at in zip(pictures, going_on((f.pts for f in again), video)):
+                if still:  # EXIF, number 31, has no name in this av, which would then show none of the side data
+                    graph = Graph()
+                    graph.link_nodes(graph.add_buffer(video), graph.add("sidedata", "mode=delete:type=31"),
+                                     graph.add("buffersink")).configure()
+                    graph.push(frame)
+                    frame = graph.pull()
+                yield number / rate if folder else at and float(at * video.time_base), frame
     if frame is None:
         raise BadInput(f"{path}: has no frames")
 
