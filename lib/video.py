@@ -139,10 +139,12 @@ def timed(path, rate=1.0):
             still = file.lower().endswith(IMAGES)
             pictures, again = itertools.tee(decoded(container, video, still))
             for frame, at in zip(pictures, going_on((f.pts for f in again), video)):
-                if still:  # EXIF, number 31, has no name in this av, which would then show none of the side data
+                try:
+                    len(frame.side_data)
+                except ValueError:  # some that this av has no name for, EXIF among them: a filter takes them away
                     graph = Graph()
-                    graph.link_nodes(graph.add_buffer(video), graph.add("sidedata", "mode=delete:type=31"),
-                                     graph.add("buffersink")).configure()
+                    unnamed = [graph.add("sidedata", f"mode=delete:type={n}") for n in range(28, 32)]
+                    graph.link_nodes(graph.add_buffer(video), *unnamed, graph.add("buffersink")).configure()
                     graph.push(frame)
                     frame = graph.pull()
                 yield number / rate if folder else at and float(at * video.time_base), frame
