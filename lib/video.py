@@ -113,8 +113,8 @@ def rate_of(path, rate=0.0):
     with opened(path) as (container, video):
         times = (p.dts if p.pts is None else p.pts for p in container.demux(video) if p.size)
         times = [at for at in going_on(times, video) if at is not None]
-        span = max(times, default=0) - min(times, default=0)
-        own = float((len(times) - 1) / (span * video.time_base) if span else video.average_rate or 0)
+        span = (max(times) - min(times)) * video.time_base if times else 0
+        own = float((len(times) - 1) / span if span else video.average_rate or 0)
     return own if 1 <= own <= 240 else 0.0
 
 
