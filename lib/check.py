@@ -131,7 +131,7 @@ def report(problems, notes, table, folder, strict):
     Print what `check` found, the first twenty of each kind; all problems go to folder/problems.txt.
     With problems and strict: the end.
     """
-    path = os.path.join(folder, "problems.txt")
+    path = f"{folder}/problems.txt"
     if rank() == 0:
         print("\n".join(table), flush=True)
         for kind, lines in (("note", notes), ("problem", problems)):

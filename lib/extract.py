@@ -161,9 +161,9 @@ def prepare(name, splits, data_dir, extractor, strict=True):
     strict=False: clips that cannot be decoded are left out and listed in data_dir/name/problems.txt.
     """
     settings = extractor.settings
-    home = os.path.join(data_dir, name)
-    folder = os.path.join(home, settings["backbone"])
-    parts = os.path.join(folder, ".parts")
+    home = f"{data_dir}/{name}"
+    folder = f"{home}/{settings['backbone']}"
+    parts = f"{folder}/.parts"
     os.makedirs(parts, exist_ok=True)
     made = json.dumps(settings)
     rows = {row["name"]: row for split in SPLITS for row in splits[split]}
@@ -177,7 +177,7 @@ def prepare(name, splits, data_dir, extractor, strict=True):
         """What is done, of clips whose file is the one that was extracted: name -> (read(name), (T, D), frame rate)."""
         found = {}
         for place in (folder, parts):
-            for path in sorted(glob.glob(os.path.join(glob.escape(place), "*.safetensors"))):
+            for path in sorted(glob.glob(glob.escape(place) + "/*.safetensors")):
                 try:
                     store = Store(path)
                 except BadInput as e:
@@ -207,14 +207,14 @@ def prepare(name, splits, data_dir, extractor, strict=True):
             for k, (i, features, rate) in enumerate(stream, 1):
                 n = own[i]
                 if not isinstance(rate, BadInput):
-                    part = os.path.join(parts, hashlib.sha1(n.encode()).hexdigest() + ".safetensors")
+                    part = f"{parts}/{hashlib.sha1(n.encode()).hexdigest()}.safetensors"
                     write_store(part, {n: features.shape}, lambda n: features, notes({n: rate}))
                     n_frames += len(features)
                 elif strict:
                     raise rate
                 else:
                     print(f"clip {n} is left out: {rate}", file=sys.stderr, flush=True)
-                    with open(os.path.join(home, "problems.txt"), "a", encoding="utf-8") as f:
+                    with open(f"{home}/problems.txt", "a", encoding="utf-8") as f:
                         f.write(f"clip {n}: {rate}\n")
                 show(min(k * world(), len(todo)), n_frames * world(), "frames")
     except RuntimeError as e:

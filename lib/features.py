@@ -72,14 +72,14 @@ def write_common(folder, backbone, splits, shapes, read, metadata):
     shapes: name of a clip -> (T, D); read: name -> (T, D) float16.
     metadata: names of a split -> {text: text} that its store carries.
     """
-    os.makedirs(os.path.join(folder, backbone), exist_ok=True)
+    os.makedirs(f"{folder}/{backbone}", exist_ok=True)
     for split in SPLITS:
-        path = os.path.join(folder, split + ".jsonl")
+        path = f"{folder}/{split}.jsonl"
         if not splits[split]:
             if os.path.exists(path):
                 os.remove(path)  # of an earlier division: its clips may stand in another split now
             continue
-        store = os.path.join(folder, backbone, split + ".safetensors")
+        store = f"{folder}/{backbone}/{split}.safetensors"
         names = [row["name"] for row in splits[split]]
         write_store(store, {n: shapes[n] for n in names}, read, metadata(names))
         with whole(path) as f:
@@ -99,7 +99,7 @@ def open_features(path, split, names, values=True, sigma=None):
     """
     path = first("", [path.replace("{split}", s) for s in (split, VAL.get(split, split))])
     if os.path.isdir(path):
-        path = os.path.join(path, "{name}.npy")
+        path += "/{name}.npy"
     # with and without "train/" in front, in these files and in the labels
     keys = {n: [key for form in forms(n) for key in (form, f"{split}/{form}", form.removeprefix(split + "/"))]
             for n in names}
@@ -203,5 +203,5 @@ def import_features(name, splits, data_dir, label, patterns, shapes, sigma=None)
     if sigma is not None:
         settings["standin"] = (f"stand-in features made from HMM alignments with noise of sigma={sigma:g}, "
                                "not from videos")
-    write_common(os.path.join(data_dir, name), label, splits, shapes, read,
+    write_common(f"{data_dir}/{name}", label, splits, shapes, read,
                  lambda names: {"settings": json.dumps(settings)})

@@ -109,7 +109,7 @@ def label_pattern(root, *stems):
     The path of pickled labels with {split} in it.
     It is root itself where that is one, else the first root/STEM.{split} of which there is any split.
     """
-    patterns = [root] if "{split}" in root else [os.path.join(root, stem + ".{split}") for stem in stems]
+    patterns = [root] if "{split}" in root else [f"{root}/{stem}." + "{split}" for stem in stems]
     for pattern in patterns:
         if any(os.path.isfile(pattern.replace("{split}", s)) for s in SPLITS):
             return pattern
@@ -154,7 +154,7 @@ def read_clips(root):
     Own clips: root/clips.tsv with a header and the columns file, text and, if you like, split, signer, gloss.
     A clip's name is its file without the ending. Without a split column data.py deals the clips out.
     """
-    path = os.path.join(root, "clips.tsv")
+    path = f"{root}/clips.tsv"
     if not os.path.exists(path):
         raise BadInput(f"{path}: No such file or directory; own clips need this table, with a header file<TAB>text")
     for cells in read_table(path, "file", "text"):
@@ -178,10 +178,10 @@ def read_phoenix14t(root):
     tables = {s: f"annotations/manual/PHOENIX-2014-T.{s}.corpus.csv" for s in SPLITS}
     home = find(root, *tables.values())
     for split, table in tables.items():
-        path = os.path.join(home, table)
+        path = f"{home}/{table}"
         if os.path.exists(path):
             for row in read_table(path, "name", "speaker", "orth", "translation"):
-                video = os.path.join(home, "features/fullFrame-210x260px", split, row["name"])
+                video = f"{home}/features/fullFrame-210x260px/{split}/{row['name']}"
                 yield split, {"name": row["name"], "text": row["translation"], "video": video,
                               "signer": row["speaker"], "gloss": row["orth"]}
 
@@ -195,19 +195,19 @@ def read_csl_daily(root):
     """
     labels = "sentence_label/csl2020ct_v2.pkl"
     home = find(root, labels)
-    path = os.path.join(home, labels)
+    path = f"{home}/{labels}"
     try:
         info = {str(e["name"]): e for e in outline(path)["info"]}
         texts = {name: "".join(map(str, e["label_char"])) for name, e in info.items()}
     except (KeyError, TypeError):
         raise BadInput(f"{path}: has no list 'info' of clips with a label_char") from None
     folders = ("sentence", "sentences", "sentence_frames-512x512")
-    frames = first(home, [os.path.join(f, inner) for f in folders for inner in ("frames_512x512", "")])
+    frames = first(home, [f + inner for f in folders for inner in ("/frames_512x512", "")])
     lost = []
-    for row in read_table(os.path.join(home, "sentence_label/split_1.txt"), "name", "split"):
+    for row in read_table(f"{home}/sentence_label/split_1.txt", "name", "split"):
         name = row["name"].strip()
         if name in info:
-            known = {"name": name, "text": texts[name], "video": os.path.join(frames, name), "line": row["line"]}
+            known = {"name": name, "text": texts[name], "video": f"{frames}/{name}", "line": row["line"]}
             yield row["split"].strip(), known | optional(info[name] | {"gloss": info[name].get("label_gloss")})
         else:
             lost.append(name)
@@ -247,7 +247,7 @@ def read_openasl(root):
     (train, valid, test). Clips are VID.mp4 in root, root/clips, root/videos or root/{split}; its crop_video.py
     writes '%' for the ':' in a vid.
     """
-    path = os.path.join(find(root, "openasl-v1.0.tsv"), "openasl-v1.0.tsv")
+    path = find(root, "openasl-v1.0.tsv") + "/openasl-v1.0.tsv"
     folders = ("", "clips", "videos", "train", "valid", "test")
     for row in read_table(path, "vid", "raw-text", "split"):
         files = [row["vid"] + ".mp4", row["vid"].replace(":", "%") + ".mp4"]

@@ -36,7 +36,7 @@ def frame_files(folder):
     for one, other in itertools.pairwise(files):
         if os.path.splitext(one)[0] == os.path.splitext(other)[0]:
             raise BadInput(f"{folder}: {one} and {other} are one frame under two endings")
-    return [os.path.join(folder, f) for f in files]
+    return [f"{folder}/{f}" for f in files]
 
 
 def cut_short(file):
