@@ -59,7 +59,7 @@ def cut_short(file):
 def opened(file):
     """A video or an image -> (container, its default video); whatever there is to say against it is a BadInput."""
     import av  # here: with all its codecs it takes a tenth of a second, and who trains decodes nothing
-    logging.getLogger("libav").addHandler(logging.NullHandler())
+    logging.getLogger("libav").setLevel("CRITICAL")  # what ffmpeg says is read here, and is not for the screen
     av.logging.set_level(av.logging.WARNING)
     av.logging.set_skip_repeated(False)
     try:
