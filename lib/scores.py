@@ -134,7 +134,7 @@ def print_scores(title, rows):
 # Files of hypotheses
 
 def read_hyps(path, refs=""):
-    """A file of lines {"name","hyp","ref"}, or two of texts line by line -> {name or number: (hyp, ref)}."""
+    """A file of lines {"name","hyp","ref"}, or two of texts line by line -> {name or line: (hyp, ref)}."""
     found = {}
 
     def take(row):
@@ -152,7 +152,7 @@ def read_hyps(path, refs=""):
     if len(hyps) != len(lines) or not hyps:
         raise BadInput(f"{path} has {len(hyps)} lines, {refs} has {len(lines)}: there must be as many, "
                        "a sentence each, and one at least")
-    return {str(number): pair for number, pair in enumerate(zip(hyps, lines), 1)}
+    return dict(enumerate(zip(hyps, lines), 1))
 
 
 def score_files(path, other, lang, refs=""):

@@ -50,7 +50,7 @@ def cut_short(file):
                 size = head.startswith(b"RIFF") and int.from_bytes(head[4:8], "little") + 8
             if not size:
                 break
-            left -= max(size, 8)
+            left -= size
             f.seek(-max(left, 0), os.SEEK_END)
     return left < 0
 
@@ -111,8 +111,7 @@ def rate_of(path, rate=0.0):
     if os.path.isdir(path):
         return rate
     with opened(path) as (container, video):
-        times = (p.dts if p.pts is None else p.pts for p in container.demux(video) if p.size)
-        times = [at for at in going_on(times, video) if at is not None]
+        times = [at for at in going_on((p.pts for p in container.demux(video)), video) if at is not None]
         span = (max(times) - min(times)) * video.time_base if times else 0
         own = float((len(times) - 1) / span if span else video.average_rate or 0)
     return own if 1 <= own <= 240 else 0.0
