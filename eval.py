@@ -5,7 +5,7 @@ Decodes a split and scores it, or translates single clips.
     torchrun --nproc_per_node=2 eval.py                # the same, the clips shared out
     python eval.py control=all                         # and under other clips' features, blanks and noise
     python eval.py ckpt=out/toy/sft video=clip.mp4     # one translation on stdout
-    python eval.py hyps=A.jsonl lang=de                # scores lines {"name","hyp","ref"} made by anyone
+    python eval.py hyps=A.txt refs=B.txt lang=de       # scores sentences made by anyone, or hyps=A.jsonl as above
     python eval.py hyps=A.jsonl against=B.jsonl lang=de  # is A better than B, or is it chance?
 
 Beam search stands in model.py, BLEU and ROUGE in lib/scores.py, the controls in lib/controls.py.
@@ -28,9 +28,9 @@ from lib.extract import Extractor
 from lib.files import sha256, whole
 from lib.program import BadInput, Progress, gathered, join, launch, leave, pick_device, pick_dtype, print0, rank, world
 from lib.readers import SPLITS
-from lib.scores import bleu, language_code, print_scores, report, score_files
+from lib.scores import bleu, language_code, print_scores, report, say_if_unspaced, score_files
 from lib.tokenizer import Tokenizer
-from lib.video import VIDEOS, rate_of
+from lib.video import VIDEOS, rate_of, visible
 from lib.weights import open_llm
 from lora import apply_lora
 from model import SLLaMA, generate
@@ -47,6 +47,7 @@ control = "none"  # shuffle (another clip's features), blank, noise: what it sco
 video = ""  # translate this file or folder of frames and nothing else
 videos = ""  # translate every clip in this folder: a line name<TAB>sentence each
 hyps = ""  # score this file of lines {"name","hyp","ref"} and nothing else
+refs = ""  # hyps: a text file of references, hyps=FILE one of as many lines of sentences; "" = they stand in hyps=FILE
 against = ""  # hyps: another such file of the same clips; tells whether the difference is significant
 lang = ""  # de, en, zh, ...: how to cut sentences into tokens; "" = by the run's language
 dataset = ""  # "" = the run's
@@ -165,9 +166,9 @@ def translate_videos(cfg, sllama, tokenizer, trained, how, say):
                        "and no extractor can make them from a video")
     fps = made.get("fps", 0.0)  # what the model has learnt from; 0 = clips of several rates, or unknown ones
     extractor = Extractor(made["backbone"], cfg.weights or made["weights"], cfg.device, fps)
-    if cfg.videos and not (os.path.isdir(cfg.videos) and os.listdir(cfg.videos)):
+    if cfg.videos and not (os.path.isdir(cfg.videos) and visible(cfg.videos)):
         raise BadInput(f"videos={cfg.videos}: is not a folder with clips in it")
-    paths = [cfg.video] if cfg.video else sorted(os.path.join(cfg.videos, f) for f in os.listdir(cfg.videos))
+    paths = [cfg.video] if cfg.video else [os.path.join(cfg.videos, f) for f in visible(cfg.videos)]
     failed = 0
     for path in paths:
         if cfg.videos and not os.path.isdir(path) and not path.lower().endswith(VIDEOS):
@@ -209,12 +210,12 @@ def main():
     cfg = configure(__file__, choices=CHOICES,
                     positive=("beam", "max_new_tokens", "batch_size"), minus_one=("length_penalty",))
     cfg.beams, cfg.length_penalties = numbers(cfg, "beams", int, 1), numbers(cfg, "length_penalties", float, -1)
-    if cfg.against and not cfg.hyps:
-        usage_error(__file__, "against: is compared with hyps=FILE, which is missing")
+    if (cfg.against or cfg.refs) and not cfg.hyps:
+        usage_error(__file__, "against and refs: stand beside hyps=FILE, which is missing")
     if rank() and (cfg.hyps or cfg.video or cfg.videos):
         return  # one process is enough, and the sentence is to be printed once
     if cfg.hyps:
-        return score_files(cfg.hyps, cfg.against, cfg.lang)
+        return score_files(cfg.hyps, cfg.against, cfg.lang, cfg.refs)
 
     # the model
     say = lambda *args: print0(*args, file=sys.stderr if cfg.video or cfg.videos else sys.stdout)
@@ -248,6 +249,7 @@ def main():
         return
 
     # their scores
+    say_if_unspaced(refs, lang)
     learnt = glob.glob(glob.escape(folder) + "/*.safetensors")
     files = [clips.path, clips.store.path, *sorted(f for f in learnt if not f.endswith("optimizer.safetensors"))]
     facts = {"split": cfg.split, "dataset": trained.dataset, "checkpoint": folder, "step": state["step"],

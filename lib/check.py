@@ -8,7 +8,7 @@ from lib.features import open_features
 from lib.files import whole
 from lib.program import BadInput, print0, rank
 from lib.readers import SPLITS
-from lib.video import IMAGES
+from lib.video import frame_files
 
 # how the names begin -> clips of each split
 PUBLISHED = {"[0-9]{2}[A-Z][a-z]+_[0-9]{4}_[A-Z]": (7096, 519, 642),
@@ -17,50 +17,62 @@ PUBLISHED = {"[0-9]{2}[A-Z][a-z]+_[0-9]{4}_[A-Z]": (7096, 519, 642),
 ODD = "[\0-\x1f\x7f\ud800-\udfff]"
 
 
-def clip_trouble(row, seen):
-    """What is wrong with a clip's name, text and video, or None. seen: name -> split and video of the clips before."""
+def look(row, video, seen):
+    """
+    How many frames a clip has, None where nobody says it; BadInput says what is wrong with its name, text or video.
+    video: None where it does not matter; seen: name -> split and video of the clips before.
+    """
     name = row["name"]
     # __metadata__ is a key of safetensors' own
     if name in ("", "__metadata__") or os.path.isabs(name) or ".." in name.split("/") or re.search(ODD, name):
-        return "the name must be one inside the folder"
+        raise BadInput("the name must be one inside the folder")
     if name in seen:
-        return f"stands there already, in {seen[name]}"
+        raise BadInput(f"stands there already, in {seen[name]}")
     if not row["text"].strip():
-        return "has an empty text"
+        raise BadInput("has an empty text")
     if re.search("[\ud800-\udfff]", row["text"]):
-        return "its text has half a character"
-    video = row.get("video")
+        raise BadInput("its text has half a character")
     if video is None:
-        return None
+        return row.get("frames")
     if not os.path.exists(video):
-        return f"{video or 'its video'} does not exist"
+        raise BadInput(f"{video or 'its video'} does not exist")
     if os.path.isdir(video):
-        return None if images(video) else f"{video} has no frames"
-    return None if os.path.getsize(video) else f"{video} is an empty file"
+        if T := len(frame_files(video)):
+            return T
+        raise BadInput(f"{video} has no frames")
+    if not os.path.getsize(video):
+        raise BadInput(f"{video} is an empty file")
+    return row.get("frames")
 
 
-def images(folder):
-    """How many frames lie in a folder."""
-    return sum(f.name.lower().endswith(IMAGES) for f in os.scandir(folder))
-
-
-def feature_trouble(name, sources, width):
-    """What is wrong with a clip's features in {pattern: source}, or None."""
+def joined(name, sources, known, first):
+    """
+    (T, D) of a clip's features from {pattern: source}; BadInput says what is wrong with them.
+    known: how many frames the clip has, None if nobody says it; first: (T, D) of the first clip, None before it.
+    """
+    frames = {}
+    D = 0
     for path, source in sources.items():
         if name not in source:
-            return f"has no features in {path}"
-    found = {path: source[name][0] for path, source in sources.items()}
-    for path, shape in found.items():
+            raise BadInput(f"has no features in {path}")
+        shape, _ = source[name]
         if isinstance(shape, str):
-            return f"{path}: {shape}"
+            raise BadInput(f"{path}: {shape}")
         if len(shape) != 2 or 0 in shape:
             hint = "; features=states makes stand-ins from alignments" if shape == (0,) else ""
-            return f"its features in {path} have the shape {shape}, not (frames, width){hint}"
-    if len({T for T, _ in found.values()}) > 1:
-        return "its features have " + " and ".join(f"{T} frames in {path}" for path, (T, _) in found.items())
-    D = sum(D for _, D in found.values())
-    if width and D != width:
-        return f"its features are {D} wide, those of the first clip {width}"
+            raise BadInput(f"its features in {path} have the shape {shape}, not (frames, width){hint}")
+        T, width = shape
+        if T != known == width:
+            raise BadInput(f"its features in {path} have the shape {shape}: "
+                           f"it has {known} frames, (frames, width) is read")
+        frames[path] = T
+        D += width
+    if len({*frames.values()}) > 1:
+        raise BadInput("its features have " + " and ".join(f"{T} frames in {path}" for path, T in frames.items()))
+    if first and D != first[1]:
+        hint = ", of as many frames: are they (width, frames)?" if T == first[0] else ""
+        raise BadInput(f"its features are {D} wide, those of the first clip {first[1]}{hint}")
+    return T, D
 
 
 def check(splits, patterns=(), sigma=None):
@@ -74,7 +86,6 @@ def check(splits, patterns=(), sigma=None):
     notes = []
     shapes = {}
     seen = {}  # name -> split and video
-    width = 0
     train = {row["text"] for row in splits["train"]}
     table = ["split   clips  published  problems  text stands in train"]
 
@@ -83,44 +94,35 @@ def check(splits, patterns=(), sigma=None):
     published = next((counts for names, counts in PUBLISHED.items() if re.match(names, name)), None)
     counts = tuple(len(splits[s]) for s in SPLITS)
     if published and counts != published:
-        note = "clips: {}/{}/{}, published are {}/{}/{}".format(*counts, *published)
-        if counts[0] == 18400 and published[0] == 18401:
-            note += " (18400 is a known variant, without S000005_P0004_T00)"
-        notes.append(note)
+        hint = " (18400 is a known variant, without S000005_P0004_T00)" if counts[0] == 18400 else ""
+        notes.append("clips: {}/{}/{}, published are {}/{}/{}{}".format(*counts, *published, hint))
 
     for split, known in zip(SPLITS, published or ("", "", "")):
-        names = [row["name"] for row in splits[split]]
-        sources = {}
-        if names:
-            sources = {p.replace("{split}", split): open_features(p, split, names, False, sigma) for p in patterns}
-        for row in splits[split]:
+        rows = splits[split]
+        names = [row["name"] for row in rows]
+        sources = {p.replace("{split}", split): open_features(p, split, names, False, sigma)
+                   for p in patterns if names}
+        for row in rows:
             name = row["name"]
-            row = dict(row)
-            if not sources:
-                row.setdefault("video", "")  # no video and no features either
-            elif not os.path.exists(row.get("video", "")):
-                row.pop("video", None)
-            trouble = clip_trouble(row, seen) or feature_trouble(name, sources, width)
-            seen.setdefault(name, f"{split} ({row['video']})" if row.get("video") else split)
-            if trouble:
-                line = f"{split}: clip {name}: {trouble}"
+            video = row.get("video", "")
+            if sources and not os.path.exists(video):
+                row = {k: v for k, v in row.items() if k != "video"}
+                video = None
+            try:
+                T = look(row, video, seen)
+                if sources:
+                    T, _ = shapes[name] = joined(name, sources, T, next(iter(shapes.values()), None))
+                good[split].append(row)
+                if row.get("frames", T) != T:
+                    notes.append(f"{split}: clip {name}: {T} frames, its labels say {row['frames']}")
+            except BadInput as e:
+                line = f"{split}: clip {name}: {e}"
                 problems.append(ascii(line) if re.search(ODD, line) else line)
-                continue
-            good[split].append(row)
-            T = row.get("frames")
-            if sources:
-                found = [source[name][0] for source in sources.values()]
-                shapes[name] = found[0][0], sum(D for _, D in found)
-                T, width = shapes[name]
-            elif "frames" in row and os.path.isdir(row["video"]):
-                T = images(row["video"])
-            if row.get("frames", T) != T:
-                notes.append(f"{split}: clip {name}: {T} frames, its labels say {row['frames']}")
+            seen.setdefault(name, f"{split} ({video})" if video else split)
         if not names:
             notes.append(f"{split}: no clips")
-        repeated = sum(row["text"] in train for row in splits[split]) if split != "train" else ""
-        wrong = len(names) - len(good[split])
-        table.append(f"{split:5} {len(names):7} {known:>10} {wrong:9} {repeated:>21}".rstrip())
+        repeated = sum(row["text"] in train for row in rows) if split != "train" else ""
+        table.append(f"{split:5} {len(rows):7} {known:>10} {len(rows) - len(good[split]):9} {repeated:>21}".rstrip())
     return good, problems, notes, table, shapes
 
 
@@ -129,14 +131,12 @@ def report(problems, notes, table, folder, strict):
     Print what `check` found, the first twenty of each kind; all problems go to folder/problems.txt.
     With problems and strict: the end.
     """
-    path = os.path.join(folder, "problems.txt")
+    path = f"{folder}/problems.txt"
     if rank() == 0:
         print("\n".join(table), flush=True)
         for kind, lines in (("note", notes), ("problem", problems)):
-            for line in lines[:20]:
-                print(f"{kind}: {line}")
-            if len(lines) > 20:
-                print(f"{kind}: ... and {len(lines) - 20} more", flush=True)
+            more = [f"... and {len(lines) - 20} more"] if len(lines) > 20 else []
+            print("".join(f"{kind}: {line}\n" for line in lines[:20] + more), end="", flush=True)
         if problems:
             os.makedirs(folder, exist_ok=True)
             with whole(path) as f:

@@ -3,7 +3,7 @@ The frozen visual backbones, run by data.py alone: (F, 3, height, width) -> (F, 
 
 GoogLeNet as torchvision ships it: https://github.com/pytorch/vision/blob/main/torchvision/models/googlenet.py
 """
-import re
+from collections import OrderedDict
 
 import torch
 import torch.nn as nn
@@ -30,16 +30,12 @@ class RandomCNN(nn.Module):
         return F.adaptive_avg_pool2d(x, 4).flatten(1)  # (F, 64, h, w) -> (F, 64, 4, 4) -> (F, 1024)
 
 
-class ConvBN(nn.Module):
+class ConvBN(nn.Sequential):
     """A convolution, normalised over the batch that it was trained with, and ReLU."""
 
     def __init__(self, i, o, kernel, stride=1):
-        super().__init__()
-        self.conv = nn.Conv2d(i, o, kernel, stride, kernel // 2, bias=False)
-        self.bn = nn.BatchNorm2d(o, eps=0.001)
-
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)))
+        conv = nn.Conv2d(i, o, kernel, stride, kernel // 2, bias=False)
+        super().__init__(OrderedDict(conv=conv, bn=nn.BatchNorm2d(o, eps=0.001), relu=nn.ReLU()))
 
 
 class Inception(nn.Module):
@@ -53,43 +49,41 @@ class Inception(nn.Module):
         self.branch4 = nn.Sequential(nn.MaxPool2d(3, 1, 1, ceil_mode=True), ConvBN(i, pool, 1))
 
     def forward(self, x):  # (F, i, h, w) -> (F, c1 + c3 + c5 + pool, h, w)
-        return torch.cat([self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x)], 1)
+        return torch.cat([branch(x) for branch in self.children()], 1)
 
 
-class GoogLeNet(nn.Module):
+class GoogLeNet(nn.Sequential):
     """
     Inception-v1, the paper's 1024-d CNN. Always in eval mode.
     No transform inside: extract.Extractor normalises with mean 0.5, deviation 0.5.
     """
 
     def __init__(self):
-        super().__init__()
         pool = lambda kernel: nn.MaxPool2d(kernel, 2, ceil_mode=True)
-        self.conv1 = ConvBN(3, 64, 7, 2)
-        self.maxpool1 = pool(3)
-        self.conv2 = ConvBN(64, 64, 1)
-        self.conv3 = ConvBN(64, 192, 3)
-        self.maxpool2 = pool(3)
-        self.inception3a = Inception(192, 64, 96, 128, 16, 32, 32)
-        self.inception3b = Inception(256, 128, 128, 192, 32, 96, 64)
-        self.maxpool3 = pool(3)
-        self.inception4a = Inception(480, 192, 96, 208, 16, 48, 64)
-        self.inception4b = Inception(512, 160, 112, 224, 24, 64, 64)
-        self.inception4c = Inception(512, 128, 128, 256, 24, 64, 64)
-        self.inception4d = Inception(512, 112, 144, 288, 32, 64, 64)
-        self.inception4e = Inception(528, 256, 160, 320, 32, 128, 128)
-        self.maxpool4 = pool(2)
-        self.inception5a = Inception(832, 256, 160, 320, 32, 128, 128)
-        self.inception5b = Inception(832, 384, 192, 384, 48, 128, 128)
+        super().__init__(OrderedDict(
+            conv1=ConvBN(3, 64, 7, 2),
+            maxpool1=pool(3),
+            conv2=ConvBN(64, 64, 1),
+            conv3=ConvBN(64, 192, 3),
+            maxpool2=pool(3),
+            inception3a=Inception(192, 64, 96, 128, 16, 32, 32),
+            inception3b=Inception(256, 128, 128, 192, 32, 96, 64),
+            maxpool3=pool(3),
+            inception4a=Inception(480, 192, 96, 208, 16, 48, 64),
+            inception4b=Inception(512, 160, 112, 224, 24, 64, 64),
+            inception4c=Inception(512, 128, 128, 256, 24, 64, 64),
+            inception4d=Inception(512, 112, 144, 288, 32, 64, 64),
+            inception4e=Inception(528, 256, 160, 320, 32, 128, 128),
+            maxpool4=pool(2),
+            inception5a=Inception(832, 256, 160, 320, 32, 128, 128),
+            inception5b=Inception(832, 384, 192, 384, 48, 128, 128)))
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):
         return super().train(False)  # BatchNorm must never see a batch: a frame's feature cannot depend on others
 
     def features(self, x):
-        for module in self.children():  # in the order of __init__
-            x = module(x)
-        return x.mean((2, 3))  # (F, 1024, 7, 7) -> (F, 1024)
+        return self(x).mean((2, 3))  # (F, 1024, 7, 7) -> (F, 1024)
 
     def load(self, path):
         """Read torchvision's googlenet state dict (.pth or .safetensors), without its classifiers (fc, aux1, aux2)."""
@@ -101,8 +95,8 @@ class GoogLeNet(nn.Module):
 def load_cnn(net, path, heads):
     """Read a CNN's weights from a file, which may also hold classifiers: names that begin like one of `heads`."""
     # BatchNorm's counter: older files lack it, and nobody needs it
-    plain = lambda state: {k: v for k, v in state.items() if "num_batches" not in k}
-    state = {k: v for k, v in plain(load_tensors(path)).items() if not k.startswith(heads)}
+    plain = lambda state: {k: v for k, v in state.items() if not k.startswith(heads) and "num_batches" not in k}
+    state = plain(load_tensors(path))
     check_names(path, shapes_of(plain(net.state_dict())), shapes_of(state))
     net.load_state_dict(net.state_dict() | state)
     return net
@@ -132,7 +126,7 @@ def open_timm(backbone, weights):
         import timm
     except Exception as e:  # a torchvision that was built for another torch raises a RuntimeError
         raise BadInput(f"backbone={backbone}: needs the package timm, pip install timm ({e})") from None
-    if not re.fullmatch(r"[\w.-]+", name) or not timm.is_model(name.split(".")[0]):
+    if not timm.is_model(name.split(".")[0]):
         raise BadInput(f"backbone={backbone}: timm {timm.__version__} has no model of this name")
     if not weights:
         print0(f"backbone {backbone}: no weights=FILE is given, "
@@ -146,9 +140,7 @@ def open_timm(backbone, weights):
         raise BadInput(f"backbone={backbone}: timm cannot make it ({said}); weights=FILE needs no network") from None
     if weights not in ("", "random"):
         heads = cnn.pretrained_cfg.get("classifier") or ()
-        if isinstance(heads, str):
-            heads = (heads,)
-        load_cnn(cnn, weights, tuple(h + "." for h in heads))
+        load_cnn(cnn, weights, tuple(h + "." for h in ([heads] if isinstance(heads, str) else heads)))
     how = timm.data.resolve_model_data_config(cnn)
     _, height, width = how["input_size"]
     if height != width:

@@ -5,6 +5,7 @@ A run that was killed goes on where it stopped, and clips that have not changed 
 import contextlib
 import glob
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -31,8 +32,8 @@ BATCH = 32
 class Decoder(IterableDataset):
     """
     The frames of many clips, a share of them in each process that decodes.
-    Yields (number of the clip, some of its frames (n, crop, crop, 3) or [], None).
-    At a clip's end the third is its own frame rate, or the BadInput of a broken clip.
+    Yields (number of the clip, some of its frames (n, crop, crop, 3), None).
+    At a clip's end come no frames, and the third is its own frame rate, or the BadInput of a broken clip.
     """
 
     def __init__(self, paths, size, crop, **how):
@@ -44,16 +45,14 @@ class Decoder(IterableDataset):
     def __iter__(self):
         me = get_worker_info()
         low = (self.size - self.crop) // 2
+        middle = slice(low, low + self.crop)
         for i in range(me.id if me else 0, len(self.paths), me.num_workers if me else 1):
             path = self.paths[i]
             try:
-                some = []
-                for frame in frames(path, self.size, **self.how):
-                    some.append(frame[low:low + self.crop, low:low + self.crop])
-                    if len(some) == BATCH // 2:  # a clip is never held as a whole, however long it is
-                        yield i, np.stack(some), None
-                        some = []
-                yield i, some and np.stack(some), rate_of(path, self.how["rate"])
+                clip = (frame[middle, middle] for frame in frames(path, self.size, **self.how))
+                while some := list(itertools.islice(clip, BATCH // 2)):
+                    yield i, np.stack(some), None  # a clip is never held as a whole, however long it is
+                yield i, [], rate_of(path, self.how["rate"])
             except BadInput as e:
                 yield i, [], e
 
@@ -69,8 +68,6 @@ class Extractor:
         fps: clips are resampled to it, 0 = as filmed. rate: of folders of frames, where it is known.
         workers: processes that decode for prepare.
         """
-        if backbone not in CNNS and not backbone.startswith("timm/"):
-            raise BadInput(f"backbone={backbone}: is none of {', '.join(CNNS)}, timm/NAME")
         self.settings = {"backbone": backbone, "weights": weights, "fps": fps}
         if os.path.exists(weights):
             self.settings["weights_file"] = fingerprint(weights)  # features of other weights are other features
@@ -80,9 +77,11 @@ class Extractor:
             self.features = self.cnn.features
             interpolation = "BILINEAR"
             mean = std = (0.5,) * 3
-        else:
+        elif backbone.startswith("timm/"):
             self.cnn, size, self.crop, interpolation, mean, std = open_timm(backbone, weights)
             self.features = self.cnn
+        else:
+            raise BadInput(f"backbone={backbone}: is none of {', '.join(CNNS)}, timm/NAME")
         self.how = dict(size=size, crop=self.crop, interpolation=interpolation, fps=fps, rate=rate)
         self.workers = workers
         self.device = pick_device(device)[0]
@@ -100,51 +99,47 @@ class Extractor:
     def stream(self, paths, workers=0):
         """
         The features of many clips, as they are done: yields (number of the clip, float16 (T, D), its own frame rate),
-        or (number, None, the BadInput) for a broken one.
+        or (number, anything, the BadInput) for a broken one.
         NOTE a batch holds frames of several clips, and its size never changes. Kernels are chosen by shape and round
         differently, but a frame gives bitwise the same feature at any place of a batch, whatever is around it. So
         neither kills nor workers leave a trace in the store.
         """
         batch = np.zeros((BATCH, self.crop, self.crop, 3), np.uint8)
-        owners = []  # the clip of each frame in the batch
-        rows = {}  # clip -> its features so far
-        ended = {}  # clip -> its rate or its BadInput, once all its frames have come
+        n = 0  # frames in the batch
+        queue = []  # (clip, None) for each of them, and (clip, how it ended) behind a clip's last
+        rows = {i: [] for i in range(len(paths))}  # clip -> its features so far
 
         def flush():
-            for i, row in zip(owners, self.compute(batch)):  # what the last batch is filled up with has no owner
-                rows.setdefault(i, []).append(row)
-            owners.clear()
-
-        def done():
-            for i in [i for i in ended if i not in owners]:
-                end = ended.pop(i)
-                features = np.array(rows.pop(i, []))
-                if not isinstance(end, BadInput) and not np.isfinite(features).all():
+            features = iter(self.compute(batch))  # what the last batch is filled up with has no owner
+            for i, end in queue:
+                if end is None:
+                    rows[i].append(next(features))
+                    continue
+                x = np.array(rows.pop(i))
+                if not np.isfinite(x).all():
                     end = BadInput(f"{paths[i]}: backbone {self.settings['backbone']} gives features "
                                    "that are not finite")
-                if isinstance(end, BadInput):
-                    features = None
-                yield i, features, end
+                yield i, x, end
+            queue.clear()
 
         # collate_fn: arrays stay arrays and come through a pipe; tensors would go through /dev/shm, small in containers
         for i, some, end in DataLoader(Decoder(paths, **self.how), batch_size=None, collate_fn=tuple,
                                        num_workers=min(workers, len(paths))):
             for frame in some:
-                batch[len(owners)] = frame
-                owners.append(i)
-                if len(owners) == BATCH:
-                    flush()
+                if n == BATCH:
+                    yield from flush()
+                    n = 0
+                batch[n] = frame
+                n += 1
+                queue.append((i, None))
             if end is not None:
-                ended[i] = end
-            yield from done()
-        if owners:
-            flush()
-        yield from done()
+                queue.append((i, end))
+        yield from flush()
 
     def __call__(self, path):
         """The features of a clip: float16 (T, D)."""
         ((_, features, end),) = self.stream([path])
-        if features is None:
+        if isinstance(end, BadInput):
             raise end
         return features
 
@@ -166,9 +161,9 @@ def prepare(name, splits, data_dir, extractor, strict=True):
     strict=False: clips that cannot be decoded are left out and listed in data_dir/name/problems.txt.
     """
     settings = extractor.settings
-    home = os.path.join(data_dir, name)
-    folder = os.path.join(home, settings["backbone"])
-    parts = os.path.join(folder, ".parts")
+    home = f"{data_dir}/{name}"
+    folder = f"{home}/{settings['backbone']}"
+    parts = f"{folder}/.parts"
     os.makedirs(parts, exist_ok=True)
     made = json.dumps(settings)
     rows = {row["name"]: row for split in SPLITS for row in splits[split]}
@@ -182,7 +177,7 @@ def prepare(name, splits, data_dir, extractor, strict=True):
         """What is done, of clips whose file is the one that was extracted: name -> (read(name), (T, D), frame rate)."""
         found = {}
         for place in (folder, parts):
-            for path in sorted(glob.glob(os.path.join(glob.escape(place), "*.safetensors"))):
+            for path in sorted(glob.glob(glob.escape(place) + "/*.safetensors")):
                 try:
                     store = Store(path)
                 except BadInput as e:
@@ -211,15 +206,15 @@ def prepare(name, splits, data_dir, extractor, strict=True):
         with contextlib.closing(stream):  # whatever happens, its processes end
             for k, (i, features, rate) in enumerate(stream, 1):
                 n = own[i]
-                if features is not None:
-                    part = os.path.join(parts, hashlib.sha1(n.encode()).hexdigest() + ".safetensors")
+                if not isinstance(rate, BadInput):
+                    part = f"{parts}/{hashlib.sha1(n.encode()).hexdigest()}.safetensors"
                     write_store(part, {n: features.shape}, lambda n: features, notes({n: rate}))
                     n_frames += len(features)
                 elif strict:
                     raise rate
                 else:
                     print(f"clip {n} is left out: {rate}", file=sys.stderr, flush=True)
-                    with open(os.path.join(home, "problems.txt"), "a", encoding="utf-8") as f:
+                    with open(f"{home}/problems.txt", "a", encoding="utf-8") as f:
                         f.write(f"clip {n}: {rate}\n")
                 show(min(k * world(), len(todo)), n_frames * world(), "frames")
     except RuntimeError as e:

@@ -9,10 +9,10 @@ import os
 import numpy as np
 from safetensors import safe_open
 
-from lib.files import read_jsonl, whole
+from lib.files import kind_of, read_jsonl, whole
 from lib.pickles import Array, numpy_of, outline, read_pickle
 from lib.program import BadInput, print0
-from lib.readers import SPLITS, VAL, entries, first
+from lib.readers import SPLITS, VAL, entries, first, forms
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Ours
@@ -24,19 +24,27 @@ class Store:
         self.path = path
         try:
             self.file = safe_open(path, "pt")
-            self.metadata = self.file.metadata() or {}
-            # of the extractor, or of what was imported
-            self.settings = json.loads(self.metadata.get("settings", "{}"))
         except Exception as e:
-            raise BadInput(f"{path}: cannot be read as a feature store, data.py makes it ({e})") from None
+            said = kind_of(path) if os.path.isfile(path) else ""
+            raise BadInput(f"{path}: cannot be read as safetensors, data.py writes them ({said or e})") from None
+        self.metadata = self.file.metadata() or {}
         self.names = set(self.file.keys())
+
+    @property
+    def settings(self):
+        """Of the extractor, or of what was imported."""
+        return json.loads(self.metadata.get("settings", "{}"))
 
     def __getitem__(self, name):
         return self.file.get_tensor(name)
 
+    def array(self, name):
+        """The same for numpy, in others' files of any type."""
+        return numpy_of(self[name])
+
     def shape(self, name):
         """(T, D), without reading them."""
-        return self.file.get_slice(name).get_shape()
+        return tuple(self.file.get_slice(name).get_shape())
 
 
 def write_store(path, shapes, read, metadata):
@@ -64,14 +72,14 @@ def write_common(folder, backbone, splits, shapes, read, metadata):
     shapes: name of a clip -> (T, D); read: name -> (T, D) float16.
     metadata: names of a split -> {text: text} that its store carries.
     """
-    os.makedirs(os.path.join(folder, backbone), exist_ok=True)
+    os.makedirs(f"{folder}/{backbone}", exist_ok=True)
     for split in SPLITS:
-        path = os.path.join(folder, split + ".jsonl")
+        path = f"{folder}/{split}.jsonl"
         if not splits[split]:
             if os.path.exists(path):
                 os.remove(path)  # of an earlier division: its clips may stand in another split now
             continue
-        store = os.path.join(folder, backbone, split + ".safetensors")
+        store = f"{folder}/{backbone}/{split}.safetensors"
         names = [row["name"] for row in splits[split]]
         write_store(store, {n: shapes[n] for n in names}, read, metadata(names))
         with whole(path) as f:
@@ -116,53 +124,41 @@ def open_features(path, split, names, values=True, sigma=None):
     The source of one pattern and split: .npy files (a folder, or a path with {name} in it), a .safetensors or a pickle.
     values=False: for the shapes alone. sigma: stand-ins from the alignments in neccam's base annotations.
     """
-    path = first([path.replace("{split}", s) for s in (split, VAL.get(split, split))])
-    if "{name}" in path:
-        return open_arrays(path, split, names)
+    path = first("", [path.replace("{split}", s) for s in (split, VAL.get(split, split))])
     if os.path.isdir(path):
-        return open_arrays(os.path.join(path, "{name}.npy"), split, names)
+        path += "/{name}.npy"
+    # with and without "train/" in front, in these files and in the labels
+    keys = {n: [key for form in forms(n) for key in (form, f"{split}/{form}", form.removeprefix(split + "/"))]
+            for n in names}
+    if "{name}" in path:
+        files = {n: first("", [path.replace("{name}", key) for key in keys[n]]) for n in names}
+        return {n: open_array(file) for n, file in files.items() if os.path.exists(file)}
     if not os.path.exists(path):
         raise BadInput(f"features: there is no file {path}")
     if path.endswith(".safetensors"):
-        source = open_safetensors(path)
+        store = Store(path)
+        source = {key: (store.shape(key), functools.partial(store.array, key)) for key in store.names}
     elif sigma is not None:
         source = open_standins(path, split, sigma)
     else:
         source = open_pickle(path, values)
-    # with and without "train/" in front, in these files and in the labels
-    return {n: source[key] for n in names for key in (n, f"{split}/{n}", n.removeprefix(split + "/")) if key in source}
+    return {n: source[key] for n in names for key in keys[n] if key in source}
 
 
-def open_arrays(pattern, split, names):
-    """The source of .npy files, one a clip; a split may have a folder of its own among them."""
-    source = {}
-    for name in names:
-        file = first([pattern.replace("{name}", n) for n in (name, f"{split}/{name}")])
-        if not os.path.exists(file):
-            continue
-        try:
-            shape = np.load(file, mmap_mode="r", allow_pickle=False).shape
-        except (ValueError, EOFError, OSError, AttributeError) as e:  # AttributeError: an .npz
-            shape = f"{os.path.basename(file)} cannot be read as an array ({' '.join(str(e).split())})"
-        source[name] = shape, functools.partial(np.load, file, allow_pickle=False)
-    return source
-
-
-def open_safetensors(path):
-    """The source of a file of tensors."""
+def open_array(file):
+    """What a source has of a clip, from its .npy file."""
     try:
-        file = safe_open(path, "pt")
-    except Exception as e:
-        raise BadInput(f"{path}: cannot be read as safetensors ({e})") from None
-    return {key: (tuple(file.get_slice(key).get_shape()), lambda key=key: numpy_of(file.get_tensor(key)))
-            for key in file.keys()}
+        shape = np.load(file, mmap_mode="r", allow_pickle=False).shape
+    except (ValueError, EOFError, OSError, AttributeError):  # AttributeError: an .npz
+        shape = f"{os.path.basename(file)} cannot be read as an array: it is {kind_of(file) or 'no .npy of numbers'}"
+    return shape, functools.partial(np.load, file, allow_pickle=False)
 
 
 def open_pickle(path, values):
     """The source of a pickle: a list of neccam's clips, or a dict name -> array."""
     content = read_pickle(path) if values else outline(path)
     if isinstance(content, list):
-        content = {e["name"]: e for e in content if isinstance(e, dict) and isinstance(e.get("name"), str)}
+        content = {str(e.get("name")): e for e in content if isinstance(e, dict)}
     if not isinstance(content, dict):
         raise BadInput(f"{path}: is neither a list of clips nor a dict name -> array")
     arrays = {name: e.get("sign") if isinstance(e, dict) else e for name, e in content.items()}
@@ -175,9 +171,8 @@ def open_standins(path, split, sigma):
     for e in entries(path):
         found = e["alignments"] if isinstance(e.get("alignments"), dict) else {}
         streams = [str(found.get(stream, "")).split() for stream in ("pami0", "pami1", "pami2")]
-        T = len(streams[0])
-        shape = (T, 1024)
-        if not T or any(len(states) != T or not all(map(str.isdecimal, states)) for states in streams):
+        shape = (len(streams[0]), 1024)
+        if not streams[0] or len({*map(len, streams)}) > 1 or not "".join(sum(streams, [])).isdecimal():
             shape = "has no alignments pami0, pami1 and pami2 of one length"
         source[e["name"]] = shape, functools.partial(standin, e["name"].removeprefix(split + "/"), streams, sigma)
     return source
@@ -208,10 +203,8 @@ def half(x, what):
     with np.errstate(over="ignore"):
         h = x.astype(np.float16)
     if not np.isfinite(h).all():
-        if not np.isfinite(x).all():
-            raise BadInput(f"{what}: features that are not finite")
-        largest = np.abs(x.astype(np.float64)).max()
-        raise BadInput(f"{what}: features as large as {largest:.3g}, which float16 cannot hold (65504 at most)")
+        raise BadInput(f"{what}: features that are not finite, or as large as {np.abs(x).max():.3g}: "
+                       "float16 holds 65504 at most")
     return h
 
 
@@ -228,14 +221,14 @@ def import_features(name, splits, data_dir, label, patterns, shapes, sigma=None)
         split = split_of[clip]
         if split not in opened:  # one split's files at a time: a pickle must be read whole
             opened.clear()
-            names = [row["name"] for row in splits[split]]
-            opened[split] = {p.replace("{split}", split): open_features(p, split, names, True, sigma) for p in patterns}
-        parts = [half(source[clip][1](), f"{path}: clip {clip}") for path, source in opened[split].items()]
-        return np.concatenate(parts, 1)
+            names = [n for n, s in split_of.items() if s == split]
+            opened[split] = {p: open_features(p, split, names, True, sigma) for p in patterns}
+        return np.concatenate([half(source[clip][1](), f"{path.replace('{split}', split)}: clip {clip}")
+                               for path, source in opened[split].items()], 1)
 
     settings = {"backbone": label, "weights": "", "imported": True, "features": ",".join(patterns)}
     if sigma is not None:
         settings["standin"] = (f"stand-in features made from HMM alignments with noise of sigma={sigma:g}, "
                                "not from videos")
-    write_common(os.path.join(data_dir, name), label, splits, shapes, read,
+    write_common(f"{data_dir}/{name}", label, splits, shapes, read,
                  lambda names: {"settings": json.dumps(settings)})

@@ -4,6 +4,7 @@ Files read safely and written whole: what stands in one comes from anybody, and 
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import platform
@@ -30,22 +31,40 @@ def load_json(path, kind=dict):
     return value
 
 
+# how files begin that are given for others
+KINDS = {b"\x89HDF": "HDF5", b"PK\3\4": "a zip archive, as torch.save, .npz and .xlsx are", b"<": "a web page or XML",
+         b"\x80\2\x8a\nl\xfc": "a file of torch.save", b"{": "JSON", b"[": "JSON", b"\x93NUMPY": "a .npy file",
+         b"version https://git-lfs": "a Git LFS pointer, git lfs pull fetches the file itself"}
+
+
+def kind_of(path):
+    """What a file is, of the kinds that are given for others; "" for the rest."""
+    start = open(path, "rb").read(64).lstrip()
+    return next((kind for magic, kind in KINDS.items() if start.startswith(magic)), "")
+
+
+def read_text(path):
+    """What stands in a text file: UTF-8, with a byte order mark or without, or UTF-16 with one."""
+    raw = open(path, "rb").read()
+    try:
+        return raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise BadInput(f"{path}:{raw[:e.start].count(10) + 1}: is not UTF-8 ({kind_of(path) or e.reason} "
+                       f"at byte {e.start}); save it as UTF-8, which Excel calls CSV UTF-8") from None
+
+
 def read_jsonl(path, what, take):
     """take(row) for each line of a file of JSON lines; what it raises names the line, and says that it is no `what`."""
-    try:
-        lines = list(open(path, encoding="utf-8-sig"))  # not splitlines: a sentence may hold U+2028
-    except UnicodeDecodeError:
-        raise BadInput(f"{path}: is not UTF-8") from None
-    if not lines:
-        raise BadInput(f"{path}: has no lines, each {what}")
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(io.StringIO(read_text(path)), 1):  # not splitlines: a sentence may hold U+2028
         try:
-            found.append(take(json.loads(line)))
+            found += [take(json.loads(line))] if line.strip() else []
         except BadInput as e:
             raise BadInput(f"{path}:{number}: {e}") from None
         except (ValueError, KeyError, TypeError) as e:
             raise BadInput(f"{path}:{number}: is not {what} ({e})") from None
+    if not found:
+        raise BadInput(f"{path}: has no lines, each {what}")
     return found
 
 

@@ -14,11 +14,13 @@ import math
 import os
 import pickle
 import re
+import sys
 import zipfile
 
 import numpy as np
 import torch
 
+from lib.files import kind_of
 from lib.program import BadInput
 
 MAX_PICKLE = 8 << 30  # bytes that a pickle may take when unpacked
@@ -67,9 +69,12 @@ class Dtype:
 
 def numpy_of(x):
     """A tensor as a numpy array, which knows neither bfloat16 nor anything smaller."""
-    if x.is_floating_point() and x.dtype not in (torch.float16, torch.float32, torch.float64):
-        x = x.float()
-    return x.numpy()
+    return (x.float() if x.is_floating_point() and x.dtype != torch.float64 else x).numpy()
+
+
+def latin1(text, encoding):
+    """Bytes, as protocol 2 writes them."""
+    return codecs.encode(text, {"latin1": "latin1"}[encoding])
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Who builds it
@@ -82,8 +87,7 @@ class Memo(dict):
 
     def __setitem__(self, key, value):
         parts = value if isinstance(value, tuple) else (value,)
-        large = any(isinstance(v, (bytes, bytearray, str)) and len(v) > 1 << 16 for v in parts)
-        super().__setitem__(key, None if large else value)
+        super().__setitem__(key, None if sum(map(sys.getsizeof, parts)) > 1 << 16 else value)
 
 
 class Counted:
@@ -91,22 +95,24 @@ class Counted:
 
     def __init__(self, path):
         self.path = path
-        self.zipped = open(path, "rb").read(2) == b"\x1f\x8b"
-        self.file = gzip.open(path) if self.zipped else open(path, "rb")
+        self.file = open(path, "rb")
         self.limit = os.path.getsize(path)
+        self.zipped = self.file.read(2) == b"\x1f\x8b"
+        self.file.seek(0)
         if self.zipped:
+            self.file = gzip.open(self.file)
             # labels shrink to a fifteenth at best, features hardly; a bomb shrinks to a thousandth
             self.limit = min(MAX_PICKLE, max(1 << 28, 100 * self.limit))
         self.left = self.limit
 
     def read(self, n):
         self.left -= n
-        if self.left >= 0:
-            return self.file.read(n)
-        if not self.zipped:
+        if self.left < 0 and self.zipped:
+            raise BadInput(f"{self.path}: unpacks to more than {self.limit / 1e9:.1f} GB "
+                           "(a hundred times its size or pickles.MAX_PICKLE); trusted, gunzip it")
+        if self.left < 0:
             raise EOFError("it is cut off")
-        raise BadInput(f"{self.path}: unpacks to more than {self.limit / 1e9:.1f} GB "
-                       "(a hundred times its size or pickles.MAX_PICKLE); trusted, gunzip it")
+        return self.file.read(n)
 
     def readline(self):
         line = self.file.readline(1 << 20)
@@ -122,46 +128,32 @@ class Unpickler(pickle._Unpickler):  # the one in Python: in the one in C a few 
         self.path = file.path
         self.values = values
         self.memo = Memo()
-        self.allowed = {("collections", "OrderedDict"): collections.OrderedDict,
-                        ("_codecs", "encode"): self.latin1,
-                        ("numpy", "ndarray"): "ndarray",
-                        ("numpy", "dtype"): Dtype,
-                        ("torch.storage", "_load_from_bytes"): self.storage,
-                        ("torch._utils", "_rebuild_tensor"): self.tensor,
-                        ("torch._utils", "_rebuild_tensor_v2"): self.tensor}
+        self.allowed = {"collections.OrderedDict": collections.OrderedDict,
+                        "numpy.ndarray": "ndarray",
+                        "numpy.dtype": Dtype,
+                        "_codecs.encode": latin1,
+                        "torch.storage._load_from_bytes": self.storage,
+                        "torch._utils._rebuild_tensor": self.tensor,
+                        "torch._utils._rebuild_tensor_v2": self.tensor}
         for module in ("builtins", "__builtin__"):  # Python 3, Python 2
-            self.allowed |= {(module, "set"): set, (module, "frozenset"): frozenset}
+            self.allowed |= {module + ".set": set, module + ".frozenset": frozenset}
         for core in ("numpy._core", "numpy.core"):  # numpy 2, numpy 1
-            self.allowed |= {(core + ".multiarray", "_reconstruct"): self.empty,
-                             (core + ".multiarray", "scalar"): self.scalar,
-                             (core + ".numeric", "_frombuffer"): self.buffer}
+            self.allowed |= {core + ".multiarray._reconstruct": lambda *_: Array(values),  # BUILD fills it
+                             core + ".multiarray.scalar": lambda dtype, raw: np.frombuffer(raw, dtype.value)[0].item(),
+                             core + ".numeric._frombuffer": lambda *parts: Array(values).fill(*parts)}
 
     def find_class(self, module, name):
-        try:
-            return self.allowed[module, name]
-        except KeyError:
+        if f"{module}.{name}" not in self.allowed:
             raise BadInput(f"{self.path}: wants to call {(module + '.' + name)[:200]!r}, "
-                           "which neither labels nor features need; nothing of it was run") from None
-
-    # what a pickle may call
-    def empty(self, *_):
-        return Array(self.values)  # BUILD fills it
-
-    def buffer(self, raw, dtype, shape, order):
-        return Array(self.values).fill(raw, dtype, shape, order)
-
-    def scalar(self, dtype, raw):
-        return np.frombuffer(raw, dtype.value, 1)[0].item()
-
-    def latin1(self, text, encoding):
-        return codecs.encode(text, {"latin1": "latin1"}[encoding])  # how protocol 2 writes bytes
+                           "which neither labels nor features need; nothing of it was run")
+        return self.allowed[f"{module}.{name}"]
 
     def storage(self, raw):
         if not self.values:
             return None
         if raw[:2] == b"PK" and any(f.compress_type for f in zipfile.ZipFile(io.BytesIO(raw)).infolist()):
             raise ValueError("a tensor in a compressed zip")
-        return torch.load(io.BytesIO(raw), weights_only=True)  # torch's own function of this name loads anything
+        return torch.load(io.BytesIO(raw), "cpu", weights_only=True)  # torch's own function of this name loads anything
 
     def tensor(self, storage, offset, size, stride, *_):
         size = tuple(map(int, size))
@@ -169,10 +161,10 @@ class Unpickler(pickle._Unpickler):  # the one in Python: in the one in C a few 
             return Array(False, size)
         flat = torch.empty(0, dtype=storage.dtype).set_(storage)
         # a stride of 0 would make a petabyte out of one number
-        if min(size, default=0) < 0 or math.prod(size) > len(flat):
+        if math.prod(size) > len(flat):
             raise ValueError(f"a tensor of {size} from {len(flat)} numbers")
-        x = flat.as_strided(size, stride, offset)
-        return Array(True, size, numpy_of(x))
+        x = numpy_of(flat.as_strided(size, stride, offset))
+        return Array(True, size, x)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -182,6 +174,8 @@ def read_pickle(path, values=True):
     What a pickle holds (gzip or not), arrays as `Array`.
     values=False: arrays without their numbers, which are read and not kept.
     """
+    if kind := kind_of(path):
+        raise BadInput(f"{path}: is {kind}; read are pickles, of features also .safetensors and .npy")
     try:
         file = Counted(path)
         with file.file:

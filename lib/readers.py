@@ -5,11 +5,15 @@ A reader is a function of the folder that gives ({split: [row]}, whether the fol
 A row is {"name", "text", "video", "signer", "gloss", "frames"}; the last four keys only where the data set has them
 ("frames": how many its labels promise). Readers take what is written; check.py says what is wrong with it.
 """
+import csv
+import functools
 import glob
+import io
 import os
-import re
+import unicodedata
 import zlib
 
+from lib.files import kind_of, read_text
 from lib.pickles import outline
 from lib.program import BadInput, print0
 
@@ -21,34 +25,31 @@ FPS = {"phoenix14t": 25.0, "csl_daily": 30.0}
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables and folders
 
-def read_table(path, sep, columns, quotes=False):
+def read_table(path, *columns):
     """
-    The rows {column: cell} of a table with a header, in UTF-8; "line" is a row's place in the file.
-    quotes: a cell in quotes stands for what is inside, as pandas writes it; else a quote is just a character.
+    The rows {column: cell} of a table with a header, as pandas reads them; "line" is a row's place in the file.
+    Tab, comma, semicolon or '|' part the cells, whichever the header has; beside '|' a quote is just a character.
     """
-    raw = open(path, "rb").read()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise BadInput(f"{path}:{raw[:e.start].count(10) + 1}: is not UTF-8 "
-                       f"({e.reason} at byte {e.start})") from None
-    lines = [line.removesuffix("\r") for line in text.split("\n")]  # splitlines would also split at U+2028
-    header = lines[0].split(sep)
+    lines = [*io.StringIO(read_text(path), newline=""), "\n"]  # the last shows whether the rows end outside of quotes
+    sep = max("\t,;|", key=lines[0].count)
+    table = csv.reader(lines, delimiter=sep, quoting=csv.QUOTE_NONE if sep == "|" else csv.QUOTE_MINIMAL)
+    header = next(table)
     for column in columns:
-        if column not in header:
-            raise BadInput(f"{path}: its header has no column {column}")
-    if len(set(header)) < len(header):
-        raise BadInput(f"{path}: its header names a column twice")
+        if header.count(column) != 1:
+            raise BadInput(f"{path}: its header {'names twice' if column in header else 'has no'} column {column}"
+                           + (kind_of(path) and f", it is {kind_of(path)}"))
     rows = []
-    for number, line in enumerate(lines[1:], 2):
-        if not line.strip():
-            continue
-        cells = line.split(sep)
-        if len(cells) != len(header):
-            raise BadInput(f"{path}:{number}: {len(cells)} columns, the header has {len(header)}")
-        if quotes:
-            cells = [c[1:-1].replace('""', '"') if re.fullmatch('"(?:[^"]|"")*"', c) else c for c in cells]
-        rows.append(dict(zip(header, cells)) | {"line": f"{path}:{number}"})
+    try:
+        for cells in table:
+            line = f"{path}:{table.line_num}"
+            if "".join(cells).strip():
+                rows.append(dict(zip(header, cells, strict=True)) | {"line": line})
+    except csv.Error as e:
+        raise BadInput(f"{path}:{table.line_num}: {e}") from None
+    except ValueError:
+        raise BadInput(f"{line}: {len(cells)} columns, the header has {len(header)}") from None
+    if cells:
+        raise BadInput(f"{line}: a cell that begins with a quote has no end")
     if not rows:
         raise BadInput(f"{path}: lists no clips")
     return rows
@@ -64,28 +65,26 @@ def find(root, *files):
                            "say which with root=")
         if homes:
             return homes.pop()
-    if not os.path.isdir(root):
-        raise BadInput(f"{root}: there is no such folder")
-    raise BadInput(f"{root}: holds no {files[0]}, not even three folders down")
+    what = f"holds no {files[0]}, not even three folders down" if os.path.isdir(root) else "there is no such folder"
+    raise BadInput(f"{root}: {what}")
 
 
-def first(paths):
-    """The first of these paths that exists, else the first of all: the one that the error will name."""
-    return next((p for p in paths if os.path.exists(p)), paths[0])
+def forms(name):
+    """A name as it is, and as other systems write it: macOS takes an ü apart."""
+    return dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))])
 
 
-def files_in(root, *folders):
-    """file name -> path for what lies in these folders of root; the earlier ones go first."""
-    paths = [os.path.join(root, folder) for folder in reversed(folders)]
-    return {f: os.path.join(path, f) for path in paths if os.path.isdir(path) for f in os.listdir(path)}
+def first(folder, names, otherwise=0):
+    """The first of these names in a folder that exists, else this one of them: the one that the error will name."""
+    paths = [os.path.join(folder, form) for name in names for form in forms(name)]
+    return next(filter(os.path.exists, paths), paths[otherwise])
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pickles of labels
 
-def entries(path, content=None):
+def entries(path):
     """The clips of a pickle: a list of dicts (neccam) or a dict of dicts (GFSLT), as dicts with a name and a text."""
-    if content is None:
-        content = outline(path)
+    content = outline(path)
     if isinstance(content, dict):
         content = [{"name": name} | e if isinstance(e, dict) else e for name, e in content.items()]
     if not isinstance(content, list) or not content:
@@ -93,22 +92,16 @@ def entries(path, content=None):
     for number, e in enumerate(content, 1):
         for key in ("name", "text"):
             if not isinstance(e, dict) or not isinstance(e.get(key), str):
-                name = e.get("name") if isinstance(e, dict) else e
-                raise BadInput(f"{path}: clip number {number} ({str(name)[:80]}) has no text `{key}`")
+                raise BadInput(f"{path}: clip number {number} ({str(e)[:80]}) has no text `{key}`")
     return content
 
 
 def optional(entry):
     """A row's keys beside name, text and video, from an entry of a pickle."""
     gloss = entry.get("gloss")
-    if isinstance(gloss, list):
-        gloss = " ".join(map(str, gloss))
-    texts = {"signer": entry.get("signer"), "gloss": gloss}
-    row = {k: v for k, v in texts.items() if isinstance(v, (str, int)) and v != ""}
-    frames = entry.get("num_frames", entry.get("length"))
-    if isinstance(frames, int):
-        row["frames"] = frames
-    return row
+    row = {"signer": entry.get("signer"), "gloss": " ".join(map(str, gloss)) if isinstance(gloss, list) else gloss,
+           "frames": entry.get("num_frames", entry.get("length"))}
+    return {k: v for k, v in row.items() if isinstance(v, (str, int)) and v != ""}
 
 
 def label_pattern(root, *stems):
@@ -116,7 +109,7 @@ def label_pattern(root, *stems):
     The path of pickled labels with {split} in it.
     It is root itself where that is one, else the first root/STEM.{split} of which there is any split.
     """
-    patterns = [root] if "{split}" in root else [os.path.join(root, stem + ".{split}") for stem in stems]
+    patterns = [root] if "{split}" in root else [f"{root}/{stem}." + "{split}" for stem in stems]
     for pattern in patterns:
         if any(os.path.isfile(pattern.replace("{split}", s)) for s in SPLITS):
             return pattern
@@ -124,62 +117,76 @@ def label_pattern(root, *stems):
                    "root= is the folder of these files, or their path with {split} in it")
 
 
-def label_entries(pattern):
-    """(split, entry) for every clip in the files of a pattern."""
+def label_entries(root, *stems):
+    """(split, entry) for every clip in the files that label_pattern finds."""
+    pattern = label_pattern(root, *stems)
     for split in SPLITS:
         path = pattern.replace("{split}", split)
-        if os.path.isfile(path):
-            for e in entries(path):
-                yield split, e | {"name": e["name"].removeprefix(split + "/")}
+        for e in entries(path) if os.path.isfile(path) else ():
+            yield split, e | {"name": e["name"].removeprefix(split + "/")}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Readers
 
+def reader(rows):
+    """
+    Makes a reader of a function of the folder that yields (split, row).
+    The split is None where the folder does not say it: those go to train until data.py deals them out.
+    "line", a row's place in a table, is for the error alone.
+    """
+    @functools.wraps(rows)
+    def read(root):
+        splits = {s: [] for s in SPLITS}
+        said = False
+        for split, row in rows(root):
+            line = row.pop("line", root)
+            if split not in (None, *SPLITS):
+                raise BadInput(f"{line}: clip {row['name']}: split {split!r} is none of {', '.join(SPLITS)}")
+            splits[split or "train"].append(row)
+            said |= split is not None
+        return splits, said
+    return read
+
+
+@reader
 def read_clips(root):
     """
     Own clips: root/clips.tsv with a header and the columns file, text and, if you like, split, signer, gloss.
     A clip's name is its file without the ending. Without a split column data.py deals the clips out.
     """
-    path = os.path.join(root, "clips.tsv")
+    path = f"{root}/clips.tsv"
     if not os.path.exists(path):
         raise BadInput(f"{path}: No such file or directory; own clips need this table, with a header file<TAB>text")
-    splits = {s: [] for s in SPLITS}
-    table = read_table(path, "\t", ("file", "text"))
-    for cells in table:
-        row = {k: c.strip() for k, c in cells.items()}
-        if not row["file"]:
+    for cells in read_table(path, "file", "text"):
+        row = {k: c.strip() for k, c in cells.items() if c.strip()}
+        if "file" not in row:
             raise BadInput(f"{row['line']}: names no file")
         file = os.path.normpath(row["file"])
-        video = os.path.join(root, file)
-        split = row.get("split", "train") or "train"
-        if split not in SPLITS:
-            raise BadInput(f"{row['line']}: clip {file}: split {split!r} is none of {', '.join(SPLITS)}")
-        name = file if os.path.isdir(video) else os.path.splitext(file)[0]
-        more = {k: row[k] for k in ("signer", "gloss") if row.get(k)}
-        splits[split].append({"name": name, "text": row["text"], "video": video} | more)
-    return splits, "split" in table[0]
+        video = first(root, [file])
+        name = unicodedata.normalize("NFC", file if os.path.isdir(video) else os.path.splitext(file)[0])
+        more = {k: row[k] for k in ("signer", "gloss", "line") if k in row}
+        yield row.get("split"), {"name": name, "text": row.get("text", ""), "video": video} | more
 
 
+@reader
 def read_phoenix14t(root):
     """
     RWTH-PHOENIX-Weather 2014T (Camgoz et al. 2018), release v3.
     root is PHOENIX-2014-T, its parent PHOENIX-2014-T-release-v3, or a folder around that.
     The column video says NAME/1/*.png; there is no such folder 1 on the disk.
     """
-    csv = "annotations/manual/PHOENIX-2014-T.{}.corpus.csv"
-    home = find(root, *[csv.format(s) for s in SPLITS])
-    splits = {s: [] for s in SPLITS}
-    for split in SPLITS:
-        path = os.path.join(home, csv.format(split))
-        if not os.path.exists(path):
-            continue
-        for row in read_table(path, "|", ("name", "speaker", "orth", "translation")):
-            video = os.path.join(home, "features/fullFrame-210x260px", split, row["name"])
-            splits[split].append({"name": row["name"], "text": row["translation"], "video": video,
-                                  "signer": row["speaker"], "gloss": row["orth"]})
-    return splits, True
+    tables = {s: f"annotations/manual/PHOENIX-2014-T.{s}.corpus.csv" for s in SPLITS}
+    home = find(root, *tables.values())
+    for split, table in tables.items():
+        path = f"{home}/{table}"
+        if os.path.exists(path):
+            for row in read_table(path, "name", "speaker", "orth", "translation"):
+                video = f"{home}/features/fullFrame-210x260px/{split}/{row['name']}"
+                yield split, {"name": row["name"], "text": row["translation"], "video": video,
+                              "signer": row["speaker"], "gloss": row["orth"]}
 
 
+@reader
 def read_csl_daily(root):
     """
     CSL-Daily (Zhou et al. 2021): sentence_label/csl2020ct_v2.pkl and split_1.txt.
@@ -188,59 +195,51 @@ def read_csl_daily(root):
     """
     labels = "sentence_label/csl2020ct_v2.pkl"
     home = find(root, labels)
-    path = os.path.join(home, labels)
-    content = outline(path)
-    info = content.get("info") if isinstance(content, dict) else None
-    if not isinstance(info, list) or not all(isinstance(e, dict) and isinstance(e.get("label_char"), list)
-                                             for e in info):
-        raise BadInput(f"{path}: has no list 'info' of clips with a label_char")
-    info = [e | {"text": "".join(map(str, e["label_char"])), "gloss": e.get("label_gloss")} for e in info]
-    info = {e["name"]: e for e in entries(path, info)}
+    path = f"{home}/{labels}"
+    try:
+        info = {str(e["name"]): e for e in outline(path)["info"]}
+        texts = {name: "".join(map(str, e["label_char"])) for name, e in info.items()}
+    except (KeyError, TypeError):
+        raise BadInput(f"{path}: has no list 'info' of clips with a label_char") from None
     folders = ("sentence", "sentences", "sentence_frames-512x512")
-    frames = first([os.path.join(home, f, inner) for f in folders for inner in ("frames_512x512", "")])
-    splits = {s: [] for s in SPLITS}
+    frames = first(home, [f + inner for f in folders for inner in ("/frames_512x512", "")])
     lost = []
-    for row in read_table(os.path.join(home, "sentence_label/split_1.txt"), "|", ("name", "split")):
+    for row in read_table(f"{home}/sentence_label/split_1.txt", "name", "split"):
         name = row["name"].strip()
-        split = row["split"].strip()
-        if split not in SPLITS:
-            raise BadInput(f"{row['line']}: clip {name}: split {split!r} is none of {', '.join(SPLITS)}")
-        if name not in info:
+        if name in info:
+            known = {"name": name, "text": texts[name], "video": f"{frames}/{name}", "line": row["line"]}
+            yield row["split"].strip(), known | optional(info[name] | {"gloss": info[name].get("label_gloss")})
+        else:
             lost.append(name)
-            continue
-        known = {"name": name, "text": info[name]["text"], "video": os.path.join(frames, name)}
-        splits[split].append(known | optional(info[name]))
     if lost:  # the official release has one such, S000005_P0004_T00: hence the 18400 training clips of some papers
         print0(f"{path}: has no text for {len(lost)} clip(s) of split_1.txt, left out: {', '.join(lost[:20])}")
-    return splits, True
 
 
+@reader
 def read_how2sign(root):
     """
     How2Sign (Duarte et al. 2021): how2sign_realigned_{train,val,test}.csv, tab-separated.
     Beside them the sentence clips SENTENCE_NAME.mp4, cut with the realigned times.
     Both lie in root, in root/{split}..., or where the official script puts them (sentence_level/{split}/...).
     """
-    splits = {s: [] for s in SPLITS}
+    found = False
     for split in SPLITS:
         s = VAL.get(split, split)
         texts = f"sentence_level/{s}/text/en/raw_text"
         homes = ("", s, f"{s}_rgb_front_clips", texts + "/re_aligned", texts)
-        path = first([os.path.join(root, home, f"how2sign_realigned_{s}.csv") for home in homes])
-        if not os.path.exists(path):
-            continue
-        clips = files_in(root, f"sentence_level/{s}/rgb_front/raw_videos", f"{s}_rgb_front_clips/raw_videos",
-                         f"{s}_raw_videos", f"{s}/raw_videos", s, "raw_videos", "")
-        for row in read_table(path, "\t", ("SENTENCE_NAME", "SENTENCE"), quotes=True):
-            name = row["SENTENCE_NAME"]
-            video = clips.get(name + ".mp4", os.path.join(root, name + ".mp4"))
-            splits[split].append({"name": name, "text": row["SENTENCE"], "video": video})
-    if not any(splits.values()):
+        path = first(root, [os.path.join(home, f"how2sign_realigned_{s}.csv") for home in homes])
+        folders = (f"sentence_level/{s}/rgb_front/raw_videos", f"{s}_rgb_front_clips/raw_videos",
+                   f"{s}_raw_videos", f"{s}/raw_videos", s, "raw_videos", "")
+        for row in read_table(path, "SENTENCE_NAME", "SENTENCE") if os.path.exists(path) else ():
+            found = True
+            video = first(root, [os.path.join(f, row["SENTENCE_NAME"] + ".mp4") for f in folders], -1)
+            yield split, {"name": row["SENTENCE_NAME"], "text": row["SENTENCE"], "video": video}
+    if not found:
         raise BadInput(f"{root}: holds no how2sign_realigned_train.csv, neither there nor in train "
                        "or sentence_level/train/text/en/raw_text/re_aligned")
-    return splits, True
 
 
+@reader
 def read_openasl(root):
     """
     OpenASL (Shi et al. 2022): openasl-v1.0.tsv in root or root/data.
@@ -248,20 +247,16 @@ def read_openasl(root):
     (train, valid, test). Clips are VID.mp4 in root, root/clips, root/videos or root/{split}; its crop_video.py
     writes '%' for the ':' in a vid.
     """
-    home = find(root, "openasl-v1.0.tsv")
-    clips = files_in(root, "", "clips", "videos", "train", "valid", "test")
-    splits = {s: [] for s in SPLITS}
-    for row in read_table(os.path.join(home, "openasl-v1.0.tsv"), "\t", ("vid", "raw-text", "split"), quotes=True):
-        name = row["vid"]
-        split = {"valid": "dev", "val": "dev"}.get(row["split"], row["split"])
-        if split not in SPLITS:
-            raise BadInput(f"{row['line']}: clip {name}: split {row['split']!r} is none of train, valid, test")
-        file = name + ".mp4"
-        video = clips.get(file) or clips.get(file.replace(":", "%")) or os.path.join(root, file)
-        splits[split].append({"name": name, "text": row["raw-text"], "video": video})
-    return splits, True
+    path = find(root, "openasl-v1.0.tsv") + "/openasl-v1.0.tsv"
+    folders = ("", "clips", "videos", "train", "valid", "test")
+    for row in read_table(path, "vid", "raw-text", "split"):
+        files = [row["vid"] + ".mp4", row["vid"].replace(":", "%") + ".mp4"]
+        video = first(root, [os.path.join(folder, file) for file in files for folder in folders])
+        yield ({"valid": "dev", "val": "dev"}.get(row["split"], row["split"]),
+               {"name": row["vid"], "text": row["raw-text"], "video": video, "line": row["line"]})
 
 
+@reader
 def read_gfslt(root):
     """
     GFSLT-VLP's labels.{train,dev,test} (Zhou et al. 2023) and their kin for CSL-Daily (sltbaselines, Uni-Sign).
@@ -273,20 +268,18 @@ def read_gfslt(root):
               "PHOENIX-2014-T/features/fullFrame-210x260px",
               "PHOENIX-2014-T-release-v3/PHOENIX-2014-T/features/fullFrame-210x260px",
               "sentence-crop", "sentence/frames_512x512")
-    splits = {s: [] for s in SPLITS}
-    for split, e in label_entries(label_pattern(root, "labels", "csl_daily.labels")):
-        clip = e.get("video_path")
-        if not clip:
-            images = e.get("imgs_path")
-            clip = os.path.dirname(str(images[0])) if images and isinstance(images, list) else e["name"]
-        found = first([os.path.join(folder, i, c) for i in inside for c in (str(clip), f"{split}/{clip}")])
-        splits[split].append({"name": e["name"], "text": e["text"], "video": found} | optional(e))
-    return splits, True
+    for split, e in label_entries(root, "labels", "csl_daily.labels"):
+        images = e.get("imgs_path")
+        folder_of = os.path.dirname(str(images[0])) if images and isinstance(images, list) else e["name"]
+        clip = str(e.get("video_path") or folder_of)
+        video = first(folder, [os.path.join(i, c) for i in inside for c in (clip, f"{split}/{clip}")])
+        yield split, {"name": e["name"], "text": e["text"], "video": video} | optional(e)
 
 
 SLT = ("phoenix14t.pami0", "neccam.phoenix14t", "phoenix14t")  # what neccam's files are called
 
 
+@reader
 def read_slt(root):
     """
     neccam/slt's phoenix14t.pami0.{train,dev,test} (Camgoz et al. 2020).
@@ -294,10 +287,8 @@ def read_slt(root):
     The " ." at the end of every text is not the data set's own and goes. There are no clips: the features are
     imported, and the pami1, ... beside them are concatenated by features=A.{split},B.{split}.
     """
-    splits = {s: [] for s in SPLITS}
-    for split, e in label_entries(label_pattern(root, *SLT)):
-        splits[split].append({"name": e["name"], "text": e["text"].removesuffix(" .")} | optional(e))
-    return splits, True
+    for split, e in label_entries(root, *SLT):
+        yield split, {"name": e["name"], "text": e["text"].removesuffix(" .")} | optional(e)
 
 
 READERS = {"phoenix14t": read_phoenix14t, "csl_daily": read_csl_daily, "how2sign": read_how2sign,
@@ -307,12 +298,11 @@ READERS = {"phoenix14t": read_phoenix14t, "csl_daily": read_csl_daily, "how2sign
 def deal_out(rows, ratio):
     """Share rows out to train, dev and test in an order that depends on their names alone."""
     try:
-        shares = [float(s) for s in ratio.split(",")]
-        if len(shares) != 3 or min(shares) < 0 or not 0.999 < sum(shares) < 1.001:
-            raise ValueError
+        a, b, c = map(float, ratio.split(","))
     except ValueError:
-        raise BadInput(f"ratio={ratio}: is not three shares that sum to 1") from None
+        a = b = c = -1
+    if min(a, b, c) < 0 or not 0.999 < a + b + c < 1.001:
+        raise BadInput(f"ratio={ratio}: is not three shares that sum to 1")
     rows = sorted(rows, key=lambda r: (zlib.crc32(r["name"].encode()), r["name"]))
-    a = round(shares[0] * len(rows))
-    b = round((shares[0] + shares[1]) * len(rows))
-    return {"train": rows[:a], "dev": rows[a:b], "test": rows[b:]}
+    one, two = round(a * len(rows)), round((a + b) * len(rows))
+    return {"train": rows[:one], "dev": rows[one:two], "test": rows[two:]}

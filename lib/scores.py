@@ -2,21 +2,37 @@
 BLEU and ROUGE by one fixed protocol: text in, numbers out.
 sacrebleu is imported where it is used, since `help` waits for every import up there.
 """
+import io
 import logging
 import os
 import re
 
-from lib.files import read_jsonl
+from lib.files import read_jsonl, read_text
 from lib.program import BadInput
 
-UNSPACED = ("zh", "yue", "ja", "th")  # written without spaces between words
+# codes of what is written without spaces between words, those of ISO 639-3 and their like behind them
+UNSPACED = {"zh": "zh", "yue": "yue", "ja": "ja", "th": "th",
+            "zho": "zh", "chi": "zh", "cmn": "zh", "jpn": "ja", "jp": "ja", "tha": "th"}
 LANGUAGES = {"German": "de", "English": "en", "Chinese": "zh"}
 SAMPLES = 1000  # of the bootstrap
 
 
-def _metric(lang, order=4):
-    if not re.fullmatch(r"[a-z]{2,3}", lang):
+def plain_code(lang):
+    """zh for zh-CN, zh_hans, cmn, zho; the like for Japanese and Thai; other codes as they are."""
+    plain = UNSPACED.get(re.split("[-_]", lang.lower())[0], lang)
+    if not re.fullmatch(r"[a-z]{2,3}", plain):
         raise BadInput(f"lang={lang}: is no language code such as de, en, zh")
+    return plain
+
+
+def say_if_unspaced(refs, lang):
+    """A line where sentences without spaces are about to be cut at spaces."""
+    if lang not in UNSPACED and any(re.search("[\u0e00-\u0e7f\u3040-\u9fff]{4}", ref) for ref in refs):
+        print(f"lang={lang}: but the sentences are written without spaces; zh, ja and th are scored by characters")
+
+
+def _metric(lang, order=4):
+    lang = plain_code(lang)
     from sacrebleu.metrics import BLEU
     # one character a token for Chinese and its like, sacrebleu's default for languages with spaces
     return BLEU(tokenize="char" if lang in UNSPACED else "13a", smooth_method="exp", max_ngram_order=order, force=True)
@@ -27,8 +43,7 @@ def language_code(language, lang=""):
     lang = lang or LANGUAGES.get(language, "")
     if not lang:
         raise BadInput(f"lang: say the code of {language}, lang=xx")
-    _metric(lang)
-    return lang
+    return plain_code(lang)
 
 
 def _check(hyps, refs):
@@ -55,6 +70,7 @@ def _lcs(a, b):
 def rouge(hyps, refs, lang):
     """Two lists of sentences -> ROUGE-L in percent as coco-caption has it: F with beta 1.2, mean over sentences."""
     _check(hyps, refs)
+    lang = plain_code(lang)
     cut = (lambda s: list("".join(s.split()))) if lang in UNSPACED else str.split
     total, beta2 = 0.0, 1.2**2
     for hyp, ref in zip(hyps, refs):
@@ -117,40 +133,44 @@ def print_scores(title, rows):
 # ---------------------------------------------------------------------------------------------------------------------
 # Files of hypotheses
 
-def row_of_hyps(row):
-    """A line of a file of hypotheses -> (name, (hyp, ref))."""
-    hyp, ref = row["hyp"], row["ref"]
-    if not isinstance(hyp, str) or not isinstance(ref, str):
-        raise ValueError("hyp and ref must be texts")
-    return str(row["name"]), (hyp, ref)
-
-
-def read_hyps(path):
-    """A file of lines {"name","hyp","ref"} -> {name: (hyp, ref)}."""
-    rows = read_jsonl(path, 'a line {"name", "hyp", "ref"}', row_of_hyps)
+def read_hyps(path, refs=""):
+    """A file of lines {"name","hyp","ref"}, or two of texts line by line -> {name or line: (hyp, ref)}."""
     found = {}
-    for number, (name, pair) in enumerate(rows, 1):
+
+    def take(row):
+        name = str(row["name"])
+        if not isinstance(row["hyp"], str) or not isinstance(row["ref"], str):
+            raise ValueError("hyp and ref must be texts")
         if name in found:
-            raise BadInput(f"{path}:{number}: {name} stands there twice")
-        found[name] = pair
-    return found
+            raise BadInput(f"{name} stands there twice")
+        found[name] = row["hyp"], row["ref"]
+
+    if not refs:
+        read_jsonl(path, 'a line {"name", "hyp", "ref"}; two aligned text files are hyps=A.txt refs=B.txt', take)
+        return found
+    hyps, lines = ([line.strip() for line in io.StringIO(read_text(file))] for file in (path, refs))
+    if len(hyps) != len(lines) or not hyps:
+        raise BadInput(f"{path} has {len(hyps)} lines, {refs} has {len(lines)}: there must be as many, "
+                       "a sentence each, and one at least")
+    return dict(enumerate(zip(hyps, lines), 1))
 
 
-def score_files(path, other, lang):
+def score_files(path, other, lang, refs=""):
     """hyps=FILE: its scores. against=FILE: beside another system's, with the p-value of a paired bootstrap test."""
     if not lang:
         raise BadInput("lang: say the language of the sentences, lang=de")
-    _metric(lang)
-    mine = read_hyps(path)
+    lang = plain_code(lang)
+    mine = read_hyps(path, refs)
     files = {path: mine}
     if other:
-        theirs = files[other] = read_hyps(other)
+        theirs = files[other] = read_hyps(other, refs)
         if alone := sorted(mine.keys() ^ theirs.keys()):
             raise BadInput(f"{other if alone[0] in mine else path}: has no clip {alone[0]}, which the other file has "
                            f"({len(alone)} such)")
         if unlike := [name for name in mine if mine[name][1] != theirs[name][1]]:
             raise BadInput(f"{other}: the reference of {unlike[0]} is another than in {path} ({len(unlike)} such)")
     refs = [ref for _, ref in mine.values()]
+    say_if_unspaced(refs, lang)
     hyps = {f: [rows[name][0] for name in mine] for f, rows in files.items()}
     title = lambda f: ("" if f == path else "against ") + os.path.basename(f)
     print_scores(f"lang={lang}", {title(f): report(h, refs, lang) for f, h in hyps.items()})

@@ -324,12 +324,55 @@ def test_sentences_with_odd_characters(file, capsys):
     assert "1 clips" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", ["{}\n\n", "\n{}\n \n", "\ufeff{}\r\n\r\n"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_blank_lines_and_encodings(file, capsys, content, encoding):
+    """What editors and PowerShell leave in a file is passed over."""
+    line = json.dumps({"name": "a", "hyp": "ja gut so", "ref": "ja gut für alle"}, ensure_ascii=False)
+    score_files(file(content.replace("{}", line).lstrip("\ufeff" * (encoding == "utf-16")).encode(encoding)), "", "de")
+    assert "1 clips" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_two_aligned_files(tmp_path, capsys, encoding):
+    """A sentence a line, an empty one too; another count of lines is one line that names both files."""
+    refs = ["heute regnet es im norden", "zeile\u2028zwei für alle", "ja"]
+    hyps = ["heute regnet es im süden", "", "ja"]
+    for name, texts in (("pred.txt", hyps), ("ref.txt", refs), ("fewer.txt", refs[:2])):
+        (tmp_path / name).write_bytes("".join(t + "\r\n" for t in texts).encode(encoding))
+    path = lambda name: str(tmp_path / name)
+    score_files(path("pred.txt"), "", "de", path("ref.txt"))
+    out = capsys.readouterr().out
+    assert "3 clips" in out and f"{bleu(hyps, refs, 'de')[0]:6.2f}" in out and "33 % exact" in out
+    with pytest.raises(BadInput, match="pred.txt has 3 lines, .*fewer.txt has 2"):
+        score_files(path("pred.txt"), "", "de", path("fewer.txt"))
+    with pytest.raises(BadInput, match="pred.txt:1: is not a line.*refs="):
+        score_files(path("pred.txt"), "", "de")
+
+
+@pytest.mark.parametrize("code, plain", [
+    *dict.fromkeys(("zh", "zh-CN", "zh-cn", "zh_TW", "zh-hans", "zho", "chi", "cmn", "cmn-Hans"), "zh").items(),
+    *dict.fromkeys(("ja", "ja-JP", "jpn", "jp"), "ja").items(), ("yue", "yue"), ("th-TH", "th"), ("de", "de")])
+def test_names_of_languages(code, plain):
+    texts = ["今天天气很好", "我想吃面条"], ["今天天气不好", "我想吃米饭"]
+    assert bleu(*texts, code) == bleu(*texts, plain) and rouge(*texts, code) == rouge(*texts, plain)
+
+
+def test_a_language_with_spaces_for_a_text_without(file, capsys):
+    texts = ["今天天气很好", "我想吃面条"]
+    for lang, says in (("en", True), ("zh-cn", False)):
+        score_files(file(rows(texts, texts)), "", lang)
+        assert ("written without spaces" in capsys.readouterr().out) == says
+    score_files(file(rows(GERMAN, GERMAN)), "", "de")
+    assert "written without spaces" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("content, says", [
     ([GOOD, '{"name": "b", "hyp": "b"'], ":2: "), ([GOOD, '{"name": "b", "hyp": "b"}'], ":2: "),
-    ([GOOD, "[1]"], ":2: "), ([GOOD, "3"], ":2: "), ([GOOD, "null"], ":2: "), ([GOOD, ""], ":2: "),
+    ([GOOD, "[1]"], ":2: "), ([GOOD, "3"], ":2: "), ([GOOD, "null"], ":2: "), ([GOOD, "", "{"], ":3: "),
     ([GOOD, {"name": "b", "hyp": None, "ref": "c"}], ":2: "), ([GOOD, {"name": "b", "hyp": "b", "ref": ["c"]}], ":2: "),
     ([GOOD, GOOD], ":2: a stands there twice"), ([{"name": [], "hyp": "b", "ref": "c"}] * 2, ":2: "), ("", "no lines"),
-    (GOOD.replace("b", "ü").encode("latin-1"), "UTF-8"), (GOOD.encode("utf-16"), "UTF-8")])
+    (GOOD.replace("b", "ü").encode("latin-1"), "UTF-8"), (GOOD.encode("utf-16-le"), ":1: ")])
 def test_wrong_files(file, capsys, content, says):
     path = file(content)
     with pytest.raises(BadInput) as e:
@@ -364,8 +407,8 @@ def test_two_systems(tmp_path, capsys):
         compare("fewer.jsonl", "good.jsonl")
 
 
-@pytest.mark.parametrize("args", [["against=b.jsonl"], ["beams=4,x"], ["beams=0"], ["length_penalties=1;2"],
-                                  ["control=shuffled"]], ids=lambda a: a[0])
+@pytest.mark.parametrize("args", [["against=b.jsonl"], ["refs=b.txt"], ["beams=4,x"], ["beams=0"],
+                                  ["length_penalties=1;2"], ["control=shuffled"]], ids=lambda a: a[0])
 def test_wrong_command_lines(args, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["eval.py", *args])
     with pytest.raises(SystemExit) as stop:

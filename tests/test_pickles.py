@@ -38,7 +38,7 @@ FORBIDDEN = """
 def test_allowed_is_this_and_nothing_else(tmp_path):
     path = tmp_path / "a.pickle"
     path.write_bytes(pickle.dumps([1]))
-    assert {".".join(key) for key in Unpickler(Counted(str(path)), True).allowed} == ALLOWED
+    assert Unpickler(Counted(str(path)), True).allowed.keys() == ALLOWED
 
 
 @pytest.mark.parametrize("protocol", [0, 4])

@@ -14,6 +14,7 @@ import resource
 import struct
 import subprocess
 import sys
+import unicodedata
 import zipfile
 import zlib
 
@@ -116,7 +117,7 @@ def test_clips_tsv(own, tmp_path):
     splits, dealt = own("text\tfile\n Wie geht's? \ta.mp4\n\n\"quoted\"\td.x\nmit\u2028Zeichen\tc.gif\n")
     assert not dealt and splits == {"dev": [], "test": [], "train": [
         {"name": "a", "text": "Wie geht's?", "video": str(tmp_path / "a.mp4")},
-        {"name": "d.x", "text": '"quoted"', "video": str(tmp_path / "d.x")},
+        {"name": "d.x", "text": "quoted", "video": str(tmp_path / "d.x")},
         {"name": "c", "text": "mit\u2028Zeichen", "video": str(tmp_path / "c.gif")}]}
 
 
@@ -129,18 +130,56 @@ def test_clips_tsv_as_windows_writes_it(own):
     assert "signer" not in splits["train"][0]
 
 
+CELLS = [("a.mp4", 'Er sagt "hallo", und geht; ja'), ("b.mp4", '"Ja"'), ("c.gif", "Grüße\naus Köln"),
+         ("d.x", '5" breit')]
+
+
+@pytest.mark.parametrize("sep", ["\t", ",", ";"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_tables_as_programs_write_them(own, sep, encoding, end):
+    """Excel, LibreOffice and pandas: quotes where they are needed, rows of empty cells at the end."""
+    f = io.StringIO(newline="")
+    quotes = csv.QUOTE_ALL if end == "\r" else csv.QUOTE_MINIMAL  # of "\n" it would think nothing
+    csv.writer(f, delimiter=sep, lineterminator=end, quoting=quotes).writerows([("file", "text"), *CELLS, ("", "")])
+    found = own(f.getvalue().encode(encoding))[0]["train"]
+    assert [(os.path.basename(r["video"]), r["text"]) for r in found] == CELLS
+
+
+@pytest.mark.parametrize("disk", ["NFC", "NFD"])
+@pytest.mark.parametrize("table", ["NFC", "NFD"])
+def test_names_as_macos_writes_them(tmp_path, monkeypatch, disk, table):
+    """An umlaut is one character or two, on the disk, in the table and in the features: it is the same clip."""
+    root = tmp_path / unicodedata.normalize("NFC", "für")  # the folder's own name need not be of the same kind
+    root.mkdir()
+    name = lambda form, end="": unicodedata.normalize(form, "grüße" + end)
+    write_image(tmp_path / "1.png", shades(50)[0])
+    (root / name(disk)).mkdir()
+    (tmp_path / "1.png").rename(root / name(disk) / "1.png")
+    (root / "clips.tsv").write_text("file\ttext\n" + name(table) + "\tja\n", encoding="utf-8")
+    splits = read_clips(str(root))[0]
+    assert not check(splits)[1] and splits["train"][0]["name"] == name("NFC")
+    np.save(root / name(disk, ".npy"), np.ones((1, 4), np.float32))
+    safetensors.numpy.save_file({name(disk): np.ones((1, 4), np.float32)}, tmp_path / "f.safetensors")
+    for path in (f"{root}", f"{tmp_path}/f.safetensors"):
+        assert check(splits, [path])[4] == {name("NFC"): (1, 4)}
+
+
 @pytest.mark.parametrize("table, says", [
     ("file\ttext\na.mp4\tja\n\tnein\n", (":3",)),
     ("file\tsentence\na.mp4\tja\n", ("no column text",)),
     ("a.mp4\tja\n", ("no column file",)),
-    ("file,text\na.mp4,ja\n", ("no column file",)),
+    ("file:text\na.mp4:ja\n", ("no column file",)),
+    ('file\ttext\na.mp4\t"ja\nb.mp4\tnein\n', ("begins with a quote",)),
+    ("file\ttext\na.mp4\t" + "ja " * 50000 + "\n", (":2", "limit")),
     ("", ("no column file",)),
     ("file\ttext\n\n", ("no clips",)),
     ("file\ttext\n\na.mp4\tja\tnein\n", (":3", "3 columns", "2")),
     ("file\ttext\na.mp4\n", (":2", "1 columns", "2")),
     ("file\ttext\tsplit\na.mp4\tja\tvalid\n", (":2", "clip a", "valid", "train, dev, test")),
-    ("file\ttext\na.mp4\tfür\n".encode("latin-1"), (":2", "UTF-8", "byte 17")),
-    ("file\ttext\na.mp4\tja\n".encode("utf-16"), ("UTF-8",))])
+    ("file\ttext\na.mp4\tfür\n".encode("cp1252"), (":2", "UTF-8", "byte 17", "save it as UTF-8")),
+    (b"PK\3\4\xff\xff", ("zip archive", ".xlsx")),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ("no column file", "Git LFS pointer"))])
 def test_wrong_clips_tsv(own, tmp_path, table, says):
     with bad(tmp_path / "clips.tsv", *says):
         own(table)
@@ -804,6 +843,58 @@ def test_what_float16_cannot_hold(tmp_path, monkeypatch, value, says):
 def test_largest_float16_is_kept():
     x = np.array([[65504.0, -65504, 65519, 6e-8]])
     assert features.half(x, "x").tolist() == [[65504, -65504, 65504, np.float16(6e-8)]]
+
+
+def torch_saved(zipped):
+    f = io.BytesIO()
+    torch.save({"a": torch.zeros(2)}, f, _use_new_zipfile_serialization=zipped)
+    return f.getvalue()
+
+
+@pytest.mark.parametrize("content, says", [
+    (torch_saved(True), "torch.save"), (torch_saved(False), "torch.save"), (b"\x89HDF\r\n\x1a\n" + bytes(99), "HDF5"),
+    (b'[{"name": "a", "text": "b"}]', "JSON"), (b'\n{"a": 1}', "JSON"), (b"<!DOCTYPE html><html></html>", "a web page"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer, git lfs pull"),
+    (b"\x93NUMPY\1\0", ".npy")])
+def test_files_of_another_kind(tmp_path, content, says):
+    """Named for what they are, with the forms that are read, as labels and as features."""
+    for name in ("labels.train", "a.npy", "f.safetensors"):
+        (tmp_path / name).write_bytes(content)
+    with bad(tmp_path / "labels.train", says, "read are pickles"):
+        read_gfslt(str(tmp_path))
+    for path in ("labels.train", "f.safetensors"):
+        with bad(tmp_path / path, says):
+            features.open_features(str(tmp_path / path), "train", ["a"])
+    if ".npy" not in says:
+        assert says in features.open_features(str(tmp_path), "train", ["a"])["a"][0]
+
+
+def test_transposed_features(tmp_path):
+    """(width, frames): where the frames are known each clip says so, else the first that differs asks."""
+    rows = []
+    for i, T in enumerate((5, 5, 7)):
+        (tmp_path / str(i)).mkdir()
+        for n in range(T):
+            (tmp_path / str(i) / f"{n}.png").touch()
+        np.save(tmp_path / f"{i}.npy", np.zeros((16, T), np.float32))
+        rows.append({"name": str(i), "text": "ja", "video": str(tmp_path / str(i))})
+    look = lambda rows: check({"train": rows, "dev": [], "test": []}, [str(tmp_path)])[1]
+    said = look(rows)
+    assert len(said) == 3 and all("(16, " in line and "frames, (frames, width) is read" in line for line in said)
+    assert len(look([r | {"video": "", "frames": T} for r, T in zip(rows, (5, 5, 7))])) == 3
+    (line,) = look([r | {"video": ""} for r in rows])
+    assert "clip 2: its features are 7 wide, those of the first clip 5" in line and "(width, frames)?" in line
+
+
+def test_tensors_saved_on_a_gpu(tmp_path):
+    """Their storages say cuda:0, and there is none here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        raw = pickle.dumps({"a": torch.arange(4.0).view(2, 2)})
+    assert b"cuda:0" in raw
+    path = write_pickle(tmp_path / "p", raw)
+    source = features.open_features(path, "train", ["a"])
+    assert source["a"][1]().tolist() == [[0, 1], [2, 3]]
 
 
 def test_no_file_of_features(tmp_path, monkeypatch):

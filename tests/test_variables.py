@@ -938,6 +938,17 @@ def test_files_of_hypotheses(score, world):
     assert bleu("A", "char") != bleu("A", "13a")
 
 
+@does("eval.py", "hyps=HOME/A.txt", "refs=HOME/R.txt", "lang=de")
+def test_sentences_and_references_in_two_files(score, world):
+    texts = {"A": ["heute regnet es im norden", "ja"], "R": ["heute regnet es im süden", "ja"]}
+    for name, lines in texts.items():
+        (world / f"{name}.txt").write_text("".join(line + "\n" for line in lines))
+    want = sacrebleu.metrics.BLEU(tokenize="13a", force=True).corpus_score(texts["A"], [texts["R"]]).score
+    assert f"{want:6.2f}" in next(row for row in score().out.splitlines() if row.startswith("A.txt"))
+    with pytest.raises(BadInput, match="A.txt:1: is not a line"):
+        score("refs=")
+
+
 @does("eval.py", "lang=en")
 def test_the_language_is_the_run_s_or_another(score, result):
     score()
@@ -1191,7 +1202,7 @@ NEUTRAL = {
         save_every=0, keep=1, stage="align", window=8, adaptor="mlp", lora_rank=8, lora_targets="wq,wk,wv,wo"),
     "eval.py": dict(
         ckpt="", split="test", beams="", length_penalties="", control="none", video="", videos="", hyps="",
-        against="", lang="", dataset="", data_dir="", backbone="", weights="", llm="", bos_id=-1, eos_id=-1,
+        refs="", against="", lang="", dataset="", data_dir="", backbone="", weights="", llm="", bos_id=-1, eos_id=-1,
         dtype="auto", device="auto"),
     "data.py": dict(
         dataset="", root="", reader="", strict=True, backbone="toycnn", weights="", fps=0, ratio="0.8,0.1,0.1",
