@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -103,7 +104,8 @@ def test_a_second_writer_is_refused_and_processes_without_their_torchrun_end(hom
     for pid in below:
         os.kill(pid, signal.SIGCONT)
     said = p.stdout.read()  # until both have ended
-    assert "train.py: torchrun is gone" in said and "Traceback" not in said, said
+    # whoever comes first; the other may have lost it by then
+    assert re.search("^train.py: (process 1: )?torchrun is gone", said, re.M) and "Traceback" not in said, said
     assert not (folder / "last").exists() and steps() <= before + 1
     assert run("held", "resume=true", "epochs=400", "max_steps=1") == folder  # it is free again
 
@@ -308,7 +310,6 @@ def test_two_machines(home, run):
     for what in ("backbone=absent", f"init_from={home}/absent"):
         ended = two_machines(home, "out_dir=lacks", *args, second=[what])
         assert all(code for code, _ in ended) and sum("/absent" in said for _, said in ended) == 1
-        assert sum("lost the other processes" in said for _, said in ended) == 1, ended
 
 
 @pytest.mark.long
