@@ -50,7 +50,8 @@ class Store:
 def write_store(path, shapes, read, metadata):
     """
     A feature store: one safetensors file, written clip by clip, since a data set need not fit into memory.
-    shapes: name -> (T, D); read: name -> (T, D) float16; metadata: {text: text}.
+    shapes: name -> (T, D); read: name -> (T, D) float16; metadata: {text: text}. One that knows the fingerprints of its
+    clips, and would come out as it lies there, is left alone: it may have 20 GB.
     """
     header = {"__metadata__": metadata}
     at = 0
@@ -60,8 +61,11 @@ def write_store(path, shapes, read, metadata):
         at += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    if "fingerprints" in metadata and os.path.exists(path) and open(path, "rb").read(len(head)) == head:
+        return
     with whole(path, "wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
+        f.write(head)
         for name in shapes:
             f.write(np.asarray(read(name), np.float16).tobytes())
 
@@ -82,13 +86,13 @@ def write_common(folder, backbone, splits, shapes, read, metadata):
         store = f"{folder}/{backbone}/{split}.safetensors"
         names = [row["name"] for row in splits[split]]
         write_store(store, {n: shapes[n] for n in names}, read, metadata(names))
-        with whole(path) as f:
-            for row in splits[split]:
-                row = row | {"frames": shapes[row["name"]][0]}
-                f.write(json.dumps(row, ensure_ascii=False) + "\n")
+        rows = [row | {"frames": shapes[row["name"]][0]} for row in splits[split]]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if not os.path.exists(path) or open(path, encoding="utf-8", newline="").read() != lines:
+            with whole(path) as f:
+                f.write(lines)
     clips = ", ".join(f"{len(splits[s])} {s}" for s in SPLITS)
     print0(f"{folder}: {clips} clips, features ({backbone}) of width {next(iter(shapes.values()))[1]}")
-
 
 
 def row_of_clip(row):

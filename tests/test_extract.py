@@ -7,6 +7,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -99,6 +100,28 @@ def descendants(pid):
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_workers_leave_no_trace(root, want, tmp_path, workers):
     assert run(root, tmp_path, workers) == want
+
+
+def test_where_nothing_changed_nothing_is_written(root, want, tmp_path):
+    """A split may have 20 GB. Another clip of one split, or a word of one, changes the files of that alone."""
+    clips = tmp_path / "clips"
+    shutil.copytree(root, clips)
+    files = lambda: (p for p in (tmp_path / "data/own").rglob("*") if p.is_file())
+    written = lambda: {f"{p.parent.name}/{p.name}": p.stat().st_mtime_ns for p in files()}
+    run(clips, tmp_path / "data")
+    before = written()
+    assert run(clips, tmp_path / "data").keys() == want.keys() and written() == before
+    table = (clips / "clips.tsv").read_text().splitlines()
+    at = next(i for i, line in enumerate(table) if line.endswith("\tdev"))
+    file, text, split = table[at].split("\t")
+    table[at] = f"{file}\tsomething else\t{split}"
+    (clips / "clips.tsv").write_text("\n".join(table) + "\n")
+    run(clips, tmp_path / "data")
+    assert {f for f, when in written().items() if when != before[f]} == {"own/dev.jsonl"}
+    before = written()
+    os.utime(clips / file, (9, 9))
+    run(clips, tmp_path / "data")
+    assert {f for f, when in written().items() if when != before[f]} == {"toycnn/dev.safetensors"}
 
 
 def test_a_clip_alone_has_the_same_features(root, want, tmp_path, monkeypatch):

@@ -58,6 +58,15 @@ def test_a_draw_follows_from_the_seed(tmp_path, monkeypatch):
     assert len({m["lines"][0] for m in draw(1, 99)}) == len(draw(1, 99)) == 5  # a line that can hold one holds one
 
 
+def test_the_listed_mistakes_can_still_be_made():
+    """Each stands once in its file, and the test that is known to notice it is there."""
+    listed = mutants.from_file(str(mutants.ROOT / "tests" / "mistakes.jsonl"))
+    assert len(listed) > 70
+    for m in listed:
+        file, name = m["test"].split("::")
+        assert f"def {name}(" in (mutants.ROOT / file).read_text(encoding="utf-8"), m["test"]
+
+
 def test_mistakes_from_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(mutants, "ROOT", tmp_path)
     (tmp_path / "a.py").write_text(SOURCE)
