@@ -62,7 +62,8 @@ def write_store(path, shapes, read, metadata):
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
-    if "fingerprints" in metadata and os.path.exists(path) and open(path, "rb").read(len(head)) == head:
+    there = "fingerprints" in metadata and os.path.exists(path) and os.path.getsize(path) == len(head) + at
+    if there and open(path, "rb").read(len(head)) == head:
         return
     with whole(path, "wb") as f:
         f.write(head)
