@@ -61,7 +61,8 @@ def estimate(cfg, model, clips, micro, prompt, tokenizer, dtype, device):
     # q, k, v, their output, a log-sum a row
     kept += N * 2 * (wide + args.n_kv_heads * args.head_dim) * s + N * args.n_heads * 4
     blocks = args.n_layers * N * dim * s + kept if cfg.activation_checkpointing else args.n_layers * kept
-    vision = F * dim * s * (3 if cfg.adaptor == "mlp" else 2)
+    # of the adaptor: W1 x, GELU of it, and what the frames are in the LLM's stream
+    vision = F * dim * s * {"mlp": 3, "mlp_noact": 2, "linear": 1}[cfg.adaptor]
     if cfg.ltn and cfg.train_ltn:  # a block of 32 queries sees so many keys, and its weights are not kept
         w, seen = model.adaptor.w1.in_features, 32 + sum(model.ltn.reach)
         vision += cfg.ltn_layers * F * s * (11 * w + 2 * w * seen // 32 + 4 * (8 * w // 3)) + F * seen

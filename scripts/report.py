@@ -376,7 +376,8 @@ def closely(chosen, hyps, folder, lang, split, cfg):
         each = enumerate(zip(words(hyp, lang), share.tolist(), rounded(seen)))
         found.append({"name": name, "frames": len(features), "tiles": tiles, "strip": shown,
                       "words": [[w[0], i in wrong, s, row] for i, (w, s, row) in each],
-                      "band": [] if band is None else rounded(band)})
+                      "band": [] if band is None else rounded(band),
+                      "reach": sllama.ltn.reach if sllama.ltn else (0, 0)})
         progress(done)
     return found, rules, notes
 

@@ -30,16 +30,16 @@ from lib.weights import ModelArgs, write_hf
 from model import LLaMA
 
 dataset = ""  # a data set that data.py has made
-data_dir = "data"
+data_dir = "data"  # holds the data sets
 to = ""  # folder to write; it must not exist
 language = "German"  # its name goes into the prompt
 function_words = 40  # so many of the most frequent words are left out of what the sentence is restored from
 pieces = 2000  # of the tokenizer
 dim = 256  # width
-layers = 4
+layers = 4  # of the LLM
 steps = 1500  # of training
 batch = 48  # sentences a step
-seed = 1337
+seed = 1337  # of its first weights and of the sentences' order
 
 # noise on the embeddings of content words, in units of their own size: frames will never be as sharp as words
 BLUR = 2.0

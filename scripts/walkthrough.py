@@ -36,8 +36,8 @@ ckpt = "out/toy/sft"  # run folder of the sft stage, on the toy
 clip = 23  # line of its test split, from 0
 other = 3  # another line: the control's
 beam = 4  # decoding as eval.py's
-length_penalty = 1.0
-max_new_tokens = 200
+length_penalty = 1.0  # as in eval.py
+max_new_tokens = 200  # as in eval.py
 to = "out/walkthrough"  # folder for the pictures; a notebook shows them in its cells
 
 NOTEBOOK = "get_ipython" in globals()

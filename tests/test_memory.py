@@ -78,7 +78,7 @@ def counted(cfg, n, frames, answers, prompt, s, cuda):
     kept = LAYERS * N * row
     if cfg.activation_checkpointing:
         kept = LAYERS * N * DIM * s + N * row  # the input of each block, and the inside of one
-    kept += F * DIM * s * {"mlp": 3, "linear": 2, "mlp_noact": 2}[cfg.adaptor]
+    kept += F * DIM * s * {"mlp": 3, "mlp_noact": 2, "linear": 1}[cfg.adaptor]
     if cfg.ltn and cfg.train_ltn:
         seen = 32 + cfg.window  # keys that a block of 32 queries meets
         kept += cfg.ltn_layers * F * s * (11 * LTN + 2 * LTN * seen / 32 + 4 * 42) + F * seen

@@ -61,7 +61,6 @@ def test_a_draw_follows_from_the_seed(tmp_path, monkeypatch):
 def test_the_listed_mistakes_can_still_be_made():
     """Each stands once in its file, and the test that is known to notice it is there."""
     listed = mutants.from_file(str(mutants.ROOT / "tests" / "mistakes.jsonl"))
-    assert len(listed) > 70
     for m in listed:
         file, name = m["test"].split("::")
         assert f"def {name}(" in (mutants.ROOT / file).read_text(encoding="utf-8"), m["test"]

@@ -157,8 +157,8 @@ def test_what_the_page_says_of_a_clip(run, monkeypatch):
         for _, _, share, row in c["words"]:
             assert len(row) == c["frames"] and abs(sum(row) - 1) < 1e-2 and 0 < share < 1
         for t, row in enumerate(c["band"]):  # nine frames at most, none before the first or after the last
-            assert len(row) == 9 and abs(sum(row) - 1) < 1e-3
-            assert all((v > 0) == (0 <= t + k - 4 < c["frames"]) for k, v in enumerate(row))
+            assert len(row) == sum(c["reach"]) + 1 == 9 and abs(sum(row) - 1) < 1e-3
+            assert all((v > 0) == (0 <= t + k - c["reach"][0] < c["frames"]) for k, v in enumerate(row))
     (b,) = [c for c in clips if c["name"] == "b"]
     assert [w[0] for w in b["words"] if w[1]] == ["montag"]
 
