@@ -90,19 +90,19 @@ align = {
     "lr": 1e-3,  # peak (paper: silent)
     "frame_drop": 0.1,  # share of frames left out at random (paper: 0.1)
     "prompt": "{clip}",  # the frames alone
-    "train_ltn": True,
+    "train_ltn": True,  # the local transformer (paper: learns)
     "freeze_llm": True,  # no LoRA
     "train_embeddings": False,  # the LLM's word embeddings
 }
 sft = {
     "epochs": 5,  # (paper: 2)
     "batch_size": 16,  # (paper: 2)
-    "lr": 1e-3,
+    "lr": 1e-3,  # peak (paper: silent)
     "frame_drop": 0.1,  # (paper: silent)
     "prompt": "[INST] <sign> {clip} </sign> \n Translate the sign language into {language} text. [/INST]",  # (3.2)
-    "train_ltn": False,  # (paper: Figure 3, frozen)
+    "train_ltn": False,  # the local transformer (paper: Figure 3, frozen)
     "freeze_llm": False,  # LoRA learns
-    "train_embeddings": False,  # (paper: learn, Table 4's best row)
+    "train_embeddings": False,  # the LLM's word embeddings (paper: learn, Table 4's best row)
 }
 
 # a stage must agree in these with the one that it starts from

@@ -161,7 +161,7 @@ show("2_features", panels, size=(11, 50))
 
 # %% [markdown]
 # ## 3. The local transformer: a band
-# A sign lasts some frames, so a frame looks at those around it and nowhere else, |i-j| <= window/2: a band along the
+# A sign lasts some frames, so a frame looks at those around it and nowhere else, as `reach` says: a band along the
 # diagonal. In two layers it reaches twice as far, for its neighbours have looked at theirs.
 
 # %%

@@ -285,8 +285,7 @@ def test_programs_help(name):
     comments |= {k: word for s in stages[:1] for k, word in page[s][1].items()}
     for key in [k for k in page if k not in stages] + [k for s in stages for k in page[s][0]]:
         (line,) = [li for li in done.stdout.splitlines() if li.startswith(key + " = ")]
-        if key not in ("train_ltn", "freeze_llm", "lr"):  # what they are needs no word
-            assert line.endswith(comments[key]) and comments[key], key
+        assert line.endswith(comments[key]) and comments[key], key
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
