@@ -90,9 +90,11 @@ def whole(path, mode="w"):
             os.fsync(f.fileno())
         os.replace(path + ".part", path)
         sync(os.path.dirname(path) or ".")
-    except BaseException:
+    except BaseException as e:
         with contextlib.suppress(OSError):
             os.remove(path + ".part")  # a full disk gets its room back
+        if isinstance(e, OSError):
+            e.filename = e.filename or path  # a full disk does not say where
         raise
 
 

@@ -404,6 +404,45 @@ def test_a_full_disk_does_not_stop_the_run_before_its_end(run, home, monkeypatch
     assert json.load(open(folder / "last" / "state.json"))["step"] == 5  # nothing that was saved is lost
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may mount a small disk")
+def test_a_disk_that_is_really_full(run, home, monkeypatch, capsys):
+    """A small one: while others fill it a save fails and the run goes on; a run that begins then says where."""
+    disk, real, steps = home / "small", train.micro_batch, []
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a disk")
+
+    def fill():
+        with contextlib.suppress(OSError), open(disk / "others", "wb", 0) as f:
+            for _ in range(1000):
+                f.write(bytes(10**4))
+
+    def micro_batch(*args):
+        steps.append(1)
+        if len(steps) == 2:
+            fill()
+        if len(steps) == 3:
+            (disk / "others").unlink()
+        return real(*args)
+
+    monkeypatch.setattr(train, "micro_batch", micro_batch)
+    try:
+        folder = run("small", "save_every=1", "max_steps=3")
+        said = capsys.readouterr().err
+        assert "the checkpoint of step 2 could not be written (" in said and "the run goes on" in said
+        assert json.load(open(folder / "last" / "state.json"))["step"] == 3 and not (folder / "last.part").exists()
+        fill()
+        with pytest.raises(OSError, match=f"No space left on device: '{folder}/"):
+            run("small", "save_every=1", "max_steps=4", "resume=true")
+        leave()
+        assert load_file(folder / "last" / "vision.safetensors")
+        (disk / "others").unlink()
+        run("small", "save_every=1", "max_steps=4", "resume=true")
+        assert json.load(open(folder / "last" / "state.json"))["step"] == 4
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
 def test_a_folder_that_cannot_be_written_is_noticed_before_the_model_is_loaded(run, home, monkeypatch):
     (home / "file").write_text("")
     monkeypatch.setattr(SLLaMA, "load", lambda *a: pytest.fail("the model was loaded"))

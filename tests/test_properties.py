@@ -3,6 +3,7 @@ What holds for any input of a kind, tried on those that hypothesis thinks of.
 
     python -m pytest tests/test_properties.py
 """
+import csv
 import json
 import math
 import struct
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from data import Sample, clips_of_step, deal, pack, prompt_ids, spread, thin
 from lib.configurator import configure
 from lib.program import BadInput
+from lib.readers import read_clips
 from lib.tensors import from_hf, halves, load_tensors, pairs, to_hf
 from model import generate, local_attention, reach, sees
 
@@ -171,6 +173,23 @@ def test_names_of_weights_round_trip(part, layer, kind):
 def test_rows_of_wq_round_trip(heads, half_width, width):
     w = torch.arange(heads * 2 * half_width * width).view(-1, width)
     assert pairs(halves(w, 2 * half_width), 2 * half_width).equal(w)
+
+
+cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(str.strip)
+
+
+@given(st.lists(cells, min_size=1, max_size=5), st.sampled_from("\t,;"),
+       st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]), st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
+def test_cells_of_a_table_round_trip(tmp_path, texts, separator, encoding, quoting):
+    """Whatever a sentence holds (quotes, separators, line ends), it comes back as the csv module has written it."""
+    with open(tmp_path / "clips.tsv", "w", encoding=encoding, newline="") as f:
+        write = csv.writer(f, delimiter=separator, quoting=quoting).writerow
+        write(["file", "text"])
+        for i, text in enumerate(texts):
+            write([f"{i}.mp4", text])
+    splits, has_splits = read_clips(str(tmp_path))
+    found = [(row["name"], row["text"]) for row in splits["train"]]
+    assert found == [(str(i), text.strip()) for i, text in enumerate(texts)] and not has_splits
 
 
 numbers = st.integers(-2, 2**63) | st.just(8)
