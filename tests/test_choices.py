@@ -24,7 +24,7 @@ import train
 from data import pack
 from eval import translate
 from lib.controls import baselines
-from lib.program import BadInput
+from lib.program import BadInput, summed
 from lib.scores import bleu, report, rouge
 from model import SLLaMA, generate
 
@@ -778,3 +778,9 @@ def test_translate_passes_the_length_penalty_on():
         assert found == ("1 1 1" if longer else "")
     llm = seeing(Chain(short_or_long(0.565)))
     assert translate(llm, [torch.zeros(3, 1)], Words, beam=2, max_new_tokens=4) == ["1 1 1"]
+
+
+def test_sums_over_processes_keep_every_digit(monkeypatch):
+    """In float64: a loss of millions of tokens, and how many they are."""
+    monkeypatch.setattr(dist, "all_reduce", lambda t: t.mul_(2))  # two processes that hold the same
+    assert summed("cpu", 1 / 3, 2**24 + 1) == [2 / 3, 2**25 + 2]
