@@ -270,8 +270,7 @@ def chosen_tests(m, meets, took, seconds, caught=Counter()):
     """
     Tests that meet a mistake, as many as fit into the seconds -> (tests, seconds that they take).
     First the one that is said to notice it ("test"), then those that have caught the most so far, then the file of that
-    name (test_lora.py for lora.py), then files by what they have caught, in a file the quick ones; what takes long comes
-    last of all.
+    name (test_lora.py for lora.py), then files by what they have caught, in a file the quick ones; the long come last.
     """
     file_of = lambda test: test.split("::")[0]
     lines, (first, last) = meets.get(m["file"], {}), m["lines"]
