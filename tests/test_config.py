@@ -18,7 +18,7 @@ import pytest
 
 from lib.configurator import configure, read_literals
 from lib.files import whole
-from lib.program import BadInput, Progress, launch, rank, world
+from lib.program import BadInput, Pace, Progress, launch, rank, world
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = {name: [name] for name in ("train.py", "eval.py", "data.py", "lora.py")}
@@ -408,6 +408,15 @@ def test_progress_on_a_terminal(clock, monkeypatch):
     first, second = screen.getvalue().split("\r")[1:]
     assert first == "clips: 2/4, 8.00 clips/s, 0 s left".ljust(78)
     assert second == "clips: 4/4, 2.00 clips/s, 0 s left".ljust(78) + "\n"
+
+
+def test_the_pace_is_that_since_the_last_line():
+    pace = Pace()
+    for seconds, tokens in ((2.0, 100), (4.0, 500)):
+        pace.add(seconds, tokens)
+    assert pace.so_far() == {"tokens_per_s": 100, "step_s": 3.0}
+    pace.add(0.5, 10)
+    assert pace.so_far() == {"tokens_per_s": 20, "step_s": 0.5}
 
 
 def test_progress_of_another_process_is_silent(clock, capsys, monkeypatch):

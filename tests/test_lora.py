@@ -138,6 +138,13 @@ def test_dropout_is_on_what_goes_into_A():
     torch.testing.assert_close(lora(x), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_layer_drops_out_where_the_one_it_replaces_would():
+    assert LoRALinear(Linear(4, 3), 2, 6.0).dropout.p == 0
+    for training in (True, False):
+        lora = LoRALinear(Linear(4, 3).train(training), 2, 6.0, 0.5)
+        assert lora.training == lora.dropout.training == training
+
+
 def test_first_values_are_as_peft_has_them():
     lora = LoRALinear(Linear(400, 300, bias=False), 50, 6.0)
     a = lora.lora_A.detach() * 400**0.5  # evenly between -1/sqrt(in) and 1/sqrt(in)

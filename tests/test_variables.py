@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -508,7 +509,12 @@ def parts(names):
 @does("train.py", "train_ltn=false", "freeze_llm=true", "train_embeddings=false")
 @pytest.mark.parametrize("stage, own", [("align", {"ltn", "adaptor"}), ("sft", {"adaptor", "lora"})])
 def test_what_learns(run, stage, own):
-    learn = lambda *words: parts(run(f"stage={stage}", "max_steps=1", *words).learns)
+    def learn(*words):
+        saw = run(f"stage={stage}", "max_steps=1", *words)
+        said = re.findall(r"^learns: (\S+) +\d+\.\d\dM$", saw.said, re.M)  # the parts, and nothing that is not there
+        assert {{"proj": "ltn", "llm.tok_embeddings": "words"}.get(part, part) for part in said} == parts(saw.learns)
+        return parts(saw.learns)
+
     assert learn() == {"adaptor"}
     assert learn("train_ltn=true") == {"adaptor", "ltn"}
     assert learn("freeze_llm=false") == {"adaptor", "lora"}
