@@ -767,6 +767,13 @@ def test_frame_drop_comes_after_thinning(split):
     assert 430 < len(kept) < 470 and set(kept) <= set(frame_numbers(split(1000, max_frames=500).features(0)))
 
 
+def test_stand_ins_say_so_in_a_line_of_their_own(split, tmp_path):
+    clips = split(3, 4)
+    assert len(clips.describe().splitlines()) == 1
+    clips.store.metadata = {"settings": json.dumps({"standin": "made of noise"})}
+    assert clips.describe().splitlines()[1:] == ["data: made of noise: no score here is one of the data set"]
+
+
 def test_what_is_missing_is_named(split, tmp_path):
     split(3, 4)
     with bad(tmp_path / "own/dev.jsonl", "own", "no split dev", "it has train"):

@@ -133,7 +133,7 @@ def test_a_signal_stops_after_the_step(run, home, monkeypatch, capsys, number):
         calls.append(os.kill(os.getpid(), number) if len(calls) == 3 else 0)
         return real(*args)
 
-    unhurt = run(f"unhurt{number}")
+    unhurt, real = run(f"unhurt{number}"), train.micro_batch
     with monkeypatch.context() as m, pytest.raises(SystemExit) as stopped:
         m.setattr(train, "micro_batch", micro_batch)
         run(f"stopped{number}")
@@ -142,6 +142,11 @@ def test_a_signal_stops_after_the_step(run, home, monkeypatch, capsys, number):
     assert stopped.value.code == 128 + number and said.endswith(" resume=true")
     assert said.startswith(f"train.py: stopped by {signal.Signals(number).name} after step ")
     assert json.load(open(folder / "last" / "state.json"))["step"] == len(log(folder)) == 3
+    capsys.readouterr()
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(train, "micro_batch", lambda *args: os.kill(os.getpid(), number) or real(*args))
+        run(f"stopped{number}", "resume=true")
+    assert capsys.readouterr().err.splitlines()[-1].count("resume=true") == 1  # one is enough
     assert not faults.same_run(unhurt, run(f"stopped{number}", "resume=true"))
 
 
@@ -568,10 +573,10 @@ def test_a_checkpoint_of_an_unknown_adaptor_is_refused(run):
     """Of the same weights: nothing else in it would tell."""
     last = run("conv", "max_steps=1") / "last"
     state = json.load(open(last / "state.json"))
-    state["config"]["adaptor"] = "conv"
-    (last / "state.json").write_text(json.dumps(state))
-    with pytest.raises(BadInput, match="adaptor=conv"):
-        load_model(str(last), "cpu")
+    for key, value in (("adaptor", "conv"), ("ltn_layers", 10**6), ("window", 2**40)):  # sizes that no model has, too
+        (last / "state.json").write_text(json.dumps(state | {"config": state["config"] | {key: value}}))
+        with pytest.raises(BadInput, match=f"{key}={value}"):
+            load_model(str(last), "cpu")
 
 
 @pytest.mark.parametrize("way", ["resume", "init_from", "the align run beside it", "load_model"])
