@@ -11,6 +11,8 @@ import os
 import shutil
 import statistics
 import sys
+import threading
+import time
 
 import numpy as np
 import torch
@@ -55,6 +57,18 @@ class Decoder(IterableDataset):
                 yield i, [], rate_of(path, self.how["rate"])
             except BadInput as e:
                 yield i, [], e
+
+
+def end_with_parent(number):
+    """A process that decodes ends with the one it decodes for, however that ended: torch's would wait for a reader."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Extractor:
@@ -124,7 +138,7 @@ class Extractor:
 
         # collate_fn: arrays stay arrays and come through a pipe; tensors would go through /dev/shm, small in containers
         for i, some, end in DataLoader(Decoder(paths, **self.how), batch_size=None, collate_fn=tuple,
-                                       num_workers=min(workers, len(paths))):
+                                       num_workers=min(workers, len(paths)), worker_init_fn=end_with_parent):
             for frame in some:
                 if n == BATCH:
                     yield from flush()

@@ -146,9 +146,12 @@ def test_googlenet_does_not_see_a_frame_s_place_in_the_batch():
 
 @LINUX
 @pytest.mark.long
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_program_goes_on(root, want, tmp_path, processes):
-    """SIGKILL to everything that is at work, as soon as a clip or two are done; then the same command again."""
+@pytest.mark.parametrize("processes, alone", [(1, False), (2, False), (1, True)])
+def test_killed_program_goes_on(root, want, tmp_path, processes, alone):
+    """
+    SIGKILL to everything that is at work, as soon as a clip or two are done; then the same command again.
+    alone: to the program itself, and those that decode for it end by themselves.
+    """
     long = tmp_path / "clips"
     long.mkdir()
     names = list(LENGTHS) + [f"long{i}" for i in range(12)]
@@ -162,10 +165,11 @@ def test_killed_program_goes_on(root, want, tmp_path, processes):
     while not (parts.exists() and any(parts.glob("*.safetensors"))):
         assert work.poll() is None, work.stdout.read()
         time.sleep(0.002)
-    for pid in (work.pid, *descendants(work.pid)):  # torchrun gives each of its processes a session of its own
+    # torchrun gives each of its processes a session of its own
+    for pid in [work.pid] if alone else (work.pid, *descendants(work.pid)):
         with contextlib.suppress(ProcessLookupError):  # those that decode end by themselves without who has asked
             os.kill(pid, signal.SIGKILL)
-    work.communicate()
+    work.communicate(timeout=30)  # until the last of them has let go of the pipe
     assert not (tmp_path / "data/own/train.jsonl").exists()
     again = program(*args, processes=processes)
     said = again.communicate()[0]
