@@ -148,7 +148,8 @@ class Extractor:
                 queue.append((i, None))
             if end is not None:
                 queue.append((i, end))
-        yield from flush()
+        if queue:
+            yield from flush()
 
     def __call__(self, path):
         """The features of a clip: float16 (T, D)."""

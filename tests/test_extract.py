@@ -136,6 +136,12 @@ def test_a_clip_alone_has_the_same_features(root, want, tmp_path, monkeypatch):
             assert np.array_equal(clips.store[row["name"]].numpy(), Extractor("toycnn", device="cpu")(row["video"]))
 
 
+def test_where_no_clip_is_left_the_cnn_does_nothing(monkeypatch):
+    """A process whose share is done, or data.py called once more."""
+    monkeypatch.setattr(Extractor, "compute", lambda self, batch: pytest.fail("computes a batch of nothing"))
+    assert list(Extractor("toycnn", device="cpu").stream([])) == []
+
+
 def test_googlenet_does_not_see_a_frame_s_place_in_the_batch():
     extractor = Extractor("googlenet", "random", "cpu")
     batch = noise(extract.BATCH, size=(224, 224))
