@@ -8,6 +8,7 @@ normal distribution. Of each 64 weights, row after row, max|w| is kept, and of e
 w / max|w|, two in a byte, as bitsandbytes has them. The maxima lie in 8 bits themselves, of each 256 the largest / 255
 as their unit.
 """
+import functools
 import math
 
 import torch
@@ -97,12 +98,17 @@ def quantize(w, bits):
     return {"weight": number[::2] << 4 | number[1::2], "scale": scale, "block_scale": units.flatten()[:len(largest)]}
 
 
+@functools.cache
+def code_pairs(device, dtype):
+    """(256, 2): the codes of the two weights in each byte. Made once, since every product asks for them."""
+    codes = CODES.to(device, dtype)
+    return torch.stack([codes.repeat_interleave(16), codes.repeat(16)], 1)
+
+
 def dequantize(width, dtype, weight, scale, block_scale=None):
     """What `quantize` has made of a matrix -> (rows, width) in dtype."""
     if block_scale is None:
         return weight.to(dtype) * scale.to(dtype)
-    codes = CODES.to(weight.device, dtype)
-    pairs = torch.stack([codes.repeat_interleave(16), codes.repeat(16)], 1)  # (256, 2): what a byte stands for
-    w = F.embedding(weight.int(), pairs).view(-1, BLOCK)  # (n / 2, 2) -> (n / 64, 64)
+    w = F.embedding(weight.int(), code_pairs(weight.device, dtype)).view(-1, BLOCK)  # (n / 2, 2) -> (n / 64, 64)
     largest = block_scale * scale.repeat_interleave(GROUP)[:len(block_scale)]
     return w.mul_(largest.to(dtype)[:, None]).view(-1, width)

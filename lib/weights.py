@@ -110,7 +110,7 @@ class RawLLM:
                 f"{n / 1e6:.2f}M parameters, {n * dtype.itemsize / 1e9:.3f} GB in {str(dtype).removeprefix('torch.')}")
 
     def tensors(self):
-        """Yield (name, whole tensor), so that no more than one need be in memory; shows GB/s. All that args name."""
+        """Yield (name, whole tensor), all that args name, so that one alone need be in memory; shows GB/s."""
         check_names(self.path, self.args.shapes(), self.shapes)
         done = 0
         show = None
