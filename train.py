@@ -269,7 +269,7 @@ def learning_rate(step, total, cfg):
     """Linear warm-up, then a cosine to a tenth of the peak."""
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
-    return cfg.lr * (0.55 + 0.45 * math.cos(math.pi * (step - cfg.warmup) / max(1, total - cfg.warmup)))
+    return cfg.lr * (0.55 + 0.45 * math.cos(math.pi * (step - cfg.warmup) / (total - cfg.warmup)))
 
 
 def main():

@@ -363,8 +363,10 @@ def test_metas_folder_merged(tmp_path, above):
     assert theirs.eos_token_id == ours.eos_id == Tokenizer(str(merged)).eos_id == 2
     # a run that has learnt another EOS, as with stories260K
     llama = LLaMA.from_pretrained(source)
-    write_hf(str(tmp_path / "other"), llama.args, llama.state_dict().items(), source, torch.float32, ids=(2, 1))
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "other")
-    assert (theirs.bos_token_id, theirs.eos_token_id, theirs("am").input_ids[0]) == (2, 1, 2)
+    for ids in ((2, 1), (0, 1)):
+        other = str(tmp_path / f"other{ids[0]}")
+        write_hf(other, llama.args, llama.state_dict().items(), source, torch.float32, ids=ids)
+        theirs = transformers.AutoTokenizer.from_pretrained(other)
+        assert (theirs.bos_token_id, theirs.eos_token_id, theirs("am").input_ids[0]) == (*ids, ids[0])
     read = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
     assert read.config.eos_token_id == 2 and distance(read, LLaMA.from_pretrained(source)) < 1e-4

@@ -744,6 +744,18 @@ def two_clips():
     return [first, Sample(torch.randn(2, 24), [1, 5], [7], [10, 2])]
 
 
+def test_frames_come_in_at_the_size_of_words_in_bfloat16_too(tmp_path):
+    """Each row's length is taken in float32: in bfloat16 it would be off by up to 1 part in 256."""
+    hf_folder(tmp_path, dtype=torch.bfloat16)
+    raw = open_llm(str(tmp_path))
+    words = raw.read("tok_embeddings.weight")
+    assert words.dtype == torch.bfloat16
+    with torch.device("meta"):
+        model = SLLaMA(raw.args, 24, page(ltn_dim=16, ltn_layers=1, ltn_heads=2))
+    model.load(raw, "cpu", 0)
+    assert torch.isclose(model.scale, words.double().pow(2).mean().sqrt().float(), rtol=1e-5)
+
+
 def test_load_gives_every_parameter_a_value(tmp_path):
     model = tiny_sllama(tmp_path)
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
