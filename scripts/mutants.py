@@ -275,17 +275,18 @@ def chosen_tests(m, meets, took, seconds, caught=Counter()):
     file_of = lambda test: test.split("::")[0]
     lines, (first, last) = meets.get(m["file"], {}), m["lines"]
     met = set().union(*(lines.get(n, ()) for n in range(first, last + 1)))
-    if not any(test in took for test, _ in met):  # a line that runs at the import: whoever comes to this file
+    if ("", False) in met or not any(test in took for test, _ in met):
+        # a line that runs at the import (and again in each program that a test starts): whoever comes to this file
         met = set().union(*lines.values())
     # where a fixture met it, whoever shares the fixture
     shared = {file_of(test) for test, setup in met if setup}
     tests = {test for test, _ in met if test in took} or set(took)
-    tests |= {test for test in took if file_of(test) in shared}
+    said = m.get("test", "::")
+    tests |= {test for test in took if file_of(test) in shared or test.startswith(said)}
     quickest = {}  # file -> the seconds of its quickest test
     for test in sorted(tests, key=took.get):
         quickest.setdefault(file_of(test), took[test])
     chosen, total = [], 0.0
-    said = m.get("test", "::")
     own = f"test_{Path(m['file']).stem}.py"
     rank = lambda t: (not t.startswith(said), -caught[t], took[t] > LONG, not file_of(t).endswith(own),
                       -caught[file_of(t)], quickest[file_of(t)], file_of(t), took[t])
