@@ -24,7 +24,7 @@ import train
 from data import pack
 from eval import translate
 from lib.controls import baselines
-from lib.program import BadInput, summed
+from lib.program import BadInput, run_program, summed
 from lib.scores import bleu, report, rouge
 from model import SLLaMA, generate
 
@@ -784,3 +784,26 @@ def test_sums_over_processes_keep_every_digit(monkeypatch):
     """In float64: a loss of millions of tokens, and how many they are."""
     monkeypatch.setattr(dist, "all_reduce", lambda t: t.mul_(2))  # two processes that hold the same
     assert summed("cpu", 1 / 3, 2**24 + 1) == [2 / 3, 2**25 + 2]
+
+
+@pytest.mark.parametrize("dataset, lost, made", [
+    ("toy", None, False), ("toy", "llm", True), ("toy", "test.jsonl", True), ("toy_zh", "toycnn", True),
+    ("mine", "llm", False)])
+def test_the_toy_is_made_where_any_of_it_is_absent(tmp_path, monkeypatch, dataset, lost, made):
+    """And no other data set ever is."""
+    for folder in ("llm", "toycnn"):
+        (tmp_path / dataset / folder).mkdir(parents=True)
+    for file in ("toycnn/test.safetensors", "test.jsonl"):
+        (tmp_path / dataset / file).touch()
+    if lost:
+        (tmp_path / dataset / lost).rename(tmp_path / "elsewhere")
+    called = []
+    monkeypatch.setattr(train, "run_program", lambda *args: called.append(args))
+    train.make_toy(SimpleNamespace(data_dir=str(tmp_path), dataset=dataset))
+    assert called == [("scripts.toy", f"data_dir={tmp_path}", f"name={dataset}")] * made
+
+
+def test_another_program_is_run_to_its_end():
+    run_program("json.tool", "--help")
+    with pytest.raises(BadInput, match="json.tool: ended with exit code 2"):
+        run_program("json.tool", "--no-such-option")

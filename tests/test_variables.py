@@ -905,9 +905,11 @@ def test_a_folder_of_videos(score, result, world):
     (world / "some").mkdir()
     for name in ("00025.mp4", "00024.mp4"):
         shutil.copy(world / "data" / "toy" / "clips" / name, world / "some")
+    (world / "some" / "notes.txt").touch()
     score("videos=")
     said = [" ".join(row["hyp"].split()) for row in result()[1]]
-    assert score().out == f"00024.mp4\t{said[0]}\n00025.mp4\t{said[1]}\n"
+    saw = score()
+    assert saw.out == f"00024.mp4\t{said[0]}\n00025.mp4\t{said[1]}\n" and "notes.txt: passed over" in saw.err
 
 
 @does("eval.py", "weights=HOME/other.pth", "video=HOME/data/toy/clips/00024.mp4")
