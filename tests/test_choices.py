@@ -24,7 +24,7 @@ import train
 from data import pack
 from eval import translate
 from lib.controls import baselines
-from lib.program import BadInput, run_program, summed
+from lib.program import BadInput, Pace, run_program, summed
 from lib.scores import bleu, report, rouge
 from model import SLLaMA, generate
 
@@ -803,7 +803,28 @@ def test_the_toy_is_made_where_any_of_it_is_absent(tmp_path, monkeypatch, datase
     assert called == [("scripts.toy", f"data_dir={tmp_path}", f"name={dataset}")] * made
 
 
-def test_another_program_is_run_to_its_end():
-    run_program("json.tool", "--help")
+def test_another_program_is_run_to_its_end(monkeypatch):
+    """Without torchrun, and in the project's folder."""
+    monkeypatch.setenv("RANK", "1")
+    once = "-n1", "-r1"
+    run_program("timeit", *once, "import os, train; assert 'RANK' not in os.environ")
     with pytest.raises(BadInput, match="json.tool: ended with exit code 2"):
         run_program("json.tool", "--no-such-option")
+
+
+def test_pace_is_the_mean_of_the_steps_since_it_was_last_said():
+    pace = Pace()
+    for seconds, tokens in ((1.0, 300), (2.0, 100), (3.0, 200)):
+        pace.add(seconds, tokens)
+    assert pace.so_far() == {"tokens_per_s": 100, "step_s": 2.0}
+    pace.add(4.0, 100)
+    assert pace.so_far() == {"tokens_per_s": 25, "step_s": 4.0}
+
+
+def test_no_video_goes_into_a_model_of_imported_features(evaluate, run, home):
+    for path in run.glob("*/state.json"):
+        state = json.loads(path.read_text())
+        state["extractor"]["imported"] = True
+        path.write_text(json.dumps(state))
+    with pytest.raises(BadInput, match="were imported, and no extractor can make them from a video"):
+        evaluate(f"ckpt={run}", f"video={home}/data/toy/clips/00024.mp4")
