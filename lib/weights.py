@@ -70,22 +70,19 @@ class ModelArgs:
         return shapes if self.tied else shapes | {"output.weight": (self.vocab_size, dim)}
 
 
-LLAMA_7B = dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=32000)
-SIZES = {  # llm=random:NAME
-    "7B": LLAMA_7B,
-    "13B": LLAMA_7B | dict(dim=5120, n_layers=40, n_heads=40, n_kv_heads=40, hidden_dim=13824),
-    "70B": LLAMA_7B | dict(dim=8192, n_layers=80, n_heads=64, hidden_dim=28672, n_kv_heads=8),
-    "vicuna-7b-v1.5": LLAMA_7B,
-    "mistral-7b-instruct-v0.3": LLAMA_7B | dict(n_kv_heads=8, hidden_dim=14336, vocab_size=32768, rope_theta=1e6,
-                                                model_type="mistral"),
-    "qwen2-7b-instruct": dict(dim=3584, n_layers=28, n_heads=28, n_kv_heads=4, hidden_dim=18944, vocab_size=152064,
-                              norm_eps=1e-6, rope_theta=1e6, qkv_bias=True, model_type="qwen2"),
-    "qwen3-8b": dict(dim=4096, n_layers=36, n_heads=32, n_kv_heads=8, head_dim=128, hidden_dim=12288,
-                     vocab_size=151936, norm_eps=1e-6, rope_theta=1e6, qk_norm=True, model_type="qwen3"),
-    "deepseek-llm-7b-chat": LLAMA_7B | dict(n_layers=30, vocab_size=102400, norm_eps=1e-6),
-    "chinese-llama-2-7b": LLAMA_7B | dict(vocab_size=55296),
-    "smollm2-135m": dict(dim=576, n_layers=30, n_heads=9, n_kv_heads=3, hidden_dim=1536, vocab_size=49152,
-                         rope_theta=1e5, tied=True),
+SIZES = {  # llm=random:NAME -> dim, n_layers, n_heads, n_kv_heads, hidden_dim, vocab_size, head_dim
+    "7B": ModelArgs(4096, 32, 32, 32, 11008, 32000, 128),
+    "13B": ModelArgs(5120, 40, 40, 40, 13824, 32000, 128),
+    "70B": ModelArgs(8192, 80, 64, 8, 28672, 32000, 128),
+    "vicuna-7b-v1.5": ModelArgs(4096, 32, 32, 32, 11008, 32000, 128),
+    "mistral-7b-instruct-v0.3": ModelArgs(4096, 32, 32, 8, 14336, 32768, 128, rope_theta=1e6, model_type="mistral"),
+    "qwen2-7b-instruct": ModelArgs(3584, 28, 28, 4, 18944, 152064, 128, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True,
+                                   model_type="qwen2"),
+    "qwen3-8b": ModelArgs(4096, 36, 32, 8, 12288, 151936, 128, norm_eps=1e-6, rope_theta=1e6, qk_norm=True,
+                          model_type="qwen3"),
+    "deepseek-llm-7b-chat": ModelArgs(4096, 30, 32, 32, 11008, 102400, 128, norm_eps=1e-6),
+    "chinese-llama-2-7b": ModelArgs(4096, 32, 32, 32, 11008, 55296, 128),
+    "smollm2-135m": ModelArgs(576, 30, 9, 3, 1536, 49152, 64, rope_theta=1e5, tied=True),
 }
 
 
@@ -143,10 +140,9 @@ def open_llm(path):
 
 def open_random(path):
     """random:7B and its like: random weights of that size, for trials of speed and memory without real ones."""
-    sizes = SIZES.get(path.removeprefix("random:"))
-    if not sizes:
+    args = SIZES.get(path.removeprefix("random:"))
+    if not args:
         raise BadInput(f"llm={path}: the sizes are {', '.join(SIZES)}")
-    args = ModelArgs(**{"head_dim": sizes["dim"] // sizes["n_heads"]} | sizes)
     shapes = args.shapes()
     return RawLLM(path, args, shapes, lambda name: init_weight(name, shapes[name], 0))
 
