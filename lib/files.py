@@ -18,16 +18,16 @@ from lib.program import BadInput
 MAX_JSON = 100e6
 
 
-def load_json(path, kind=dict):
-    """What stands in a JSON file: an object, or with kind=list an array."""
+def load_json(path):
+    """The object that stands in a JSON file."""
     try:
         if os.path.getsize(path) > MAX_JSON:
             raise ValueError(f"more than {MAX_JSON / 1e6:.0f} MB, files.MAX_JSON")
         value = json.load(open(path, encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise BadInput(f"{path}: cannot be read as JSON ({e})") from None
-    if not isinstance(value, kind):
-        raise BadInput(f"{path}: is not a JSON {'object' if kind is dict else 'array'}")
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: is not a JSON object")
     return value
 
 
