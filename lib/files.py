@@ -86,8 +86,7 @@ def whole(path, mode="w"):
     try:
         with open(path + ".part", mode, encoding=None if "b" in mode else "utf-8") as f:
             yield f
-            f.flush()
-            os.fsync(f.fileno())
+        sync(path + ".part")
         os.replace(path + ".part", path)
         sync(os.path.dirname(path) or ".")
     except BaseException as e:
