@@ -13,6 +13,7 @@ import contextlib
 import glob
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -49,8 +50,7 @@ def find_checkpoint(path):
 def home_of(path):
     """The run's folder of a checkpoint folder in it, where scores belong; of any other folder itself."""
     path = path.rstrip("/")
-    name, _, age = os.path.basename(path).partition(".")
-    return os.path.dirname(path) if name in ("best", "last") and (not age or age.isdecimal()) else path
+    return os.path.dirname(path) if re.fullmatch(r"(best|last)(\.\d+)?", os.path.basename(path)) else path
 
 
 def newest_run(out_dir):
