@@ -181,8 +181,7 @@ class Run:
     def standing(self, checkpoint):
         """The state of the loop in a checkpoint of this very run."""
         state, where = checkpoint.state, checkpoint.folder
-        at = SimpleNamespace(step=state["step"], scored=state.get("scored", state["step"]), best=state.get("best"),
-                             skipped=state.get("skipped"))
+        at = SimpleNamespace(**{key: state.get(key) for key in ("step", "scored", "best", "skipped")})
         numbers = type(at.scored) is int and type(at.skipped) is int and type(at.best) in (int, float, type(None))
         if not numbers or not 0 <= at.scored <= at.step:
             raise BadInput(f"{where}/state.json: is damaged, {vars(at)}")
