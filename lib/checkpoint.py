@@ -153,9 +153,10 @@ class Run:
         start = SimpleNamespace(folder=None, tensors={}, resuming=False,
                                 at=SimpleNamespace(step=0, scored=0, best=None, skipped=0))
         if cfg.resume:
-            there = [p for p in (self.last, self.last + ".1") if os.path.exists(os.path.join(p, "state.json"))]
-            start.folder, start.resuming = next(iter(there), None), bool(there)
-            if not there:
+            there = (p for p in (self.last, self.last + ".1") if os.path.exists(f"{p}/state.json"))
+            start.folder = next(there, None)
+            start.resuming = start.folder is not None
+            if not start.resuming:
                 print0(f"resume=true: {self.folder} holds no checkpoint yet, starting at step 0")
         if not start.resuming and not cfg.estimate and (cfg.init_from or cfg.stage == "sft"):
             start.folder = find_checkpoint(cfg.init_from or os.path.join(self.parent, "align"))
