@@ -9,10 +9,10 @@ assignments and nothing else, so it is read, never executed. Later wins: page on
 files, the stage's dict, command line.
 """
 import ast
+import contextlib
 import difflib
 import math
 import os
-import re
 import sys
 from types import SimpleNamespace
 
@@ -41,8 +41,7 @@ def read_literals(path, strict=False):
     lines, found = source.splitlines(), {}
 
     def comment(node):  # what stands behind the # after a node
-        m = re.search(r"#\s*(.*)$", lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode())
-        return m[1] if m else ""
+        return lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode().partition("#")[2].strip()
 
     for node in tree.body:
         is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
@@ -63,24 +62,17 @@ def read_literals(path, strict=False):
 def coerce(value, like):
     """value (a text from the command line, or a literal) as the type of like; ValueError says why it is none."""
     kind = type(like)
-    if kind is str:
-        if not isinstance(value, str):
-            raise ValueError(f"{value!r} is not a text in quotes")
-        return value
-    words = {"true": True, "false": False, "1": True, "0": False}
-    if kind is bool:
-        if str(value).lower() not in words:
-            raise ValueError(f"{value!r} is not true or false")
-        return words[str(value).lower()]
-    try:
-        if isinstance(value, bool):
-            raise ValueError
-        number = float(value)  # "1e3" is a fine int, "1" a fine float
-        if not math.isfinite(number) or (kind is int and number != int(number)):
-            raise ValueError
-        return kind(number)
-    except (ValueError, TypeError):
-        raise ValueError(f"{value!r} is not {'a whole number' if kind is int else 'a finite number'}") from None
+    with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
+        if kind is str and isinstance(value, str):
+            return value
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
+        if kind in (int, float) and not isinstance(value, bool):
+            number = float(value)  # "1e3" is a fine int, "1" a fine float
+            if number.is_integer() or kind is float and math.isfinite(number):
+                return kind(number)
+    wanted = {str: "a text in quotes", bool: "true or false", int: "a whole number", float: "a finite number"}
+    raise ValueError(f"{value!r} is not {wanted[kind]}")
 
 
 def page_one(program, stages=()):
