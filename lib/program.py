@@ -98,11 +98,12 @@ def pick_device(device="auto"):
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cpu":
         return torch.device("cpu"), "device=cpu"
-    if device == "auto" and gpus < processes:
-        return torch.device("cpu"), f"auto: {processes} process(es), {gpus} GPU(s)"
-    if gpus < processes:
-        raise BadInput(f"device=cuda: {gpus} GPU(s) for {processes} process(es)")
-    return torch.device("cuda", local), f"{device}: {processes} process(es), {gpus} GPU(s)"
+    why = f"{device}: {processes} process(es), {gpus} GPU(s)"
+    if gpus >= processes:
+        return torch.device("cuda", local), why
+    if device == "auto":
+        return torch.device("cpu"), why
+    raise BadInput(f"device=cuda: {gpus} GPU(s) for {processes} process(es)")
 
 
 def pick_dtype(dtype, device):
