@@ -198,16 +198,16 @@ class Pace:
     """Seconds and tokens of the steps since the last line of the log."""
 
     def __init__(self):
-        self.steps, self.seconds, self.tokens = 0, 0.0, 0
+        self.steps = []
 
     def add(self, seconds, tokens):
-        self.steps, self.seconds, self.tokens = self.steps + 1, self.seconds + seconds, self.tokens + tokens
+        self.steps.append((seconds, tokens))
 
     def so_far(self):
         """-> {"tokens_per_s", "step_s"}, and begins anew."""
-        rates = {"tokens_per_s": round(self.tokens / max(self.seconds, 1e-9)),
-                 "step_s": round(self.seconds / self.steps, 4)}
-        self.__init__()
+        seconds, tokens = map(sum, zip(*self.steps))
+        rates = {"tokens_per_s": round(tokens / max(seconds, 1e-9)), "step_s": round(seconds / len(self.steps), 4)}
+        self.steps.clear()
         return rates
 
 
