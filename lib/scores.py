@@ -96,22 +96,22 @@ def report(hyps, refs, lang):
     """All scores of a system as one dict, with signatures and a bootstrap interval (Koehn 2004) of BLEU-4."""
     from sacrebleu.metrics import CHRF
     metric, chrf = _metric(lang), CHRF()
+
+    def scored(hyps, refs):
+        return {"bleu": bleu(hyps, refs, lang), "rouge": rouge(hyps, refs, lang),
+                "chrf": chrf.corpus_score(hyps, [refs]).score}
+
     # resampled with sacrebleu's own seed: the same each time
     sampled = metric.corpus_score(hyps, [refs], n_bootstrap=SAMPLES) if len(refs) > 1 else None
     metric.corpus_score(hyps, [refs])  # the signature counts the references
-    scores = {"bleu": bleu(hyps, refs, lang), "rouge": rouge(hyps, refs, lang),
-              "chrf": chrf.corpus_score(hyps, [refs]).score,
-              "bleu4_95": [sampled._mean - sampled._ci, sampled._mean + sampled._ci] if sampled else None,
-              "exact": 100 * sum(h == r for h, r in zip(hyps, refs)) / len(refs),
-              "clips": len(refs), "lang": lang, "variants": {}}
-    for name, change in variants(lang).items():
-        h, r = [change(s) for s in hyps], [change(s) for s in refs]
-        scores["variants"][name] = {"bleu": bleu(h, r, lang), "rouge": rouge(h, r, lang),
-                                    "chrf": CHRF().corpus_score(h, [r]).score}
-    cut = "char" if lang in UNSPACED else "space"
-    scores["signature"] = {"bleu": str(metric.get_signature()), "chrf": str(chrf.get_signature()),
-                           "rouge": f"ROUGE-L|F:beta1.2|tok:{cut}|mean:sentence"}
-    return scores
+    return scored(hyps, refs) | {
+        "bleu4_95": [sampled._mean - sampled._ci, sampled._mean + sampled._ci] if sampled else None,
+        "exact": 100 * sum(h == r for h, r in zip(hyps, refs)) / len(refs),
+        "clips": len(refs), "lang": lang,
+        "variants": {name: scored(list(map(change, hyps)), list(map(change, refs)))
+                     for name, change in variants(lang).items()},
+        "signature": {"bleu": str(metric.get_signature()), "chrf": str(chrf.get_signature()),
+                      "rouge": f"ROUGE-L|F:beta1.2|tok:{'char' if lang in UNSPACED else 'space'}|mean:sentence"}}
 
 
 def print_scores(title, rows):
