@@ -22,10 +22,15 @@ INITS = (True, "gaussian", "eva", "orthogonal")  # init_lora_weights that leave 
 UNSET = (None, False, 0, "none", "default", [], {})
 
 
-def write_adapter(folder, tensors, rank, alpha, targets, dropout=0.0, base=""):
+def targets_of(names):
+    """Which of the seven layers these names are of."""
+    return [t for t in TARGETS if any(f".{t}." in name for name in names)]
+
+
+def write_adapter(folder, tensors, rank, alpha, dropout=0.0, base=""):
     """Write a LoRA as PEFT does. tensors: our names (layers.0.attention.wq.lora_A) -> whole tensors; base: the LLM."""
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha, "lora_dropout": dropout,
-              "target_modules": [to_hf(t) for t in TARGETS if t in targets], "bias": "none", "fan_in_fan_out": False,
+              "target_modules": [to_hf(t) for t in targets_of(tensors)], "bias": "none", "fan_in_fan_out": False,
               "inference_mode": True, "base_model_name_or_path": base}
     theirs = {f"base_model.model.{to_hf(name)}.weight": t.detach().cpu().contiguous() for name, t in tensors.items()}
     os.makedirs(folder, exist_ok=True)
@@ -62,5 +67,4 @@ def read_adapter(folder):
         if tensor.dim() != 2 or tensor.shape[m[1] == "lora_B"] != rank:
             raise BadInput(f"{path}: {name} is {tuple(tensor.shape)}, r in adapter_config.json is {rank}")
         state[ours] = tensor
-    targets = [t for t in TARGETS if any(f".{t}." in name for name in state)]
-    return rank, alpha, targets, dropout, state
+    return rank, alpha, targets_of(state), dropout, state

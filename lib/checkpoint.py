@@ -252,8 +252,7 @@ class Run:
                 with whole_folder(folder, keep) as part:
                     save_file(vision, os.path.join(part, "vision.safetensors"))
                     if lora:
-                        targets = cfg.lora_targets.split(",")
-                        write_adapter(part, lora, cfg.lora_rank, cfg.lora_alpha, targets, cfg.lora_dropout, cfg.llm)
+                        write_adapter(part, lora, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.llm)
                     if optimizer:
                         save_file(moments, os.path.join(part, "optimizer.safetensors"))
                     with open(os.path.join(part, "state.json"), "w") as f:

@@ -177,7 +177,7 @@ class Peer(nn.Module):
         self.llm = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=ours.dtype).requires_grad_(False)
         if not c.freeze_llm:
             tensors = {k.removeprefix("llm."): full(v) for k, v in ours.model.named_parameters() if "lora_" in k}
-            write_adapter(adapter, tensors, c.lora_rank, c.lora_alpha, c.lora_targets.split(","), base=folder)
+            write_adapter(adapter, tensors, c.lora_rank, c.lora_alpha, base=folder)
             self.llm = peft.PeftModel.from_pretrained(self.llm, adapter, is_trainable=True)
         if c.activation_checkpointing:
             self.llm.gradient_checkpointing_enable({"use_reentrant": False})
