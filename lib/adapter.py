@@ -34,8 +34,8 @@ def write_adapter(folder, tensors, rank, alpha, dropout=0.0, base=""):
               "inference_mode": True, "base_model_name_or_path": base}
     theirs = {f"base_model.model.{to_hf(name)}.weight": t.detach().cpu().contiguous() for name, t in tensors.items()}
     os.makedirs(folder, exist_ok=True)
-    save_file(theirs, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
-    with open(os.path.join(folder, "adapter_config.json"), "w") as f:
+    save_file(theirs, f"{folder}/adapter_model.safetensors", metadata={"format": "pt"})
+    with open(f"{folder}/adapter_config.json", "w") as f:
         json.dump(config, f, indent=2)
 
 
@@ -44,7 +44,7 @@ def read_adapter(folder):
     A folder in PEFT's format -> (rank, alpha, targets, dropout, {name in our LLaMA: tensor}).
     BadInput names an option that we lack.
     """
-    where = os.path.join(folder, "adapter_config.json")
+    where = f"{folder}/adapter_config.json"
     c = load_json(where)
     rank, alpha, dropout = c.get("r"), c.get("lora_alpha"), c.get("lora_dropout") or 0.0
     if type(rank) is not int or type(alpha) not in (int, float) or type(dropout) not in (int, float):
@@ -54,8 +54,8 @@ def read_adapter(folder):
     for key, value in c.items():
         if key not in HARMLESS and value not in UNSET and not (key == "init_lora_weights" and value in INITS):
             raise BadInput(f"{where}: {key}={repr(value)[:100]} is not implemented")
-    path = os.path.join(folder, "adapter_model.safetensors")
-    older = os.path.join(folder, "adapter_model.bin")  # as PEFT saved before 0.6
+    path = f"{folder}/adapter_model.safetensors"
+    older = f"{folder}/adapter_model.bin"  # as PEFT saved before 0.6
     if os.path.exists(older) and not os.path.exists(path):
         path = older
     state = {}

@@ -41,9 +41,10 @@ BOUNDED = {"ltn_dim": "width", "ltn_layers": "layers", "ltn_heads": "heads", "wi
 
 def find_checkpoint(path):
     """A run folder (its best/, else its last/) or a checkpoint folder -> checkpoint folder."""
-    for sub in ("", "best", "best.1", "last", "last.1"):  # .1: a kill between the two renames of a save
-        if os.path.exists(os.path.join(path, sub, "state.json")):
-            return os.path.join(path, sub).rstrip("/")
+    folder = path.rstrip("/")
+    for sub in ("", "/best", "/best.1", "/last", "/last.1"):  # .1: a kill between the two renames of a save
+        if os.path.exists(f"{folder}{sub}/state.json"):
+            return folder + sub
     raise BadInput(f"{path}: holds no checkpoint (neither it nor its best/ or last/ has a state.json)")
 
 
@@ -63,13 +64,13 @@ def newest_run(out_dir):
 
 def read_checkpoint(folder):
     """-> .folder, .state (state.json), .config (variables), .tensors by SLLaMA's names, .lora (read_adapter's)"""
-    state = load_json(os.path.join(folder, "state.json"))
+    state = load_json(f"{folder}/state.json")
     for key, kind in {"config": dict, "dim_in": int, "step": int}.items():
         if type(state.get(key)) is not kind:
             raise BadInput(f"{folder}/state.json: has no {key}")
     config = checked(state["config"], f"{folder}/state.json")
-    tensors, lora = load_tensors(os.path.join(folder, "vision.safetensors")), None
-    if os.path.exists(os.path.join(folder, "adapter_config.json")):
+    tensors, lora = load_tensors(f"{folder}/vision.safetensors"), None
+    if os.path.exists(f"{folder}/adapter_config.json"):
         lora = read_adapter(folder)
         tensors |= {"llm." + name: t for name, t in lora[4].items()}
     elif not config["freeze_llm"]:
@@ -79,7 +80,7 @@ def read_checkpoint(folder):
 
 def checked(config, where):
     """A run's variables as train.py's page one has them: of its types, and with its values where they are newer."""
-    page, stages, _ = page_one(os.path.join(ROOT, "train.py"), ("align", "sft"))
+    page, stages, _ = page_one(f"{ROOT}/train.py", ("align", "sft"))
     page = page | stages.get(config.get("stage"), stages["align"])
     if absent := sorted(page.keys() - config.keys()):
         print0(f"{where}: is older than {', '.join(absent)}: taken as on page one", file=sys.stderr)
@@ -97,7 +98,7 @@ def checked(config, where):
 def code_now():
     """file -> digest, for the five files and lib/: the code that a checkpoint is written or read by."""
     files = [*glob.glob("*.py", root_dir=ROOT), *glob.glob("lib/*.py", root_dir=ROOT)]
-    return {f: sha256(os.path.join(ROOT, f))[:12] for f in sorted(files)}
+    return {f: sha256(f"{ROOT}/{f}")[:12] for f in sorted(files)}
 
 
 def say_if_other_code(checkpoint):
@@ -131,14 +132,14 @@ class Run:
         writes is a BadInput.
         """
         self.cfg, self.file = cfg, None
-        self.parent = os.path.join(cfg.out_dir, cfg.dataset, cfg.run)
-        self.folder = os.path.join(self.parent, cfg.stage)
-        self.last = os.path.join(self.folder, "last")
+        self.parent = os.path.join(cfg.out_dir, cfg.dataset, cfg.run).rstrip("/")
+        self.folder = f"{self.parent}/{cfg.stage}"
+        self.last = f"{self.folder}/last"
         if rank() == 0 and not cfg.estimate:
             os.makedirs(self.folder, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()
             # beside the folder, which may be moved aside
-            self.held = hold(os.path.join(self.parent, f".{cfg.stage}.lock"), self.folder)
+            self.held = hold(f"{self.parent}/.{cfg.stage}.lock", self.folder)
 
     def start(self, clips, shape, free):
         """
@@ -159,7 +160,7 @@ class Run:
             if not start.resuming:
                 print0(f"resume=true: {self.folder} holds no checkpoint yet, starting at step 0")
         if not start.resuming and not cfg.estimate and (cfg.init_from or cfg.stage == "sft"):
-            start.folder = find_checkpoint(cfg.init_from or os.path.join(self.parent, "align"))
+            start.folder = find_checkpoint(cfg.init_from or f"{self.parent}/align")
         if start.folder:
             checkpoint = read_checkpoint(start.folder)
             self.compare(checkpoint, sorted(vars(cfg).keys() - free) if start.resuming else [*shape, "llm"])
@@ -199,13 +200,13 @@ class Run:
         self.total, self.stop = total, stop
         self.saved = start.at.step, start.at.scored  # what last/ holds
         if rank() == 0:
-            path = os.path.join(self.folder, "log.jsonl")
-            if not start.resuming and any(os.path.exists(os.path.join(self.folder, f)) for f in ("last", "best")):
+            path = f"{self.folder}/log.jsonl"
+            if not start.resuming and any(os.path.exists(f"{self.folder}/{f}") for f in ("last", "best")):
                 n = next(n for n in range(1, 10**6) if not os.path.exists(f"{self.folder}.{n}"))
                 os.rename(self.folder, f"{self.folder}.{n}")  # nothing that was saved is lost
                 print0(f"{self.folder} held an earlier run: moved to {self.folder}.{n}")
             os.makedirs(self.folder, exist_ok=True)
-            with whole(os.path.join(self.folder, "config.json")) as f:
+            with whole(f"{self.folder}/config.json") as f:
                 json.dump(vars(self.cfg) | {"versions": versions()}, f, indent=1)
             kept = [line for line in read_log(path) if lasts(line, start.at)]
             with whole(path) as f:
@@ -241,7 +242,7 @@ class Run:
         A disk that is full for an hour need not cost the days in memory: the checkpoint before stays what it is, and
         the run goes on and tries again at the next. Only the last save of a run (final) has no next: BadInput.
         """
-        cfg, folder = self.cfg, os.path.join(self.folder, name)
+        cfg, folder = self.cfg, f"{self.folder}/{name}"
         vision = {k: full(v).contiguous() for k, v in model.vision_state().items()}
         lora = {k.removeprefix("llm."): full(v) for k, v in model.named_parameters() if "lora_" in k}
         moments = {f"{key}.{k}": full(optimizer.state[p][key]).contiguous() for k, p in model.named_parameters()
@@ -250,12 +251,12 @@ class Run:
         if rank() == 0:
             try:
                 with whole_folder(folder, keep) as part:
-                    save_file(vision, os.path.join(part, "vision.safetensors"))
+                    save_file(vision, f"{part}/vision.safetensors")
                     if lora:
                         write_adapter(part, lora, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.llm)
                     if optimizer:
-                        save_file(moments, os.path.join(part, "optimizer.safetensors"))
-                    with open(os.path.join(part, "state.json"), "w") as f:
+                        save_file(moments, f"{part}/optimizer.safetensors")
+                    with open(f"{part}/state.json", "w") as f:
                         json.dump(self.facts | vars(at) | more, f, indent=1)
             except (OSError, SafetensorError) as e:
                 failed += 1
@@ -288,7 +289,7 @@ def load_moments(folder, model, optimizer, steps):
     Give AdamW the moments of a checkpoint, which has taken so many steps.
     Each process takes its own rows, so the number of processes may have changed.
     """
-    path = os.path.join(folder, "optimizer.safetensors")
+    path = f"{folder}/optimizer.safetensors"
     moments = load_tensors(path)
     for name, p in model.named_parameters():
         if p.requires_grad and steps:  # else all steps so far were skipped

@@ -111,8 +111,8 @@ def whole_folder(folder, keep=1):
         yield part
         readers = os.stat(part).st_mode & 0o666  # as the umask has it: safetensors lets nobody but its owner read
         for name in os.listdir(part):
-            os.chmod(os.path.join(part, name), readers)
-            sync(os.path.join(part, name))
+            os.chmod(f"{part}/{name}", readers)
+            sync(f"{part}/{name}")
         sync(part)
         if os.path.exists(folder):  # else a kill has left the newest under another age: it must not be the one to go
             shutil.rmtree(ages[-1], ignore_errors=True)

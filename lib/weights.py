@@ -128,8 +128,8 @@ def open_llm(path):
     """
     if path.startswith("random:"):
         return open_random(path)
-    meta = os.path.exists(os.path.join(path, "params.json"))
-    hf = os.path.exists(os.path.join(path, "config.json"))
+    meta = os.path.exists(f"{path}/params.json")
+    hf = os.path.exists(f"{path}/config.json")
     if meta and hf and not glob.glob("consolidated.*.pth", root_dir=path):
         meta = False  # Mistral's folders hold another params.json
     if not meta and not hf:
@@ -188,14 +188,14 @@ def refusal(where, says, key, why="is not implemented"):
 
 def open_meta(path):
     """params.json + consolidated.*.pth, model-parallel shards: they know what params.json does not say."""
-    where = os.path.join(path, "params.json")
+    where = f"{path}/params.json"
     params = load_json(where)
     sizes = sizes_in(where, params, META)
     known = META.keys() | {"n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier"}
     for key in sorted(params.keys() - known):
         if params[key]:
             raise refusal(where, params, key)
-    files = [os.path.join(path, f) for f in sorted(glob.glob("consolidated.*.pth", root_dir=path))]
+    files = [f"{path}/{f}" for f in sorted(glob.glob("consolidated.*.pth", root_dir=path))]
     if not files:
         raise BadInput(f"{path}: has no consolidated.00.pth; of a Mistral take the folder with its config.json")
     shards = [load_tensors(f) for f in files]
@@ -246,7 +246,7 @@ def open_meta(path):
 
 def open_hf(path):
     """config.json + *.safetensors or pytorch_model*.bin."""
-    where = os.path.join(path, "config.json")
+    where = f"{path}/config.json"
     config = load_json(where)
     sizes = hf_sizes(where, config)
     tensors = {}
@@ -304,7 +304,7 @@ def hf_rope(where, config):
 def hf_files(path):
     """The files of weights, as transformers takes them: one for all, else those of an index; safetensors first."""
     for name in ("model.safetensors", "pytorch_model.bin"):
-        file = os.path.join(path, name)
+        file = f"{path}/{name}"
         if os.path.exists(file):
             return [file]
         index = file + ".index.json"
@@ -312,7 +312,7 @@ def hf_files(path):
             said = load_json(index).get("weight_map")
             if not said or not isinstance(said, dict) or not all(isinstance(f, str) for f in said.values()):
                 raise BadInput(f"{index}: its weight_map does not say the files of weights")
-            return sorted({os.path.join(path, os.path.basename(f)) for f in said.values()})  # of this folder alone
+            return sorted({f"{path}/{os.path.basename(f)}" for f in said.values()})  # of this folder alone
     raise BadInput(f"{path}: has no model.safetensors, no pytorch_model.bin, and no *.index.json of their shards")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ def write_hf(folder, args, tensors, source, dtype, shard_bytes=5 * 10**9, ids=()
     if os.path.exists(folder):
         raise BadInput(f"{folder}: exists already")
     with whole_folder(folder.rstrip("/")) as part:
-        inside = lambda name: os.path.join(part, name)
+        inside = lambda name: f"{part}/{name}"
         shards = []  # name -> bytes in each
         for shard in in_shards(tensors, shard_bytes):
             save_file(shard, inside(str(len(shards))), metadata={"format": "pt"})
@@ -347,7 +347,7 @@ def write_hf(folder, args, tensors, source, dtype, shard_bytes=5 * 10**9, ids=()
                 "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}}
         for i, file in enumerate(files):
             os.rename(inside(str(i)), inside(file))
-        found = {os.path.join(source, f) for f in os.listdir(source) if f.startswith(TOKENIZER_FILES)}
+        found = {f"{source}/{f}" for f in os.listdir(source) if f.startswith(TOKENIZER_FILES)}
         for file in filter(None, {*found, tokenizer_file(source)}):
             shutil.copy(file, part)
         if os.path.exists(inside("tokenizer.model")) and not os.path.exists(inside("tokenizer_config.json")):
@@ -371,7 +371,7 @@ def in_shards(tensors, shard_bytes):
 def hf_config(a, source, dtype, ids=()):
     """config.json for these sizes: that of source where it has one, else made of them."""
     dtype = str(dtype).removeprefix("torch.")
-    path = os.path.join(source, "config.json")
+    path = f"{source}/config.json"
     if os.path.exists(path):
         return load_json(path) | {"torch_dtype": dtype, "dtype": dtype}  # for older and newer transformers
     tokenizer = Tokenizer(source, *ids)
