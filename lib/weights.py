@@ -332,10 +332,9 @@ def write_hf(folder, args, tensors, source, dtype, shard_bytes=5 * 10**9, ids=()
     if os.path.exists(folder):
         raise BadInput(f"{folder}: exists already")
     with whole_folder(folder.rstrip("/")) as part:
-        inside = lambda name: f"{part}/{name}"
         shards = []  # name -> bytes in each
         for shard in in_shards(tensors, shard_bytes):
-            save_file(shard, inside(str(len(shards))), metadata={"format": "pt"})
+            save_file(shard, f"{part}/{len(shards)}", metadata={"format": "pt"})
             shards.append({name: t.nbytes for name, t in shard.items()})
         # how many there are is known at the end: until then they are called 0, 1, 2, ...
         about = {"config.json": hf_config(args, source, dtype, ids)}
@@ -346,14 +345,14 @@ def write_hf(folder, args, tensors, source, dtype, shard_bytes=5 * 10**9, ids=()
                 "metadata": {"total_size": sum(sum(shard.values()) for shard in shards)},
                 "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}}
         for i, file in enumerate(files):
-            os.rename(inside(str(i)), inside(file))
+            os.rename(f"{part}/{i}", f"{part}/{file}")
         found = {f"{source}/{f}" for f in os.listdir(source) if f.startswith(TOKENIZER_FILES)}
         for file in filter(None, {*found, tokenizer_file(source)}):
             shutil.copy(file, part)
-        if os.path.exists(inside("tokenizer.model")) and not os.path.exists(inside("tokenizer_config.json")):
+        if os.path.exists(f"{part}/tokenizer.model") and not os.path.exists(f"{part}/tokenizer_config.json"):
             about["tokenizer_config.json"] = Tokenizer(source, *ids).as_llama()
         for file, value in about.items():
-            with open(inside(file), "w") as f:
+            with open(f"{part}/{file}", "w") as f:
                 json.dump(value, f, indent=2)
 
 
