@@ -25,13 +25,10 @@ from lib.weights import open_llm
 # ---------------------------------------------------------------------------------------------------------------------
 # Pieces that the local transformer and LLaMA share
 
-class RMSNorm(nn.Module):
-    def __init__(self, dim, eps=1e-5):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)  # sums in fp32, whatever the dtype
+        # sums in fp32, whatever the dtype
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class FeedForward(nn.Module):
@@ -169,7 +166,7 @@ class LocalTransformer(nn.Module):
         hidden_dim = 8 * dim // 3  # three matrices of SwiGLU cost what two of width 4*dim would
         block = lambda: Block(dim, Attention(dim, n_heads, n_heads, self.head_dim), FeedForward(dim, hidden_dim))
         self.layers = nn.ModuleList(block() for _ in range(n_layers))
-        self.norm = RMSNorm(dim)
+        self.norm = RMSNorm(dim, 1e-5)
 
     def forward(self, x, doc=None):
         # the band is relative, and so are rotary positions: they may run on over the clips of a stream
