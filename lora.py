@@ -96,11 +96,6 @@ def save_lora(llama, folder, base=""):
     write_adapter(folder, tensors, len(first.lora_A), first.alpha, first.dropout.p, base)
 
 
-def export_hf(llama, folder, source):
-    """Write a LLaMA, its LoRA merged, as a Hugging Face folder; source: the one that it came from."""
-    write_hf(folder, llama.args, llama.state_dict().items(), source, llama.tok_embeddings.weight.dtype)
-
-
 @torch.no_grad()
 def load_lora(llama, folder):
     """Apply to a plain LLaMA the LoRA that a folder holds (ours or PEFT's), rank, alpha and targets too. -> llama"""
