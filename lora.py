@@ -4,7 +4,6 @@ W' = W + (alpha/rank) B A beside frozen weights. On disk it lies in PEFT's file 
 
     python lora.py merge ckpt=out/toy/sft to=merged        # the LLM with LoRA merged in, as a Hugging Face folder
 """
-import os
 import sys
 
 import torch
@@ -113,8 +112,6 @@ def main():
     cfg = configure(__file__, words)
     if "merge" not in sys.argv:
         usage_error(__file__, "say what to do: python lora.py merge ckpt=RUN to=FOLDER")
-    if os.path.exists(cfg.to):
-        raise BadInput(f"to={cfg.to}: exists already")
     checkpoint = read_checkpoint(find_checkpoint(cfg.ckpt))
     trained = checkpoint.config
     if not checkpoint.lora:
