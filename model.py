@@ -263,11 +263,11 @@ class LLaMA(nn.Module):
     def fill(self, raw):
         """Give every weight its value from raw ones, a tensor at a time; what is to lie in 8 or 4 bits is quantised."""
         own = dict(self.named_parameters())
-        must_divide({n: s for n, s in self.args.shapes().items() if not own[n].is_floating_point()}, self.bits)
         for name, weight in raw.tensors():
             if own[name].is_floating_point():
                 fill(own[name], weight)
                 continue
+            must_divide(name, weight, self.bits)
             for part, value in quantize(weight, self.bits).items():
                 fill(own[name.replace("weight", part)], value)
 
