@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from lib.files import load_json, whole_folder
 from lib.program import BadInput, Progress
 from lib.tensors import check_names, from_hf, halves, init_weight, load_tensors, shapes_of, to_hf
-from lib.tokenizer import Tokenizer, nothing_in, tokenizer_file
+from lib.tokenizer import Tokenizer, json_in, nothing_in, tokenizer_file
 
 
 @dataclass
@@ -370,9 +370,8 @@ def in_shards(tensors, shard_bytes):
 def hf_config(a, source, dtype, ids=()):
     """config.json for these sizes: that of source where it has one, else made of them."""
     dtype = str(dtype).removeprefix("torch.")
-    path = f"{source}/config.json"
-    if os.path.exists(path):
-        return load_json(path) | {"torch_dtype": dtype, "dtype": dtype}  # for older and newer transformers
+    if config := json_in(source, "config.json"):
+        return config | {"torch_dtype": dtype, "dtype": dtype}  # for older and newer transformers
     tokenizer = Tokenizer(source, *ids)
     return {key: getattr(a, name) for key, (name, _) in HF.items()} | {
         "architectures": [a.model_type.capitalize() + "ForCausalLM"], "model_type": a.model_type,
