@@ -119,10 +119,10 @@ def stateless(*key):
 
 def init_weight(name, shape, seed):
     """A parameter's first value, a function of (name, shape, seed) alone: the same for any number of processes."""
-    if name.endswith("lora_B"):
+    if name.endswith(("bias", "lora_B")):
         return torch.zeros(shape)  # LoRA starts as the identity
     if len(shape) == 1:
-        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+        return torch.ones(shape)
     # NOTE the CPU's generator reads 32 bits of a seed and drops the rest
     g = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
     fan_in = math.prod(shape[1:])
