@@ -70,8 +70,8 @@ def load_tensors(path):
             said = "it holds more than tensors, which might run code"
         said = instead(path) or f"damaged or not plain tensors ({said})"
         raise BadInput(f"{path}: cannot be read as weights, {said}") from None
-    if not isinstance(state, dict) or {str} | {type(k) for k in state} != {str} or not all(
-            isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+            isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise BadInput(f"{path}: is not a plain dict of tensors")
     return state
 
