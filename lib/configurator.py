@@ -16,15 +16,14 @@ import os
 import sys
 from types import SimpleNamespace
 
-from lib.program import VERSION, BadInput, print0, rank
+from lib.program import VERSION, BadInput, print0
 
 CHOICES = {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16", "float16")}  # in every program
 
 
 def usage_error(program, message):
     """A wrong command line: one line on stderr, exit code 2."""
-    if rank() == 0:
-        print(f"{os.path.basename(program)}: {message}", file=sys.stderr)
+    print0(f"{os.path.basename(program)}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
