@@ -54,10 +54,8 @@ def read_adapter(folder):
     for key, value in c.items():
         if key not in HARMLESS and value not in UNSET and not (key == "init_lora_weights" and value in INITS):
             raise BadInput(f"{where}: {key}={repr(value)[:100]} is not implemented")
-    path = f"{folder}/adapter_model.safetensors"
-    older = f"{folder}/adapter_model.bin"  # as PEFT saved before 0.6
-    if os.path.exists(older) and not os.path.exists(path):
-        path = older
+    files = [f"{folder}/adapter_model.safetensors", f"{folder}/adapter_model.bin"]  # .bin: as PEFT saved before 0.6
+    path = next(filter(os.path.exists, files), files[0])
     state = {}
     for name, tensor in load_tensors(path).items():
         ours = from_hf(name.removeprefix("base_model.model.").removesuffix(".weight"))
