@@ -257,9 +257,8 @@ def evaluate(model, dev, prompt, tokenizer, device, lang, cfg, signals):
 
 def clip_gradients(parameters, most, scale):
     """Undo float16's scale, then scale gradients down to a norm of `most` (0: any). -> the norm before"""
-    parameters = [p for p in parameters if p.grad is not None]
     for p in parameters:
-        if scale != 1.0:
+        if scale != 1.0 and p.grad is not None:
             p.grad.div_(scale)
     norm = torch.nn.utils.clip_grad_norm_(parameters, most or math.inf)
     return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()  # a DTensor's own is one process's

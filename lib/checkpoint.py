@@ -89,7 +89,7 @@ def checked(config, where):
         try:
             config[key] = coerce(config[key], page[key])
             if key in BOUNDED and not -1 <= config[key] <= LIMITS[BOUNDED[key]]:
-                raise ValueError("no model has that")
+                raise ValueError
         except ValueError:
             raise BadInput(f"{where}: its config has {key}={repr(config[key])[:50]}") from None
     return config
