@@ -168,7 +168,7 @@ def translate_videos(cfg, sllama, tokenizer, trained, how, say):
     extractor = Extractor(made["backbone"], cfg.weights or made["weights"], cfg.device, fps)
     if cfg.videos and not (os.path.isdir(cfg.videos) and visible(cfg.videos)):
         raise BadInput(f"videos={cfg.videos}: is not a folder with clips in it")
-    paths = [cfg.video] if cfg.video else [os.path.join(cfg.videos, f) for f in visible(cfg.videos)]
+    paths = [cfg.video] if cfg.video else [f"{cfg.videos}/{f}" for f in visible(cfg.videos)]
     failed = 0
     for path in paths:
         if cfg.videos and not os.path.isdir(path) and not path.lower().endswith(VIDEOS):
