@@ -69,6 +69,10 @@ class ModelArgs:
         shapes["norm.weight"] = (dim,)
         return shapes if self.tied else shapes | {"output.weight": (self.vocab_size, dim)}
 
+    def size(self):
+        """How many parameters."""
+        return sum(map(math.prod, self.shapes().values()))
+
 
 SIZES = {  # llm=random:NAME -> dim, n_layers, n_heads, n_kv_heads, hidden_dim, vocab_size, head_dim
     "7B": ModelArgs(4096, 32, 32, 32, 11008, 32000, 128),
@@ -94,14 +98,10 @@ class RawLLM:
     shapes: dict  # name -> shape of its weights
     read: Callable  # name -> one whole tensor, read when it is asked for
 
-    def size(self):
-        """How many parameters."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
-
     def describe(self, dtype):
         """One line: type, sizes, parameters and bytes."""
         a = self.args
-        n = self.size()
+        n = a.size()
         return (f"LLM: {self.path}: {a.model_type}, {a.n_layers} layers of width {a.dim}, {a.n_heads} heads "
                 f"({a.n_kv_heads} of keys) of {a.head_dim}, SwiGLU {a.hidden_dim}, {a.vocab_size} tokens; "
                 f"{n / 1e6:.2f}M parameters, {n * dtype.itemsize / 1e9:.3f} GB in {str(dtype).removeprefix('torch.')}")
@@ -115,7 +115,7 @@ class RawLLM:
             weight = self.read(name)
             if show is None:
                 scale = weight.itemsize / 1e9
-                show = Progress(f"loading {self.path}, GB", self.size() * scale)
+                show = Progress(f"loading {self.path}, GB", self.args.size() * scale)
             yield name, weight
             done += weight.numel()
             show(done * scale, unit="GB")

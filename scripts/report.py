@@ -344,7 +344,7 @@ def what_learns(folder, c):
             if part in sizes:  # the others are statistics of the features
                 sizes[part] += t.numel()
     with contextlib.suppress(BadInput):  # its folder need not be on this machine
-        sizes["LLM"] = sum(map(math.prod, open_llm(str(c.get("llm"))).shapes.values())) - sizes["word embeddings"]
+        sizes["LLM"] = open_llm(str(c.get("llm"))).args.size() - sizes["word embeddings"]
     rows = [[PARTS.get(p, p), f"{n:,}", "learns" if learns[p] else "frozen"] for p, n in sizes.items() if n]
     return table(("part", "parameters", "in this stage"), rows, "what learns")
 
