@@ -27,11 +27,10 @@ from safetensors.torch import save_file
 from lib.adapter import read_adapter, write_adapter
 from lib.configurator import coerce, page_one
 from lib.files import hold, load_json, sha256, whole, whole_folder
-from lib.program import VERSION, BadInput, barrier, print0, rank, world
+from lib.program import ROOT, VERSION, BadInput, barrier, print0, rank, world
 from lib.tensors import fill, full, load_tensors
 from lib.weights import LIMITS
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # sizes in a checkpoint's configuration, and which of LIMITS holds for them
 BOUNDED = {"ltn_dim": "width", "ltn_layers": "layers", "ltn_heads": "heads", "window": "rows", "max_frames": "rows",
            "bos_id": "rows", "eos_id": "rows"}

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 VERSION = "0.1.0"
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the repository
 PARENT = os.getppid()  # torchrun, if it has started this process
 
 
@@ -77,8 +78,7 @@ def launch(main):
 def run_program(module, *args):
     """Run another of our programs to its end, as `python -m` would and without torchrun. SIGTERM ends both."""
     alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    other = subprocess.Popen([sys.executable, "-m", module, *args], cwd=here, env=alone)
+    other = subprocess.Popen([sys.executable, "-m", module, *args], cwd=ROOT, env=alone)
 
     def end(number, frame):
         other.terminate()

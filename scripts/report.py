@@ -29,11 +29,11 @@ from sacrebleu.metrics import CHRF
 
 from data import Clips, Sample, pack, prompt_ids
 from eval import load_model
-from lib.checkpoint import ROOT, find_checkpoint, home_of, newest_run, read_log
+from lib.checkpoint import find_checkpoint, home_of, newest_run, read_log
 from lib.configurator import configure, page_one, usage_error
 from lib.controls import CONTROLS
 from lib.files import load_json, whole
-from lib.program import BadInput, Progress, launch
+from lib.program import ROOT, BadInput, Progress, launch
 from lib.scores import UNSPACED, language_code, read_hyps
 from lib.tensors import load_tensors
 from lib.video import frames
