@@ -317,7 +317,7 @@ def main():
     # the optimizer and its schedule
     matrices, vectors = ([p for p in learning.values() if (p.dim() > 1) == many] for many in (True, False))
     kinds = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([k for k in kinds if k["params"]], lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(kinds, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
     if start.resuming:
         load_moments(start.folder, model, optimizer, at.step - at.skipped)
     per_epoch = math.ceil(len(clips) / cfg.batch_size)
