@@ -124,7 +124,7 @@ def main():
     places = {name: shape for name, shape in raw.shapes.items() if name in learnt}
     for name, shape in raw.shapes.items():
         layer = name.removesuffix(".weight")
-        if layer.rpartition(".")[2] in targets:
+        if layer.endswith(tuple(targets)):
             places |= {f"{layer}.lora_A": (rank, shape[1]), f"{layer}.lora_B": (shape[0], rank)}
     check_names(checkpoint.folder, places, shapes_of(learnt))
 
