@@ -94,8 +94,8 @@ def configure(program, argv=None, choices={}, positive=(), minus_one=(), shares=
     """
     argv = sys.argv[1:] if argv is None else argv
     cfg, per_stage, comments = page_one(program, stages)
-    for stage in stages:
-        cfg = cfg | per_stage[stage]
+    for values in per_stage.values():
+        cfg |= values
     defaults, choices = dict(cfg), CHOICES | choices
     origin = {}  # variable -> the config file that set it
 
