@@ -32,8 +32,8 @@ from lib.tensors import fill, full, load_tensors
 from lib.weights import LIMITS
 
 # sizes in a checkpoint's configuration, and which of LIMITS holds for them
-BOUNDED = {"ltn_dim": "width", "ltn_layers": "layers", "ltn_heads": "heads", "window": "rows", "max_frames": "rows",
-           "bos_id": "rows", "eos_id": "rows"}
+BOUNDED = {"ltn_dim": "dim", "ltn_layers": "n_layers", "ltn_heads": "n_heads", "bos_id": "vocab_size",
+           "eos_id": "vocab_size", "window": "max_position_embeddings", "max_frames": "max_position_embeddings"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which checkpoint

@@ -149,30 +149,29 @@ def open_random(path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Sizes that stand in a file
 
-# no LLM has more; the largest real ones have 16384, 126, 128 and 256000
-LIMITS = {"width": 2**17, "layers": 1000, "heads": 2**12, "rows": 2**23}
-# a key -> our name, and which of LIMITS holds for a whole number (None: any positive number)
-META = {"dim": ("dim", "width"), "n_layers": ("n_layers", "layers"), "n_heads": ("n_heads", "heads"),
-        "norm_eps": ("norm_eps", None), "rope_theta": ("rope_theta", None)}
-HF = {"hidden_size": ("dim", "width"), "num_hidden_layers": ("n_layers", "layers"),
-      "num_attention_heads": ("n_heads", "heads"), "num_key_value_heads": ("n_kv_heads", "heads"),
-      "intermediate_size": ("hidden_dim", "width"), "vocab_size": ("vocab_size", "rows"),
-      "head_dim": ("head_dim", "width"), "sliding_window": ("sliding_window", "rows"),
-      "rms_norm_eps": ("norm_eps", None), "rope_theta": ("rope_theta", None)}
+# no LLM has more; the largest real ones are 16384 wide and have 126 layers, 128 heads and 256000 tokens
+LIMITS = {"dim": 2**17, "hidden_dim": 2**17, "head_dim": 2**17, "n_layers": 1000, "n_heads": 2**12, "n_kv_heads": 2**12,
+          "vocab_size": 2**23, "sliding_window": 2**23, "max_position_embeddings": 2**23}
+# a key -> our name; those without a limit are any positive number, the others are whole
+META = {key: key for key in ("dim", "n_layers", "n_heads", "norm_eps", "rope_theta")}
+HF = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
+      "num_key_value_heads": "n_kv_heads", "intermediate_size": "hidden_dim", "vocab_size": "vocab_size",
+      "head_dim": "head_dim", "sliding_window": "sliding_window", "rms_norm_eps": "norm_eps",
+      "rope_theta": "rope_theta"}
 OPTIONAL = ("n_kv_heads", "head_dim", "sliding_window", "rope_theta")
 
 
 def sizes_in(where, says, table):
     """The sizes that a file says, under our names; one that a model can have, before anything of that size is made."""
     found = {}
-    for key, (name, most) in table.items():
-        value = says.get(key)
+    for key, name in table.items():
+        value, most = says.get(key), LIMITS.get(name)
         if value is None and name in OPTIONAL:
             continue
         if key not in says:
             raise BadInput(f"{where}: has no {key}")
-        if most and (type(value) is not int or not 1 <= value <= LIMITS[most]):
-            raise refusal(where, says, key, f"is not a whole number from 1 to {LIMITS[most]} (weights.LIMITS)")
+        if most and (type(value) is not int or not 1 <= value <= most):
+            raise refusal(where, says, key, f"is not a whole number from 1 to {most} (weights.LIMITS)")
         if not most and (type(value) not in (int, float) or not 0 < value < 1e30):
             raise refusal(where, says, key, "is not a positive number")
         found[name] = value
@@ -294,10 +293,10 @@ def hf_rope(where, config):
     kind = str(rope.get("rope_type", rope.get("type", "default"))) if isinstance(rope, dict) else ""
     if kind not in ROPE or not rope.keys() >= set(ROPE[kind]) or rope.get("partial_rotary_factor", 1) != 1:
         raise refusal(where, config, key)
-    sizes_in(where, rope, {key: (key, None) for key in ROPE[kind]})  # positive numbers, which may be divided by
-    found = sizes_in(where, rope, {"rope_theta": HF["rope_theta"]})
+    sizes_in(where, rope, {key: key for key in ROPE[kind]})  # positive numbers, which may be divided by
+    found = sizes_in(where, rope, {"rope_theta": "rope_theta"})
     if kind == "dynamic":  # it changes nothing up to there
-        return found | sizes_in(where, config, {"max_position_embeddings": ("max_position_embeddings", "rows")})
+        return found | sizes_in(where, config, {"max_position_embeddings": "max_position_embeddings"})
     return found | {"rope_scaling": rope if ROPE[kind] else None}
 
 
@@ -373,7 +372,7 @@ def hf_config(a, source, dtype, ids=()):
     if config := json_in(source, "config.json"):
         return config | {"torch_dtype": dtype, "dtype": dtype}  # for older and newer transformers
     tokenizer = Tokenizer(source, *ids)
-    return {key: getattr(a, name) for key, (name, _) in HF.items()} | {
+    return {key: getattr(a, name) for key, name in HF.items()} | {
         "architectures": [a.model_type.capitalize() + "ForCausalLM"], "model_type": a.model_type,
         "hidden_act": "silu", "max_position_embeddings": 4096, "tie_word_embeddings": a.tied,
         "bos_token_id": tokenizer.bos_id if tokenizer.bos_id >= 0 else None, "eos_token_id": tokenizer.eos_id,
