@@ -230,4 +230,4 @@ class Progress:
         line = (f"{self.what}: {number(done)}/{number(self.total)}, {rate:.{0 if rate >= 10 else 2}f} {unit}/s, "
                 f"{left:.0f} s left")
         end = "\n" if done >= self.total or not self.tty else ""
-        print(("\r" if self.tty else "") + line.ljust(78) if self.tty else line, end=end, file=sys.stderr, flush=True)
+        print("\r" + line.ljust(78) if self.tty else line, end=end, file=sys.stderr, flush=True)
