@@ -8,6 +8,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from itertools import pairwise
@@ -31,16 +32,16 @@ def load_json(path):
     return value
 
 
-# how files begin that are given for others
+# how files begin that are given for others, as patterns
 KINDS = {b"\x89HDF": "HDF5", b"PK\3\4": "a zip archive, as torch.save, .npz and .xlsx are", b"<": "a web page or XML",
-         b"\x80\2\x8a\nl\xfc": "a file of torch.save", b"{": "JSON", b"[": "JSON", b"\x93NUMPY": "a .npy file",
+         b"\x80\2\x8a\nl\xfc": "a file of torch.save", rb"[{\[]": "JSON", b"\x93NUMPY": "a .npy file",
          b"version https://git-lfs": "a Git LFS pointer, git lfs pull fetches the file itself"}
 
 
-def kind_of(path):
+def kind_of(path, kinds=KINDS):
     """What a file is, of the kinds that are given for others; "" for the rest."""
-    start = open(path, "rb").read(64).lstrip()
-    return next((kind for magic, kind in KINDS.items() if start.startswith(magic)), "")
+    start = open(path, "rb").read(1000).lstrip()
+    return next((kind for pattern, kind in kinds.items() if re.match(pattern, start)), "")
 
 
 def read_text(path):

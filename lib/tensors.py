@@ -2,7 +2,6 @@
 Tensors by name, Meta's and Hugging Face's: read from anybody's file, drawn from a seed, in and out of shards.
 """
 import math
-import re
 import zipfile
 import zlib
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from lib.files import kind_of
 from lib.program import BadInput
 
 # Hugging Face's word -> Meta's
@@ -42,16 +42,9 @@ def pairs(w, head_dim):
 
 
 # how a file begins that is not what its name says -> what it is, and what to do
-INSTEAD = {rb"version https://git-lfs": "it is a git-lfs pointer, not the file: git lfs pull brings it",
+INSTEAD = {b"version https://git-lfs": "it is a git-lfs pointer, not the file: git lfs pull brings it",
            rb"[\w+/=]+ \d+\n": "it is tiktoken's, as Llama 3 has it: take the Hugging Face folder's tokenizer.json",
-           rb"\s*<": "it is a web page, not the file: download it again"}
-
-
-def instead(path):
-    """What a file that cannot be read is, where its beginning tells; else None."""
-    with open(path, "rb") as f:
-        start = f.read(1000)
-    return next((what for pattern, what in INSTEAD.items() if re.match(pattern, start)), None)
+           b"<": "it is a web page, not the file: download it again"}
 
 
 def load_tensors(path):
@@ -68,7 +61,7 @@ def load_tensors(path):
         said = str(e).partition("\n")[0][-200:].rpartition(":")[2].strip() or type(e).__name__
         if "eights_only" in str(e) or "eights only" in str(e):
             said = "it holds more than tensors, which might run code"
-        said = instead(path) or f"damaged or not plain tensors ({said})"
+        said = kind_of(path, INSTEAD) or f"damaged or not plain tensors ({said})"
         raise BadInput(f"{path}: cannot be read as weights, {said}") from None
     if not isinstance(state, dict) or not all(
             isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):

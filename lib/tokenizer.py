@@ -6,9 +6,9 @@ import math
 import os
 import re
 
-from lib.files import load_json
+from lib.files import kind_of, load_json
 from lib.program import BadInput
-from lib.tensors import instead
+from lib.tensors import INSTEAD
 
 
 def json_in(path, name):
@@ -83,7 +83,7 @@ class Tokenizer:
         except BadInput:
             raise
         except Exception as e:
-            raise BadInput(f"{file}: cannot be read as a tokenizer ({instead(file) or e})") from None
+            raise BadInput(f"{file}: cannot be read as a tokenizer ({kind_of(file, INSTEAD) or e})") from None
 
     def added(self):
         """(id, {"content": token, ...}) of what the folder adds to its tokenizer, in the order of their ids."""
