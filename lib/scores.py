@@ -58,7 +58,7 @@ def bleu(hyps, refs, lang):
 
 
 def _lcs(a, b):
-    """Length of the longest common subsequence of two lists."""
+    """Length of the longest common subsequence of two lists or texts."""
     row = [0] * (len(b) + 1)
     for x in a:
         previous = 0
@@ -71,7 +71,7 @@ def rouge(hyps, refs, lang):
     """Two lists of sentences -> ROUGE-L in percent as coco-caption has it: F with beta 1.2, mean over sentences."""
     _check(hyps, refs)
     lang = plain_code(lang)
-    cut = (lambda s: list("".join(s.split()))) if lang in UNSPACED else str.split
+    cut = (lambda s: "".join(s.split())) if lang in UNSPACED else str.split
     total, beta2 = 0.0, 1.2**2
     for hyp, ref in zip(hyps, refs):
         h, r = cut(hyp), cut(ref)
