@@ -55,7 +55,7 @@ def home_of(path):
 
 def newest_run(out_dir):
     """The sft run under out_dir whose checkpoint is the newest."""
-    states = glob.glob(os.path.join(glob.escape(out_dir), "**", "sft", "*", "state.json"), recursive=True)
+    states = glob.glob(os.path.join(glob.escape(out_dir), "**/sft/*/state.json"), recursive=True)
     if not states:
         raise BadInput(f"{out_dir}: holds no sft run; train one (train.py stage=align, then stage=sft) or give ckpt=")
     return os.path.dirname(os.path.dirname(max(states, key=os.path.getmtime)))
@@ -96,8 +96,8 @@ def checked(config, where):
 
 def code_now():
     """file -> digest, for the five files and lib/: the code that a checkpoint is written or read by."""
-    files = [*glob.glob("*.py", root_dir=ROOT), *glob.glob("lib/*.py", root_dir=ROOT)]
-    return {f: sha256(f"{ROOT}/{f}")[:12] for f in sorted(files)}
+    return {f: sha256(f"{ROOT}/{f}")[:12] for files in ("*.py", "lib/*.py")
+            for f in sorted(glob.glob(files, root_dir=ROOT))}
 
 
 def say_if_other_code(checkpoint):
