@@ -207,9 +207,8 @@ class Run:
             os.makedirs(self.folder, exist_ok=True)
             with whole(f"{self.folder}/config.json") as f:
                 json.dump(vars(self.cfg) | {"versions": versions()}, f, indent=1)
-            kept = [line for line in read_log(path) if lasts(line, start.at)]
             with whole(path) as f:
-                f.writelines(kept)
+                f.writelines(line for line in read_log(path) if lasts(line, start.at))
             self.file = open(path, "a", buffering=1)
         barrier()
 
