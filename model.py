@@ -323,12 +323,12 @@ class SLLaMA(nn.Module):
         return loss, batch.targets.numel()
 
     @torch.no_grad()
-    def load(self, raw, device, seed, state=None):
+    def load(self, raw, device, seed, state={}):
         """
         Give every parameter of a model built on the meta device (and perhaps sharded since) its value.
         From state (a checkpoint's tensors by name), else from the raw LLM, else from the seed; nothing is skipped.
         """
-        state, own, buffers = state or {}, dict(self.named_parameters()), dict(self.named_buffers())
+        own, buffers = dict(self.named_parameters()), dict(self.named_buffers())
         learnt = [name for name in own if not name.startswith("llm.") or "lora_" in name]
         check_fit(state, own | buffers, needed=[*learnt, *buffers])
         self.to_empty(device=device)
