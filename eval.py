@@ -276,9 +276,9 @@ def main():
         suffix = "".join("." + mark for mark in marks)
         lines = [{"name": r["name"], "hyp": h, "ref": r["text"]} for r, h in zip(clips.rows, found[control])]
         for name, some in ((f"hyps{suffix}.jsonl", lines), (f"scores{suffix}.json", [scores[control]])):
-            with whole(os.path.join(home, name)) as f:
+            with whole(f"{home}/{name}") as f:
                 f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in some)
-        print(f"written to {os.path.join(home, f'hyps{suffix}.jsonl')} and scores{suffix}.json")
+        print(f"written to {home}/hyps{suffix}.jsonl and scores{suffix}.json")
 
 
 if __name__ == "__main__":

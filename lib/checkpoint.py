@@ -50,7 +50,9 @@ def find_checkpoint(path):
 def home_of(path):
     """The run's folder of a checkpoint folder in it, where scores belong; of any other folder itself."""
     path = path.rstrip("/")
-    return os.path.dirname(path) if re.fullmatch(r"(best|last)(\.\d+)?", os.path.basename(path)) else path
+    if re.fullmatch(r"(best|last)(\.\d+)?", os.path.basename(path)):
+        return os.path.dirname(path) or "."
+    return path
 
 
 def newest_run(out_dir):

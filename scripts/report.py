@@ -406,7 +406,7 @@ def main():
     if cfg.side < 16:
         usage_error(__file__, f"side={cfg.side}: must be at least 16")
     folder = cfg.ckpt or newest_run(cfg.out_dir)
-    run = home_of(folder) or "."
+    run = home_of(folder)
     if not os.path.exists(f"{run}/config.json"):
         raise BadInput(f"{run}: holds no config.json, it is no run's folder")
     c = load_json(f"{run}/config.json")
