@@ -157,22 +157,21 @@ def gathered(found):
 # ---------------------------------------------------------------------------------------------------------------------
 # Signals, and what a program says while it works
 
-class Signals:
-    """SIGTERM and SIGINT, noted from now on: the loop looks at `len` once a step. A second Ctrl-C ends the process."""
+class Signals(list):
+    """
+    (number, when) of each SIGTERM and SIGINT from now on: the loop looks at `len` once a step.
+    A second Ctrl-C ends the process.
+    """
 
     def __init__(self):
-        self.seen = []  # (number, when)
         signal.signal(signal.SIGTERM, self.note)
         signal.signal(signal.SIGINT, self.note)
 
     def note(self, number, frame):
         # a scheduler signals every process, and torchrun passes on what it has got: within a second it is one wish
-        if self.seen and number == signal.SIGINT and time.time() - self.seen[0][1] > 1:
+        if self and number == signal.SIGINT and time.time() - self[0][1] > 1:
             os._exit(130)
-        self.seen.append((number, time.time()))
-
-    def __len__(self):
-        return len(self.seen)
+        self.append((number, time.time()))
 
     def check_torchrun(self):
         """BadInput where the torchrun that has started this process is gone: killed, it leaves its processes alive."""
@@ -186,7 +185,7 @@ class Signals:
 
     def leave(self, step, folder, resumes):
         """End a stopped program: say how to go on; the exit code is 128 + the signal's number."""
-        number = self.seen[0][0] if self.seen else signal.SIGTERM  # else another process has got it
+        number = self[0][0] if self else signal.SIGTERM  # else another process has got it
         program = ["torchrun", f"--nproc_per_node={world()}"] if "RANK" in os.environ else ["python"]
         again = shlex.join([*program, *sys.argv] + ([] if resumes else ["resume=true"]))
         print0(f"{os.path.basename(sys.argv[0])}: stopped by {signal.Signals(number).name} after step {step}, "
