@@ -399,7 +399,7 @@ def main():
         at.step += 1
 
         # the log (the gradients are gone: what looks at them stands before clip_gradients)
-        pace.add(time.time() - step_began, n_tokens)
+        pace.append((time.time() - step_began, n_tokens))
         if due(cfg.log_every) or dev_due() or (at.step == stop and cfg.log_every >= 0):
             run.log({"step": at.step, "epoch": round(at.step / per_epoch, 3), "loss": loss, "grad_norm": norm,
                      "lr": rate} | pace.so_far())

@@ -193,20 +193,14 @@ class Signals(list):
         raise SystemExit(128 + number)
 
 
-class Pace:
-    """Seconds and tokens of the steps since the last line of the log."""
-
-    def __init__(self):
-        self.steps = []
-
-    def add(self, seconds, tokens):
-        self.steps.append((seconds, tokens))
+class Pace(list):
+    """(seconds, tokens) of each step since the last line of the log."""
 
     def so_far(self):
         """-> {"tokens_per_s", "step_s"}, and begins anew."""
-        seconds, tokens = map(sum, zip(*self.steps))
-        rates = {"tokens_per_s": round(tokens / max(seconds, 1e-9)), "step_s": round(seconds / len(self.steps), 4)}
-        self.steps.clear()
+        seconds, tokens = map(sum, zip(*self))
+        rates = {"tokens_per_s": round(tokens / max(seconds, 1e-9)), "step_s": round(seconds / len(self), 4)}
+        self.clear()
         return rates
 
 
