@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from lib.adapter import read_adapter, write_adapter
 from lib.configurator import coerce, page_one
 from lib.files import hold, load_json, sha256, whole, whole_folder
-from lib.program import ROOT, VERSION, BadInput, barrier, print0, rank, world
+from lib.program import ROOT, VERSION, BadInput, barrier, print0, rank, warn, world
 from lib.tensors import fill, full, load_tensors
 from lib.weights import LIMITS
 
@@ -84,7 +84,7 @@ def checked(config, where):
     page, stages, _ = page_one(f"{ROOT}/train.py", ("align", "sft"))
     page = page | stages.get(config.get("stage"), stages["align"])
     if absent := sorted(page.keys() - config.keys()):
-        print0(f"{where}: is older than {', '.join(absent)}: taken as on page one", file=sys.stderr)
+        warn(f"{where}: is older than {', '.join(absent)}: taken as on page one")
     config = page | config
     for key in page:
         try:
@@ -107,8 +107,7 @@ def say_if_other_code(checkpoint):
     was, now = checkpoint.state.get("code"), code_now()
     if isinstance(was, dict) and was != now:
         differ = sorted(f for f in was.keys() | now.keys() if was.get(f) != now.get(f))
-        print0(f"{checkpoint.folder}: was written by other code than this; what differs: {', '.join(differ)}",
-               file=sys.stderr)
+        warn(f"{checkpoint.folder}: was written by other code than this; what differs: {', '.join(differ)}")
 
 
 def versions():
@@ -167,8 +166,8 @@ class Run:
             self.compare(checkpoint, sorted(vars(cfg).keys() - free) if start.resuming else [*shape, "llm"])
             say_if_other_code(checkpoint)
             if checkpoint.config["llm_bits"] != cfg.llm_bits:
-                print0(f"{start.folder}: has learnt beside an LLM in {checkpoint.config['llm_bits']} bits, this run's "
-                       f"lies in {cfg.llm_bits}", file=sys.stderr)
+                warn(f"{start.folder}: has learnt beside an LLM in {checkpoint.config['llm_bits']} bits, this run's "
+                     f"lies in {cfg.llm_bits}")
             start.tensors = checkpoint.tensors
             if start.resuming:
                 start.at = self.standing(checkpoint)
@@ -260,8 +259,8 @@ class Run:
                         json.dump(self.facts | vars(at) | more, f, indent=1)
             except (OSError, SafetensorError) as e:
                 failed += 1
-                print0(f"{folder}: the checkpoint of step {at.step} could not be written ({e}); the one before is "
-                       "untouched" + ("" if final else ", the run goes on"), file=sys.stderr)
+                warn(f"{folder}: the checkpoint of step {at.step} could not be written ({e}); the one before is "
+                     "untouched" + ("" if final else ", the run goes on"))
         dist.all_reduce(failed)
         if failed and final:
             raise BadInput(f"{folder}: the run ends without its last checkpoint; make room and go on with resume=true")

@@ -16,14 +16,14 @@ import os
 import sys
 from types import SimpleNamespace
 
-from lib.program import VERSION, BadInput, print0
+from lib.program import VERSION, BadInput, print0, warn
 
 CHOICES = {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16", "float16")}  # in every program
 
 
 def usage_error(program, message):
     """A wrong command line: one line on stderr, exit code 2."""
-    print0(f"{os.path.basename(program)}: {message}", file=sys.stderr)
+    warn(f"{os.path.basename(program)}: {message}")
     raise SystemExit(2)
 
 
@@ -138,8 +138,8 @@ def configure(program, argv=None, choices={}, positive=(), minus_one=(), shares=
         stage = command_line.get("stage", cfg["stage"])
         for key, value in per_stage[stage].items():
             if key in origin and key not in command_line and cfg[key] != value:
-                print0(f"{origin[key]}: {key} = {cfg[key]!r} gives way to {stage}'s {value!r}; "
-                       f"write it into {stage} = {{...}}", file=sys.stderr)
+                warn(f"{origin[key]}: {key} = {cfg[key]!r} gives way to {stage}'s {value!r}; "
+                     f"write it into {stage} = {{...}}")
             put(cfg, key, value, "")
         comments = comments | comments[stage]
     cfg.update(command_line)

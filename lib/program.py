@@ -39,6 +39,11 @@ def print0(*args, **kwargs):
         print(*args, flush=True, **kwargs)
 
 
+def warn(message):
+    """What is no result of the program, on stderr."""
+    print0(message, file=sys.stderr)
+
+
 def launch(main):
     """
     Call a program's main(). Whatever ends it, the last line on stderr is the program's own.
@@ -188,8 +193,8 @@ class Signals(list):
         number = self[0][0] if self else signal.SIGTERM  # else another process has got it
         program = ["torchrun", f"--nproc_per_node={world()}"] if "RANK" in os.environ else ["python"]
         again = shlex.join([*program, *sys.argv] + ([] if resumes else ["resume=true"]))
-        print0(f"{os.path.basename(sys.argv[0])}: stopped by {signal.Signals(number).name} after step {step}, "
-               f"saved in {folder}; to go on: {again}", file=sys.stderr)
+        warn(f"{os.path.basename(sys.argv[0])}: stopped by {signal.Signals(number).name} after step {step}, "
+             f"saved in {folder}; to go on: {again}")
         raise SystemExit(128 + number)
 
 
