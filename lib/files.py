@@ -10,10 +10,9 @@ import os
 import platform
 import re
 import shutil
-import sys
 from itertools import pairwise
 
-from lib.program import BadInput
+from lib.program import BadInput, warn
 
 # bytes of a JSON file; the largest real ones, indexes of shards, have some 100 kB
 MAX_JSON = 100e6
@@ -141,7 +140,7 @@ def hold(path, what):
         file.seek(0)
         raise BadInput(f"{what}: is held by {file.read() or 'another process'}; wait for it or end it") from None
     except OSError as e:
-        print(f"{path}: cannot be locked ({e.strerror}), a second writer would not be noticed", file=sys.stderr)
+        warn(f"{path}: cannot be locked ({e.strerror}), a second writer would not be noticed")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
