@@ -308,8 +308,7 @@ def main():
     for name, buffer in model.named_buffers():
         setattr(model, name, buffer.to(device))  # with cpu_offload only the parameters stay behind
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not learning:
-        raise BadInput("nothing learns: neither adaptor, local transformer, LoRA nor word embeddings")
+
     print0(describe(model, learning, start.folder))
     print0(f"dtype {str(dtype).removeprefix('torch.')} ({dtype_why}), what learns in float32; on {device.type} "
            f"({device_why})")
