@@ -73,11 +73,11 @@ def check_names(path, want, have):
     """Two dicts name -> shape must be equal; BadInput names the first difference."""
     # with its name in a Hugging Face file, where it has another there
     both = lambda name: name if to_hf(name) == name else f"{name} ({to_hf(name)})"
-    missing, surplus = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
-    for kind, names in (("has no tensor", missing), ("has a surplus tensor", surplus)):
+    for kind, names in {"has no tensor": want.keys() - have.keys(),
+                        "has a surplus tensor": have.keys() - want.keys()}.items():
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise BadInput(f"{path}: {kind} {both(names[0])}{more}")
+            raise BadInput(f"{path}: {kind} {both(min(names))}{more}")
     for name in want:
         if tuple(want[name]) != tuple(have[name]):
             raise BadInput(f"{path}: {both(name)} is {tuple(have[name])}, its configuration says {tuple(want[name])}")
