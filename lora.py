@@ -91,7 +91,7 @@ def save_lora(llama, folder, base=""):
     if not found:
         raise BadInput("the LLM has no LoRA layers")
     first = next(iter(found.values()))
-    tensors = {f"{name}.{m}": getattr(lora, m) for name, lora in found.items() for m in ("lora_A", "lora_B")}
+    tensors = {name: p for name, p in llama.named_parameters() if "lora_" in name}
     write_adapter(folder, tensors, len(first.lora_A), first.alpha, first.dropout.p, base)
 
 
