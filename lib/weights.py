@@ -194,7 +194,7 @@ def open_meta(path):
     for key in sorted(params.keys() - known):
         if params[key]:
             raise refusal(where, params, key)
-    files = [f"{path}/{f}" for f in sorted(glob.glob("consolidated.*.pth", root_dir=path))]
+    files = sorted(glob.glob(f"{glob.escape(path)}/consolidated.*.pth"))
     if not files:
         raise BadInput(f"{path}: has no consolidated.00.pth; of a Mistral take the folder with its config.json")
     shards = [load_tensors(f) for f in files]
