@@ -58,8 +58,8 @@ def read_table(path, *columns):
 def find(root, *files):
     """The folder that holds one of these files: root itself, or one up to three folders down."""
     for depth in range(4):
-        homes = {hit.removesuffix("/" + f) for f in files
-                 for hit in glob.glob(os.path.join(glob.escape(root), *["*"] * depth, f))}
+        homes = {hit.removesuffix(f).rstrip("/") for f in files
+                 for hit in glob.glob(f"{glob.escape(root)}/{'*/' * depth}{f}")}
         if len(homes) > 1:
             raise BadInput(f"{root}: holds the data set more than once ({', '.join(sorted(homes))}): "
                            "say which with root=")
