@@ -299,10 +299,10 @@ def deal_out(rows, ratio):
     """Share rows out to train, dev and test in an order that depends on their names alone."""
     try:
         a, b, c = map(float, ratio.split(","))
+        if min(a, b, c) < 0 or not 0.999 < a + b + c < 1.001:
+            raise ValueError
     except ValueError:
-        a = b = c = -1
-    if min(a, b, c) < 0 or not 0.999 < a + b + c < 1.001:
-        raise BadInput(f"ratio={ratio}: is not three shares that sum to 1")
+        raise BadInput(f"ratio={ratio}: is not three shares that sum to 1") from None
     rows = sorted(rows, key=lambda r: (zlib.crc32(r["name"].encode()), r["name"]))
     one, two = round(a * len(rows)), round((a + b) * len(rows))
     return {"train": rows[:one], "dev": rows[one:two], "test": rows[two:]}
