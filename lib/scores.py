@@ -138,12 +138,12 @@ def read_hyps(path, refs=""):
     found = {}
 
     def take(row):
-        name = str(row["name"])
-        if not isinstance(row["hyp"], str) or not isinstance(row["ref"], str):
+        name, pair = str(row["name"]), (row["hyp"], row["ref"])
+        if not all(isinstance(text, str) for text in pair):
             raise ValueError("hyp and ref must be texts")
         if name in found:
             raise BadInput(f"{name} stands there twice")
-        found[name] = row["hyp"], row["ref"]
+        found[name] = pair
 
     if not refs:
         read_jsonl(path, 'a line {"name", "hyp", "ref"}; two aligned text files are hyps=A.txt refs=B.txt', take)
