@@ -222,9 +222,10 @@ class LLaMA(nn.Module):
         self.args, self.bits = args, bits
         linear = partial(Linear, bits=bits)
         norm = partial(RMSNorm, args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity
-        attention = lambda: Attention(args.dim, args.n_heads, args.n_kv_heads, args.head_dim, args.qkv_bias,
-                                      linear, norm)
-        block = lambda: Block(args.dim, attention(), FeedForward(args.dim, args.hidden_dim, linear), args.norm_eps)
+        block = lambda: Block(
+            args.dim,
+            Attention(args.dim, args.n_heads, args.n_kv_heads, args.head_dim, args.qkv_bias, linear, norm),
+            FeedForward(args.dim, args.hidden_dim, linear), args.norm_eps)
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(block() for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
