@@ -270,7 +270,7 @@ def main():
         print(f"NOT a score of the data set: {facts['standin']}")
 
     # and their files, in the run's folder. Nothing but its own data set and test split may go by the plain name
-    home, other = home_of(folder), cfg.dataset != "" and cfg.dataset != state["config"]["dataset"]
+    home, other = home_of(folder), cfg.dataset not in ("", state["config"]["dataset"])
     for control in controls:
         marks = [cfg.dataset] * other + [cfg.split] * (cfg.split != "test") + [control] * (control != "none")
         suffix = "".join("." + mark for mark in marks)

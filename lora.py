@@ -108,8 +108,7 @@ def load_lora(llama, folder):
 
 
 def main():
-    words = [a for a in sys.argv[1:] if a != "merge"]
-    cfg = configure(__file__, words)
+    cfg = configure(__file__, [a for a in sys.argv[1:] if a != "merge"])
     if "merge" not in sys.argv:
         usage_error(__file__, "say what to do: python lora.py merge ckpt=RUN to=FOLDER")
     checkpoint = read_checkpoint(find_checkpoint(cfg.ckpt))

@@ -74,7 +74,7 @@ def coerce(value, like):
     raise ValueError(f"{value!r} is not {wanted[kind]}")
 
 
-def page_one(program, stages=()):
+def page_one(program, stages):
     """A program's defaults -> ({variable: value}, {stage: {variable: value}}, {variable or stage: its comments})."""
     page = read_literals(program)
     values, comments = ({name: both[n] for name, both in page.items()} for n in (0, 1))
@@ -141,7 +141,7 @@ def configure(program, argv=None, choices={}, positive=(), minus_one=(), shares=
                 warn(f"{origin[key]}: {key} = {cfg[key]!r} gives way to {stage}'s {value!r}; "
                      f"write it into {stage} = {{...}}")
             put(cfg, key, value, "")
-        comments = comments | comments[stage]
+        comments |= comments[stage]
     cfg.update(command_line)
 
     if show_help:

@@ -97,7 +97,7 @@ def run_program(module, *args):
 # ---------------------------------------------------------------------------------------------------------------------
 # The machine
 
-def pick_device(device="auto"):
+def pick_device(device):
     """-> (torch.device of this process, the reason). A GPU is taken where there is one for each process."""
     processes, local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
