@@ -128,10 +128,9 @@ def open_llm(path):
     """
     if path.startswith("random:"):
         return open_random(path)
-    meta = os.path.exists(f"{path}/params.json")
     hf = os.path.exists(f"{path}/config.json")
-    if meta and hf and not glob.glob("consolidated.*.pth", root_dir=path):
-        meta = False  # Mistral's folders hold another params.json
+    # beside a config.json, Mistral's folders hold another params.json
+    meta = os.path.exists(f"{path}/params.json") and (not hf or glob.glob("consolidated.*.pth", root_dir=path))
     if not meta and not hf:
         raise nothing_in(path, "holds neither params.json (Meta's layout) nor config.json (Hugging Face's)")
     sizes, shapes, read = open_meta(path) if meta else open_hf(path)
