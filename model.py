@@ -347,8 +347,8 @@ class SLLaMA(nn.Module):
 
     def size(self):
         """How many parameters there are, in however many bits they lie."""
-        beside = [p for name, p in self.named_parameters() if not name.startswith("llm.") or "lora_" in name]
-        return self.llm.args.size() + sum(p.numel() for p in beside)
+        return self.llm.args.size() + sum(p.numel() for name, p in self.named_parameters()
+                                          if not name.startswith("llm.") or "lora_" in name)
 
     def vision_state(self):
         """What a checkpoint's vision.safetensors holds: all but the LLM, and word embeddings where they learn."""
