@@ -152,8 +152,9 @@ def sweep(cfg, sllama, tokenizer, trained, lang, how, say):
     tried = []
     for beam, penalty in itertools.product(cfg.beams or [cfg.beam], cfg.length_penalties or [cfg.length_penalty]):
         what = f"dev, beam {beam}, length penalty {penalty:g}"
-        hyps = decode(sllama, features, tokenizer, what, how | {"beam": beam, "length_penalty": penalty})
-        tried.append({"beam": beam, "length_penalty": penalty, "dev_bleu4": bleu(hyps, refs, lang)[3]})
+        setting = {"beam": beam, "length_penalty": penalty}
+        hyps = decode(sllama, features, tokenizer, what, how | setting)
+        tried.append(setting | {"dev_bleu4": bleu(hyps, refs, lang)[3]})
         say(f"{what}: BLEU-4 {tried[-1]['dev_bleu4']:.2f}")
     return tried
 
