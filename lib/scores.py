@@ -38,7 +38,7 @@ def _metric(lang, order=4):
     return BLEU(tokenize="char" if lang in UNSPACED else "13a", smooth_method="exp", max_ngram_order=order, force=True)
 
 
-def language_code(language, lang=""):
+def language_code(language, lang):
     """The name of a language in a prompt, or its code where one is given -> code. BadInput names the variable."""
     lang = lang or LANGUAGES.get(language, "")
     if not lang:
