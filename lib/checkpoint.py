@@ -82,7 +82,7 @@ def read_checkpoint(folder):
 def checked(config, where):
     """A run's variables as train.py's page one has them: of its types, and with its values where they are newer."""
     page, stages, _ = page_one(f"{ROOT}/train.py", ("align", "sft"))
-    page |= stages.get(config.get("stage"), stages["align"])
+    page |= stages.get(str(config.get("stage")), stages["align"])
     if absent := sorted(page.keys() - config.keys()):
         warn(f"{where}: is older than {', '.join(absent)}: taken as on page one")
     config = page | config
