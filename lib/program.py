@@ -56,7 +56,6 @@ def launch(main):
             # All is done and written. torch's threads can still crash a process on its way out,
             # and torchrun would call that a failed run.
             sys.stdout.flush()
-            sys.stderr.flush()
             os._exit(0)
     except KeyboardInterrupt:
         print(f"{name}: interrupted; what was saved is there", file=sys.stderr, flush=True)
