@@ -308,7 +308,6 @@ def main():
     for name, buffer in model.named_buffers():
         setattr(model, name, buffer.to(device))  # with cpu_offload only the parameters stay behind
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-
     print0(describe(model, learning, start.folder))
     print0(f"dtype {str(dtype).removeprefix('torch.')} ({dtype_why}), what learns in float32; on {device.type} "
            f"({device_why})")

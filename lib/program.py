@@ -40,7 +40,7 @@ def print0(*args, **kwargs):
 
 
 def warn(message):
-    """What is no result of the program, on stderr."""
+    """What is no result of the program: on stderr, by the first process only."""
     print0(message, file=sys.stderr)
 
 
