@@ -212,8 +212,8 @@ class Progress:
     """done/total, rate and time left, on one line: rewritten on a terminal, every ten seconds a new one in a file."""
 
     def __init__(self, what, total):
-        self.what, self.total, self.start = what, total, time.time()
-        self.said = self.start
+        self.what, self.total = what, total
+        self.said = self.start = time.time()
         self.tty = sys.stderr.isatty()
 
     def __call__(self, done, units=None, unit="clips"):
