@@ -152,8 +152,9 @@ def sweep(cfg, sllama, tokenizer, trained, lang, how, say):
     tried = []
     for beam, penalty in itertools.product(cfg.beams or [cfg.beam], cfg.length_penalties or [cfg.length_penalty]):
         what = f"dev, beam {beam}, length penalty {penalty:g}"
-        hyps = decode(sllama, features, tokenizer, what, how | {"beam": beam, "length_penalty": penalty})
-        tried.append({"beam": beam, "length_penalty": penalty, "dev_bleu4": bleu(hyps, refs, lang)[3]})
+        setting = {"beam": beam, "length_penalty": penalty}
+        hyps = decode(sllama, features, tokenizer, what, how | setting)
+        tried.append(setting | {"dev_bleu4": bleu(hyps, refs, lang)[3]})
         say(f"{what}: BLEU-4 {tried[-1]['dev_bleu4']:.2f}")
     return tried
 
@@ -168,7 +169,7 @@ def translate_videos(cfg, sllama, tokenizer, trained, how, say):
     extractor = Extractor(made["backbone"], cfg.weights or made["weights"], cfg.device, fps)
     if cfg.videos and not (os.path.isdir(cfg.videos) and visible(cfg.videos)):
         raise BadInput(f"videos={cfg.videos}: is not a folder with clips in it")
-    paths = [cfg.video] if cfg.video else [os.path.join(cfg.videos, f) for f in visible(cfg.videos)]
+    paths = [cfg.video] if cfg.video else [f"{cfg.videos}/{f}" for f in visible(cfg.videos)]
     failed = 0
     for path in paths:
         if cfg.videos and not os.path.isdir(path) and not path.lower().endswith(VIDEOS):
@@ -270,15 +271,15 @@ def main():
         print(f"NOT a score of the data set: {facts['standin']}")
 
     # and their files, in the run's folder. Nothing but its own data set and test split may go by the plain name
-    home, other = home_of(folder), cfg.dataset != "" and cfg.dataset != state["config"]["dataset"]
+    home, other = home_of(folder), cfg.dataset not in ("", state["config"]["dataset"])
     for control in controls:
         marks = [cfg.dataset] * other + [cfg.split] * (cfg.split != "test") + [control] * (control != "none")
         suffix = "".join("." + mark for mark in marks)
         lines = [{"name": r["name"], "hyp": h, "ref": r["text"]} for r, h in zip(clips.rows, found[control])]
         for name, some in ((f"hyps{suffix}.jsonl", lines), (f"scores{suffix}.json", [scores[control]])):
-            with whole(os.path.join(home, name)) as f:
+            with whole(f"{home}/{name}") as f:
                 f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in some)
-        print(f"written to {os.path.join(home, f'hyps{suffix}.jsonl')} and scores{suffix}.json")
+        print(f"written to {home}/hyps{suffix}.jsonl and scores{suffix}.json")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ W' = W + (alpha/rank) B A beside frozen weights. On disk it lies in PEFT's file 
 
     python lora.py merge ckpt=out/toy/sft to=merged        # the LLM with LoRA merged in, as a Hugging Face folder
 """
-import os
 import sys
 
 import torch
@@ -48,11 +47,10 @@ class LoRALinear(Linear):
         return super().forward(x).add_(update)  # in place: nobody else needs the frozen part
 
 
-def layers(llama, kind=LoRALinear):
-    """(name, target, the module that holds it, the layer) for every layer of that kind among the seven targets."""
-    return [(f"layers.{i}.{part}.{t}", t, getattr(block, part), getattr(getattr(block, part), t))
-            for i, block in enumerate(llama.layers) for part in ("attention", "feed_forward") for t in TARGETS
-            if isinstance(getattr(getattr(block, part), t, None), kind)]
+def layers(llama, kind=LoRALinear, targets=TARGETS):
+    """name -> layer, for every layer of that kind among the targets."""
+    return {name: layer for name, layer in llama.named_modules()
+            if isinstance(layer, kind) and name.endswith(tuple(targets))}
 
 
 def apply_lora(llama, rank, alpha, targets, dropout=0.0):
@@ -63,9 +61,8 @@ def apply_lora(llama, rank, alpha, targets, dropout=0.0):
         raise BadInput(f"lora_rank={rank}, lora_targets={','.join(targets)!r}: there is nothing to adapt")
     if layers(llama):
         raise BadInput("the LLM has LoRA layers already; merge them first")
-    for _, target, part, linear in layers(llama, Linear):
-        if target in targets:
-            setattr(part, target, LoRALinear(linear, rank, alpha, dropout))
+    for name, linear in layers(llama, Linear, targets).items():
+        llama.set_submodule(name, LoRALinear(linear, rank, alpha, dropout))
     return llama
 
 
@@ -77,14 +74,14 @@ def merged(weight, A, B, scaling):
 @torch.no_grad()
 def merge_lora(llama):
     """Merge every LoRALinear into a plain linear layer, in place. -> llama"""
-    for _, target, part, lora in layers(llama):
+    for name, lora in layers(llama).items():
         if lora.bits < 16:
             raise BadInput(f"llm_bits={lora.bits}: LoRA is merged into 16 bits, by `python lora.py merge`")
         with torch.device("meta"):
             linear = Linear(lora.in_features, lora.out_features, lora.bias is not None)
         weight = merged(lora.weight, lora.lora_A, lora.lora_B, lora.scaling)
         linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), lora.bias
-        setattr(part, target, linear)
+        llama.set_submodule(name, linear)
     return llama
 
 
@@ -93,14 +90,9 @@ def save_lora(llama, folder, base=""):
     found = layers(llama)
     if not found:
         raise BadInput("the LLM has no LoRA layers")
-    first = found[0][3]
-    tensors = {f"{name}.{m}": getattr(lora, m) for name, _, _, lora in found for m in ("lora_A", "lora_B")}
-    write_adapter(folder, tensors, len(first.lora_A), first.alpha, {f[1] for f in found}, first.dropout.p, base)
-
-
-def export_hf(llama, folder, source):
-    """Write a LLaMA, its LoRA merged, as a Hugging Face folder; source: the one that it came from."""
-    write_hf(folder, llama.args, llama.state_dict().items(), source, llama.tok_embeddings.weight.dtype)
+    first = next(iter(found.values()))
+    tensors = {name: p for name, p in llama.named_parameters() if "lora_" in name}
+    write_adapter(folder, tensors, len(first.lora_A), first.alpha, first.dropout.p, base)
 
 
 @torch.no_grad()
@@ -116,12 +108,9 @@ def load_lora(llama, folder):
 
 
 def main():
-    words = [a for a in sys.argv[1:] if a != "merge"]
-    cfg = configure(__file__, words)
+    cfg = configure(__file__, [a for a in sys.argv[1:] if a != "merge"])
     if "merge" not in sys.argv:
         usage_error(__file__, "say what to do: python lora.py merge ckpt=RUN to=FOLDER")
-    if os.path.exists(cfg.to):
-        raise BadInput(f"to={cfg.to}: exists already")
     checkpoint = read_checkpoint(find_checkpoint(cfg.ckpt))
     trained = checkpoint.config
     if not checkpoint.lora:
@@ -134,7 +123,7 @@ def main():
     places = {name: shape for name, shape in raw.shapes.items() if name in learnt}
     for name, shape in raw.shapes.items():
         layer = name.removesuffix(".weight")
-        if layer.rpartition(".")[2] in targets:
+        if layer.endswith(tuple(targets)):
             places |= {f"{layer}.lora_A": (rank, shape[1]), f"{layer}.lora_B": (shape[0], rank)}
     check_names(checkpoint.folder, places, shapes_of(learnt))
 

@@ -25,13 +25,10 @@ from lib.weights import open_llm
 # ---------------------------------------------------------------------------------------------------------------------
 # Pieces that the local transformer and LLaMA share
 
-class RMSNorm(nn.Module):
-    def __init__(self, dim, eps=1e-5):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)  # sums in fp32, whatever the dtype
+        # sums in fp32, whatever the dtype
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class FeedForward(nn.Module):
@@ -169,7 +166,7 @@ class LocalTransformer(nn.Module):
         hidden_dim = 8 * dim // 3  # three matrices of SwiGLU cost what two of width 4*dim would
         block = lambda: Block(dim, Attention(dim, n_heads, n_heads, self.head_dim), FeedForward(dim, hidden_dim))
         self.layers = nn.ModuleList(block() for _ in range(n_layers))
-        self.norm = RMSNorm(dim)
+        self.norm = RMSNorm(dim, 1e-5)
 
     def forward(self, x, doc=None):
         # the band is relative, and so are rotary positions: they may run on over the clips of a stream
@@ -225,9 +222,10 @@ class LLaMA(nn.Module):
         self.args, self.bits = args, bits
         linear = partial(Linear, bits=bits)
         norm = partial(RMSNorm, args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity
-        attention = lambda: Attention(args.dim, args.n_heads, args.n_kv_heads, args.head_dim, args.qkv_bias,
-                                      linear, norm)
-        block = lambda: Block(args.dim, attention(), FeedForward(args.dim, args.hidden_dim, linear), args.norm_eps)
+        block = lambda: Block(
+            args.dim,
+            Attention(args.dim, args.n_heads, args.n_kv_heads, args.head_dim, args.qkv_bias, linear, norm),
+            FeedForward(args.dim, args.hidden_dim, linear), args.norm_eps)
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(block() for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
@@ -266,11 +264,11 @@ class LLaMA(nn.Module):
     def fill(self, raw):
         """Give every weight its value from raw ones, a tensor at a time; what is to lie in 8 or 4 bits is quantised."""
         own = dict(self.named_parameters())
-        must_divide({n: s for n, s in self.args.shapes().items() if not own[n].is_floating_point()}, self.bits)
         for name, weight in raw.tensors():
             if own[name].is_floating_point():
                 fill(own[name], weight)
                 continue
+            must_divide(name, weight, self.bits)
             for part, value in quantize(weight, self.bits).items():
                 fill(own[name.replace("weight", part)], value)
 
@@ -326,12 +324,12 @@ class SLLaMA(nn.Module):
         return loss, batch.targets.numel()
 
     @torch.no_grad()
-    def load(self, raw, device, seed, state=None):
+    def load(self, raw, device, seed, state={}):
         """
         Give every parameter of a model built on the meta device (and perhaps sharded since) its value.
         From state (a checkpoint's tensors by name), else from the raw LLM, else from the seed; nothing is skipped.
         """
-        state, own, buffers = state or {}, dict(self.named_parameters()), dict(self.named_buffers())
+        own, buffers = dict(self.named_parameters()), dict(self.named_buffers())
         learnt = [name for name in own if not name.startswith("llm.") or "lora_" in name]
         check_fit(state, own | buffers, needed=[*learnt, *buffers])
         self.to_empty(device=device)
@@ -349,8 +347,8 @@ class SLLaMA(nn.Module):
 
     def size(self):
         """How many parameters there are, in however many bits they lie."""
-        beside = [p for name, p in self.named_parameters() if not name.startswith("llm.") or "lora_" in name]
-        return sum(map(math.prod, self.llm.args.shapes().values())) + sum(p.numel() for p in beside)
+        return self.llm.args.size() + sum(p.numel() for name, p in self.named_parameters()
+                                          if not name.startswith("llm.") or "lora_" in name)
 
     def vision_state(self):
         """What a checkpoint's vision.safetensors holds: all but the LLM, and word embeddings where they learn."""

@@ -257,9 +257,8 @@ def evaluate(model, dev, prompt, tokenizer, device, lang, cfg, signals):
 
 def clip_gradients(parameters, most, scale):
     """Undo float16's scale, then scale gradients down to a norm of `most` (0: any). -> the norm before"""
-    parameters = [p for p in parameters if p.grad is not None]
     for p in parameters:
-        if scale != 1.0:
+        if scale != 1.0 and p.grad is not None:
             p.grad.div_(scale)
     norm = torch.nn.utils.clip_grad_norm_(parameters, most or math.inf)
     return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()  # a DTensor's own is one process's
@@ -309,8 +308,6 @@ def main():
     for name, buffer in model.named_buffers():
         setattr(model, name, buffer.to(device))  # with cpu_offload only the parameters stay behind
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not learning:
-        raise BadInput("nothing learns: neither adaptor, local transformer, LoRA nor word embeddings")
     print0(describe(model, learning, start.folder))
     print0(f"dtype {str(dtype).removeprefix('torch.')} ({dtype_why}), what learns in float32; on {device.type} "
            f"({device_why})")
@@ -318,7 +315,7 @@ def main():
     # the optimizer and its schedule
     matrices, vectors = ([p for p in learning.values() if (p.dim() > 1) == many] for many in (True, False))
     kinds = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([k for k in kinds if k["params"]], lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(kinds, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
     if start.resuming:
         load_moments(start.folder, model, optimizer, at.step - at.skipped)
     per_epoch = math.ceil(len(clips) / cfg.batch_size)
@@ -400,7 +397,7 @@ def main():
         at.step += 1
 
         # the log (the gradients are gone: what looks at them stands before clip_gradients)
-        pace.add(time.time() - step_began, n_tokens)
+        pace.append((time.time() - step_began, n_tokens))
         if due(cfg.log_every) or dev_due() or (at.step == stop and cfg.log_every >= 0):
             run.log({"step": at.step, "epoch": round(at.step / per_epoch, 3), "loss": loss, "grad_norm": norm,
                      "lr": rate} | pace.so_far())

@@ -22,15 +22,20 @@ INITS = (True, "gaussian", "eva", "orthogonal")  # init_lora_weights that leave 
 UNSET = (None, False, 0, "none", "default", [], {})
 
 
-def write_adapter(folder, tensors, rank, alpha, targets, dropout=0.0, base=""):
+def targets_of(names):
+    """Which of the seven layers these names are of."""
+    return [t for t in TARGETS if any(f".{t}." in name for name in names)]
+
+
+def write_adapter(folder, tensors, rank, alpha, dropout=0.0, base=""):
     """Write a LoRA as PEFT does. tensors: our names (layers.0.attention.wq.lora_A) -> whole tensors; base: the LLM."""
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha, "lora_dropout": dropout,
-              "target_modules": [to_hf(t) for t in TARGETS if t in targets], "bias": "none", "fan_in_fan_out": False,
+              "target_modules": [to_hf(t) for t in targets_of(tensors)], "bias": "none", "fan_in_fan_out": False,
               "inference_mode": True, "base_model_name_or_path": base}
     theirs = {f"base_model.model.{to_hf(name)}.weight": t.detach().cpu().contiguous() for name, t in tensors.items()}
     os.makedirs(folder, exist_ok=True)
-    save_file(theirs, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
-    with open(os.path.join(folder, "adapter_config.json"), "w") as f:
+    save_file(theirs, f"{folder}/adapter_model.safetensors", metadata={"format": "pt"})
+    with open(f"{folder}/adapter_config.json", "w") as f:
         json.dump(config, f, indent=2)
 
 
@@ -39,7 +44,7 @@ def read_adapter(folder):
     A folder in PEFT's format -> (rank, alpha, targets, dropout, {name in our LLaMA: tensor}).
     BadInput names an option that we lack.
     """
-    where = os.path.join(folder, "adapter_config.json")
+    where = f"{folder}/adapter_config.json"
     c = load_json(where)
     rank, alpha, dropout = c.get("r"), c.get("lora_alpha"), c.get("lora_dropout") or 0.0
     if type(rank) is not int or type(alpha) not in (int, float) or type(dropout) not in (int, float):
@@ -49,10 +54,8 @@ def read_adapter(folder):
     for key, value in c.items():
         if key not in HARMLESS and value not in UNSET and not (key == "init_lora_weights" and value in INITS):
             raise BadInput(f"{where}: {key}={repr(value)[:100]} is not implemented")
-    path = os.path.join(folder, "adapter_model.safetensors")
-    older = os.path.join(folder, "adapter_model.bin")  # as PEFT saved before 0.6
-    if os.path.exists(older) and not os.path.exists(path):
-        path = older
+    files = [f"{folder}/adapter_model.safetensors", f"{folder}/adapter_model.bin"]  # .bin: as PEFT saved before 0.6
+    path = next(filter(os.path.exists, files), files[0])
     state = {}
     for name, tensor in load_tensors(path).items():
         ours = from_hf(name.removeprefix("base_model.model.").removesuffix(".weight"))
@@ -62,5 +65,4 @@ def read_adapter(folder):
         if tensor.dim() != 2 or tensor.shape[m[1] == "lora_B"] != rank:
             raise BadInput(f"{path}: {name} is {tuple(tensor.shape)}, r in adapter_config.json is {rank}")
         state[ours] = tensor
-    targets = [t for t in TARGETS if any(f".{t}." in name for name in state)]
-    return rank, alpha, targets, dropout, state
+    return rank, alpha, targets_of(state), dropout, state

@@ -13,6 +13,7 @@ import contextlib
 import glob
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,36 +27,37 @@ from safetensors.torch import save_file
 from lib.adapter import read_adapter, write_adapter
 from lib.configurator import coerce, page_one
 from lib.files import hold, load_json, sha256, whole, whole_folder
-from lib.program import VERSION, BadInput, barrier, print0, rank, world
+from lib.program import ROOT, VERSION, BadInput, barrier, print0, rank, warn, world
 from lib.tensors import fill, full, load_tensors
 from lib.weights import LIMITS
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # sizes in a checkpoint's configuration, and which of LIMITS holds for them
-BOUNDED = {"ltn_dim": "width", "ltn_layers": "layers", "ltn_heads": "heads", "window": "rows", "max_frames": "rows",
-           "bos_id": "rows", "eos_id": "rows"}
+BOUNDED = {"ltn_dim": "dim", "ltn_layers": "n_layers", "ltn_heads": "n_heads", "bos_id": "vocab_size",
+           "eos_id": "vocab_size", "window": "max_position_embeddings", "max_frames": "max_position_embeddings"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which checkpoint
 
 def find_checkpoint(path):
     """A run folder (its best/, else its last/) or a checkpoint folder -> checkpoint folder."""
-    for sub in ("", "best", "best.1", "last", "last.1"):  # .1: a kill between the two renames of a save
-        if os.path.exists(os.path.join(path, sub, "state.json")):
-            return os.path.join(path, sub).rstrip("/")
+    folder = path.rstrip("/")
+    for sub in ("", "/best", "/best.1", "/last", "/last.1"):  # .1: a kill between the two renames of a save
+        if os.path.exists(f"{folder}{sub}/state.json"):
+            return folder + sub
     raise BadInput(f"{path}: holds no checkpoint (neither it nor its best/ or last/ has a state.json)")
 
 
 def home_of(path):
     """The run's folder of a checkpoint folder in it, where scores belong; of any other folder itself."""
     path = path.rstrip("/")
-    name, _, age = os.path.basename(path).partition(".")
-    return os.path.dirname(path) if name in ("best", "last") and (not age or age.isdecimal()) else path
+    if re.fullmatch(r"(best|last)(\.\d+)?", os.path.basename(path)):
+        return os.path.dirname(path) or "."
+    return path
 
 
 def newest_run(out_dir):
     """The sft run under out_dir whose checkpoint is the newest."""
-    states = glob.glob(os.path.join(glob.escape(out_dir), "**", "sft", "*", "state.json"), recursive=True)
+    states = glob.glob(os.path.join(glob.escape(out_dir), "**/sft/*/state.json"), recursive=True)
     if not states:
         raise BadInput(f"{out_dir}: holds no sft run; train one (train.py stage=align, then stage=sft) or give ckpt=")
     return os.path.dirname(os.path.dirname(max(states, key=os.path.getmtime)))
@@ -63,13 +65,13 @@ def newest_run(out_dir):
 
 def read_checkpoint(folder):
     """-> .folder, .state (state.json), .config (variables), .tensors by SLLaMA's names, .lora (read_adapter's)"""
-    state = load_json(os.path.join(folder, "state.json"))
+    state = load_json(f"{folder}/state.json")
     for key, kind in {"config": dict, "dim_in": int, "step": int}.items():
         if type(state.get(key)) is not kind:
             raise BadInput(f"{folder}/state.json: has no {key}")
     config = checked(state["config"], f"{folder}/state.json")
-    tensors, lora = load_tensors(os.path.join(folder, "vision.safetensors")), None
-    if os.path.exists(os.path.join(folder, "adapter_config.json")):
+    tensors, lora = load_tensors(f"{folder}/vision.safetensors"), None
+    if os.path.exists(f"{folder}/adapter_config.json"):
         lora = read_adapter(folder)
         tensors |= {"llm." + name: t for name, t in lora[4].items()}
     elif not config["freeze_llm"]:
@@ -79,16 +81,16 @@ def read_checkpoint(folder):
 
 def checked(config, where):
     """A run's variables as train.py's page one has them: of its types, and with its values where they are newer."""
-    page, stages, _ = page_one(os.path.join(ROOT, "train.py"), ("align", "sft"))
-    page = page | stages.get(config.get("stage"), stages["align"])
+    page, stages, _ = page_one(f"{ROOT}/train.py", ("align", "sft"))
+    page |= stages.get(str(config.get("stage")), stages["align"])
     if absent := sorted(page.keys() - config.keys()):
-        print0(f"{where}: is older than {', '.join(absent)}: taken as on page one", file=sys.stderr)
+        warn(f"{where}: is older than {', '.join(absent)}: taken as on page one")
     config = page | config
     for key in page:
         try:
             config[key] = coerce(config[key], page[key])
             if key in BOUNDED and not -1 <= config[key] <= LIMITS[BOUNDED[key]]:
-                raise ValueError("no model has that")
+                raise ValueError
         except ValueError:
             raise BadInput(f"{where}: its config has {key}={repr(config[key])[:50]}") from None
     return config
@@ -96,8 +98,8 @@ def checked(config, where):
 
 def code_now():
     """file -> digest, for the five files and lib/: the code that a checkpoint is written or read by."""
-    files = [*glob.glob("*.py", root_dir=ROOT), *glob.glob("lib/*.py", root_dir=ROOT)]
-    return {f: sha256(os.path.join(ROOT, f))[:12] for f in sorted(files)}
+    return {f: sha256(f"{ROOT}/{f}")[:12] for files in ("*.py", "lib/*.py")
+            for f in sorted(glob.glob(files, root_dir=ROOT))}
 
 
 def say_if_other_code(checkpoint):
@@ -105,8 +107,7 @@ def say_if_other_code(checkpoint):
     was, now = checkpoint.state.get("code"), code_now()
     if isinstance(was, dict) and was != now:
         differ = sorted(f for f in was.keys() | now.keys() if was.get(f) != now.get(f))
-        print0(f"{checkpoint.folder}: was written by other code than this; what differs: {', '.join(differ)}",
-               file=sys.stderr)
+        warn(f"{checkpoint.folder}: was written by other code than this; what differs: {', '.join(differ)}")
 
 
 def versions():
@@ -131,14 +132,14 @@ class Run:
         writes is a BadInput.
         """
         self.cfg, self.file = cfg, None
-        self.parent = os.path.join(cfg.out_dir, cfg.dataset, cfg.run)
-        self.folder = os.path.join(self.parent, cfg.stage)
-        self.last = os.path.join(self.folder, "last")
+        self.parent = os.path.join(cfg.out_dir, cfg.dataset, cfg.run).rstrip("/")
+        self.folder = f"{self.parent}/{cfg.stage}"
+        self.last = f"{self.folder}/last"
         if rank() == 0 and not cfg.estimate:
             os.makedirs(self.folder, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()
             # beside the folder, which may be moved aside
-            self.held = hold(os.path.join(self.parent, f".{cfg.stage}.lock"), self.folder)
+            self.held = hold(f"{self.parent}/.{cfg.stage}.lock", self.folder)
 
     def start(self, clips, shape, free):
         """
@@ -153,19 +154,20 @@ class Run:
         start = SimpleNamespace(folder=None, tensors={}, resuming=False,
                                 at=SimpleNamespace(step=0, scored=0, best=None, skipped=0))
         if cfg.resume:
-            there = [p for p in (self.last, self.last + ".1") if os.path.exists(os.path.join(p, "state.json"))]
-            start.folder, start.resuming = next(iter(there), None), bool(there)
-            if not there:
+            there = (p for p in (self.last, self.last + ".1") if os.path.exists(f"{p}/state.json"))
+            start.folder = next(there, None)
+            start.resuming = start.folder is not None
+            if not start.resuming:
                 print0(f"resume=true: {self.folder} holds no checkpoint yet, starting at step 0")
         if not start.resuming and not cfg.estimate and (cfg.init_from or cfg.stage == "sft"):
-            start.folder = find_checkpoint(cfg.init_from or os.path.join(self.parent, "align"))
+            start.folder = find_checkpoint(cfg.init_from or f"{self.parent}/align")
         if start.folder:
             checkpoint = read_checkpoint(start.folder)
             self.compare(checkpoint, sorted(vars(cfg).keys() - free) if start.resuming else [*shape, "llm"])
             say_if_other_code(checkpoint)
             if checkpoint.config["llm_bits"] != cfg.llm_bits:
-                print0(f"{start.folder}: has learnt beside an LLM in {checkpoint.config['llm_bits']} bits, this run's "
-                       f"lies in {cfg.llm_bits}", file=sys.stderr)
+                warn(f"{start.folder}: has learnt beside an LLM in {checkpoint.config['llm_bits']} bits, this run's "
+                     f"lies in {cfg.llm_bits}")
             start.tensors = checkpoint.tensors
             if start.resuming:
                 start.at = self.standing(checkpoint)
@@ -181,8 +183,7 @@ class Run:
     def standing(self, checkpoint):
         """The state of the loop in a checkpoint of this very run."""
         state, where = checkpoint.state, checkpoint.folder
-        at = SimpleNamespace(step=state["step"], scored=state.get("scored", state["step"]), best=state.get("best"),
-                             skipped=state.get("skipped"))
+        at = SimpleNamespace(**{key: state.get(key) for key in ("step", "scored", "best", "skipped")})
         numbers = type(at.scored) is int and type(at.skipped) is int and type(at.best) in (int, float, type(None))
         if not numbers or not 0 <= at.scored <= at.step:
             raise BadInput(f"{where}/state.json: is damaged, {vars(at)}")
@@ -199,17 +200,16 @@ class Run:
         self.total, self.stop = total, stop
         self.saved = start.at.step, start.at.scored  # what last/ holds
         if rank() == 0:
-            path = os.path.join(self.folder, "log.jsonl")
-            if not start.resuming and any(os.path.exists(os.path.join(self.folder, f)) for f in ("last", "best")):
+            path = f"{self.folder}/log.jsonl"
+            if not start.resuming and any(os.path.exists(f"{self.folder}/{f}") for f in ("last", "best")):
                 n = next(n for n in range(1, 10**6) if not os.path.exists(f"{self.folder}.{n}"))
                 os.rename(self.folder, f"{self.folder}.{n}")  # nothing that was saved is lost
                 print0(f"{self.folder} held an earlier run: moved to {self.folder}.{n}")
             os.makedirs(self.folder, exist_ok=True)
-            with whole(os.path.join(self.folder, "config.json")) as f:
+            with whole(f"{self.folder}/config.json") as f:
                 json.dump(vars(self.cfg) | {"versions": versions()}, f, indent=1)
-            kept = [line for line in read_log(path) if lasts(line, start.at)]
             with whole(path) as f:
-                f.writelines(kept)
+                f.writelines(line for line in read_log(path) if lasts(line, start.at))
             self.file = open(path, "a", buffering=1)
         barrier()
 
@@ -241,7 +241,7 @@ class Run:
         A disk that is full for an hour need not cost the days in memory: the checkpoint before stays what it is, and
         the run goes on and tries again at the next. Only the last save of a run (final) has no next: BadInput.
         """
-        cfg, folder = self.cfg, os.path.join(self.folder, name)
+        cfg, folder = self.cfg, f"{self.folder}/{name}"
         vision = {k: full(v).contiguous() for k, v in model.vision_state().items()}
         lora = {k.removeprefix("llm."): full(v) for k, v in model.named_parameters() if "lora_" in k}
         moments = {f"{key}.{k}": full(optimizer.state[p][key]).contiguous() for k, p in model.named_parameters()
@@ -250,18 +250,17 @@ class Run:
         if rank() == 0:
             try:
                 with whole_folder(folder, keep) as part:
-                    save_file(vision, os.path.join(part, "vision.safetensors"))
+                    save_file(vision, f"{part}/vision.safetensors")
                     if lora:
-                        targets = cfg.lora_targets.split(",")
-                        write_adapter(part, lora, cfg.lora_rank, cfg.lora_alpha, targets, cfg.lora_dropout, cfg.llm)
+                        write_adapter(part, lora, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.llm)
                     if optimizer:
-                        save_file(moments, os.path.join(part, "optimizer.safetensors"))
-                    with open(os.path.join(part, "state.json"), "w") as f:
+                        save_file(moments, f"{part}/optimizer.safetensors")
+                    with open(f"{part}/state.json", "w") as f:
                         json.dump(self.facts | vars(at) | more, f, indent=1)
             except (OSError, SafetensorError) as e:
                 failed += 1
-                print0(f"{folder}: the checkpoint of step {at.step} could not be written ({e}); the one before is "
-                       "untouched" + ("" if final else ", the run goes on"), file=sys.stderr)
+                warn(f"{folder}: the checkpoint of step {at.step} could not be written ({e}); the one before is "
+                     "untouched" + ("" if final else ", the run goes on"))
         dist.all_reduce(failed)
         if failed and final:
             raise BadInput(f"{folder}: the run ends without its last checkpoint; make room and go on with resume=true")
@@ -289,7 +288,7 @@ def load_moments(folder, model, optimizer, steps):
     Give AdamW the moments of a checkpoint, which has taken so many steps.
     Each process takes its own rows, so the number of processes may have changed.
     """
-    path = os.path.join(folder, "optimizer.safetensors")
+    path = f"{folder}/optimizer.safetensors"
     moments = load_tensors(path)
     for name, p in model.named_parameters():
         if p.requires_grad and steps:  # else all steps so far were skipped

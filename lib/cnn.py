@@ -34,8 +34,8 @@ class ConvBN(nn.Sequential):
     """A convolution, normalised over the batch that it was trained with, and ReLU."""
 
     def __init__(self, i, o, kernel, stride=1):
-        conv = nn.Conv2d(i, o, kernel, stride, kernel // 2, bias=False)
-        super().__init__(OrderedDict(conv=conv, bn=nn.BatchNorm2d(o, eps=0.001), relu=nn.ReLU()))
+        super().__init__(OrderedDict(conv=nn.Conv2d(i, o, kernel, stride, kernel // 2, bias=False),
+                                     bn=nn.BatchNorm2d(o, eps=0.001), relu=nn.ReLU()))
 
 
 class Inception(nn.Module):

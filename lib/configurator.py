@@ -9,22 +9,21 @@ assignments and nothing else, so it is read, never executed. Later wins: page on
 files, the stage's dict, command line.
 """
 import ast
+import contextlib
 import difflib
 import math
 import os
-import re
 import sys
 from types import SimpleNamespace
 
-from lib.program import VERSION, BadInput, print0, rank
+from lib.program import VERSION, BadInput, print0, warn
 
 CHOICES = {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16", "float16")}  # in every program
 
 
 def usage_error(program, message):
     """A wrong command line: one line on stderr, exit code 2."""
-    if rank() == 0:
-        print(f"{os.path.basename(program)}: {message}", file=sys.stderr)
+    warn(f"{os.path.basename(program)}: {message}")
     raise SystemExit(2)
 
 
@@ -41,8 +40,7 @@ def read_literals(path, strict=False):
     lines, found = source.splitlines(), {}
 
     def comment(node):  # what stands behind the # after a node
-        m = re.search(r"#\s*(.*)$", lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode())
-        return m[1] if m else ""
+        return lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode().partition("#")[2].strip()
 
     for node in tree.body:
         is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
@@ -63,27 +61,20 @@ def read_literals(path, strict=False):
 def coerce(value, like):
     """value (a text from the command line, or a literal) as the type of like; ValueError says why it is none."""
     kind = type(like)
-    if kind is str:
-        if not isinstance(value, str):
-            raise ValueError(f"{value!r} is not a text in quotes")
-        return value
-    words = {"true": True, "false": False, "1": True, "0": False}
-    if kind is bool:
-        if str(value).lower() not in words:
-            raise ValueError(f"{value!r} is not true or false")
-        return words[str(value).lower()]
-    try:
-        if isinstance(value, bool):
-            raise ValueError
-        number = float(value)  # "1e3" is a fine int, "1" a fine float
-        if not math.isfinite(number) or (kind is int and number != int(number)):
-            raise ValueError
-        return kind(number)
-    except (ValueError, TypeError):
-        raise ValueError(f"{value!r} is not {'a whole number' if kind is int else 'a finite number'}") from None
+    with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
+        if kind is str and isinstance(value, str):
+            return value
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
+        if kind in (int, float) and not isinstance(value, bool):
+            number = float(value)  # "1e3" is a fine int, "1" a fine float
+            if number.is_integer() or kind is float and math.isfinite(number):
+                return kind(number)
+    wanted = {str: "a text in quotes", bool: "true or false", int: "a whole number", float: "a finite number"}
+    raise ValueError(f"{value!r} is not {wanted[kind]}")
 
 
-def page_one(program, stages=()):
+def page_one(program, stages):
     """A program's defaults -> ({variable: value}, {stage: {variable: value}}, {variable or stage: its comments})."""
     page = read_literals(program)
     values, comments = ({name: both[n] for name, both in page.items()} for n in (0, 1))
@@ -103,8 +94,8 @@ def configure(program, argv=None, choices={}, positive=(), minus_one=(), shares=
     """
     argv = sys.argv[1:] if argv is None else argv
     cfg, per_stage, comments = page_one(program, stages)
-    for stage in stages:
-        cfg = cfg | per_stage[stage]
+    for values in per_stage.values():
+        cfg |= values
     defaults, choices = dict(cfg), CHOICES | choices
     origin = {}  # variable -> the config file that set it
 
@@ -147,10 +138,10 @@ def configure(program, argv=None, choices={}, positive=(), minus_one=(), shares=
         stage = command_line.get("stage", cfg["stage"])
         for key, value in per_stage[stage].items():
             if key in origin and key not in command_line and cfg[key] != value:
-                print0(f"{origin[key]}: {key} = {cfg[key]!r} gives way to {stage}'s {value!r}; "
-                       f"write it into {stage} = {{...}}", file=sys.stderr)
+                warn(f"{origin[key]}: {key} = {cfg[key]!r} gives way to {stage}'s {value!r}; "
+                     f"write it into {stage} = {{...}}")
             put(cfg, key, value, "")
-        comments = comments | comments[stage]
+        comments |= comments[stage]
     cfg.update(command_line)
 
     if show_help:

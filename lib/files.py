@@ -8,39 +8,39 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
-import sys
 from itertools import pairwise
 
-from lib.program import BadInput
+from lib.program import BadInput, warn
 
 # bytes of a JSON file; the largest real ones, indexes of shards, have some 100 kB
 MAX_JSON = 100e6
 
 
-def load_json(path, kind=dict):
-    """What stands in a JSON file: an object, or with kind=list an array."""
+def load_json(path):
+    """The object that stands in a JSON file."""
     try:
         if os.path.getsize(path) > MAX_JSON:
             raise ValueError(f"more than {MAX_JSON / 1e6:.0f} MB, files.MAX_JSON")
         value = json.load(open(path, encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise BadInput(f"{path}: cannot be read as JSON ({e})") from None
-    if not isinstance(value, kind):
-        raise BadInput(f"{path}: is not a JSON {'object' if kind is dict else 'array'}")
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: is not a JSON object")
     return value
 
 
-# how files begin that are given for others
+# how files begin that are given for others, as patterns
 KINDS = {b"\x89HDF": "HDF5", b"PK\3\4": "a zip archive, as torch.save, .npz and .xlsx are", b"<": "a web page or XML",
-         b"\x80\2\x8a\nl\xfc": "a file of torch.save", b"{": "JSON", b"[": "JSON", b"\x93NUMPY": "a .npy file",
+         b"\x80\2\x8a\nl\xfc": "a file of torch.save", rb"[{\[]": "JSON", b"\x93NUMPY": "a .npy file",
          b"version https://git-lfs": "a Git LFS pointer, git lfs pull fetches the file itself"}
 
 
-def kind_of(path):
+def kind_of(path, kinds=KINDS):
     """What a file is, of the kinds that are given for others; "" for the rest."""
-    start = open(path, "rb").read(64).lstrip()
-    return next((kind for magic, kind in KINDS.items() if start.startswith(magic)), "")
+    start = open(path, "rb").read(1000).lstrip()
+    return next((kind for pattern, kind in kinds.items() if re.match(pattern, start)), "")
 
 
 def read_text(path):
@@ -86,8 +86,7 @@ def whole(path, mode="w"):
     try:
         with open(path + ".part", mode, encoding=None if "b" in mode else "utf-8") as f:
             yield f
-            f.flush()
-            os.fsync(f.fileno())
+        sync(path + ".part")
         os.replace(path + ".part", path)
         sync(os.path.dirname(path) or ".")
     except BaseException as e:
@@ -112,8 +111,8 @@ def whole_folder(folder, keep=1):
         yield part
         readers = os.stat(part).st_mode & 0o666  # as the umask has it: safetensors lets nobody but its owner read
         for name in os.listdir(part):
-            os.chmod(os.path.join(part, name), readers)
-            sync(os.path.join(part, name))
+            os.chmod(f"{part}/{name}", readers)
+            sync(f"{part}/{name}")
         sync(part)
         if os.path.exists(folder):  # else a kill has left the newest under another age: it must not be the one to go
             shutil.rmtree(ages[-1], ignore_errors=True)
@@ -141,7 +140,7 @@ def hold(path, what):
         file.seek(0)
         raise BadInput(f"{what}: is held by {file.read() or 'another process'}; wait for it or end it") from None
     except OSError as e:
-        print(f"{path}: cannot be locked ({e.strerror}), a second writer would not be noticed", file=sys.stderr)
+        warn(f"{path}: cannot be locked ({e.strerror}), a second writer would not be noticed")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()

@@ -71,11 +71,10 @@ def packed_shapes(rows, width, bits):
     return {}
 
 
-def must_divide(shapes, bits):
-    """BadInput names a matrix, of {name: (rows, width)}, that is no whole number of blocks."""
-    for name, (rows, width) in shapes.items():
-        if bits == 4 and rows * width % BLOCK:
-            raise BadInput(f"llm_bits=4: {name} has {rows} x {width} weights, which does not divide by {BLOCK}")
+def must_divide(name, w, bits):
+    """BadInput names a matrix that is no whole number of blocks."""
+    if bits == 4 and w.numel() % BLOCK:
+        raise BadInput(f"llm_bits=4: {name} has {len(w)} x {len(w[0])} weights, which does not divide by {BLOCK}")
 
 
 def nf4(w):

@@ -42,7 +42,7 @@ def estimate(cfg, model, clips, micro, prompt, tokenizer, dtype, device):
     own = lambda p: getattr(p, "_local_tensor", p).nbytes
     frozen, learning = (sum(own(p) for p in model.parameters() if p.requires_grad == learning)
                         for learning in (False, True))
-    whole = lambda m: sum(p.numel() * p.itemsize for p in m.parameters())
+    whole = lambda m: sum(p.nbytes for p in m.parameters())
     block = whole(model.llm.layers[0])
     root = whole(model) - block * args.n_layers
     n_learning = sum(p.numel() for p in model.parameters() if p.requires_grad)

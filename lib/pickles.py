@@ -97,8 +97,7 @@ class Counted:
         self.path = path
         self.file = open(path, "rb")
         self.limit = os.path.getsize(path)
-        self.zipped = self.file.read(2) == b"\x1f\x8b"
-        self.file.seek(0)
+        self.zipped = self.file.peek().startswith(b"\x1f\x8b")
         if self.zipped:
             self.file = gzip.open(self.file)
             # labels shrink to a fifteenth at best, features hardly; a bomb shrinks to a thousandth

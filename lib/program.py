@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 VERSION = "0.1.0"
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the repository
 PARENT = os.getppid()  # torchrun, if it has started this process
 
 
@@ -38,6 +39,11 @@ def print0(*args, **kwargs):
         print(*args, flush=True, **kwargs)
 
 
+def warn(message):
+    """What is no result of the program: on stderr, by the first process only."""
+    print0(message, file=sys.stderr)
+
+
 def launch(main):
     """
     Call a program's main(). Whatever ends it, the last line on stderr is the program's own.
@@ -50,7 +56,6 @@ def launch(main):
             # All is done and written. torch's threads can still crash a process on its way out,
             # and torchrun would call that a failed run.
             sys.stdout.flush()
-            sys.stderr.flush()
             os._exit(0)
     except KeyboardInterrupt:
         print(f"{name}: interrupted; what was saved is there", file=sys.stderr, flush=True)
@@ -77,8 +82,7 @@ def launch(main):
 def run_program(module, *args):
     """Run another of our programs to its end, as `python -m` would and without torchrun. SIGTERM ends both."""
     alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    other = subprocess.Popen([sys.executable, "-m", module, *args], cwd=here, env=alone)
+    other = subprocess.Popen([sys.executable, "-m", module, *args], cwd=ROOT, env=alone)
 
     def end(number, frame):
         other.terminate()
@@ -92,17 +96,18 @@ def run_program(module, *args):
 # ---------------------------------------------------------------------------------------------------------------------
 # The machine
 
-def pick_device(device="auto"):
+def pick_device(device):
     """-> (torch.device of this process, the reason). A GPU is taken where there is one for each process."""
     processes, local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cpu":
         return torch.device("cpu"), "device=cpu"
-    if device == "auto" and gpus < processes:
-        return torch.device("cpu"), f"auto: {processes} process(es), {gpus} GPU(s)"
-    if gpus < processes:
-        raise BadInput(f"device=cuda: {gpus} GPU(s) for {processes} process(es)")
-    return torch.device("cuda", local), f"{device}: {processes} process(es), {gpus} GPU(s)"
+    why = f"{device}: {processes} process(es), {gpus} GPU(s)"
+    if gpus >= processes:
+        return torch.device("cuda", local), why
+    if device == "auto":
+        return torch.device("cpu"), why
+    raise BadInput(f"device=cuda: {gpus} GPU(s) for {processes} process(es)")
 
 
 def pick_dtype(dtype, device):
@@ -156,22 +161,21 @@ def gathered(found):
 # ---------------------------------------------------------------------------------------------------------------------
 # Signals, and what a program says while it works
 
-class Signals:
-    """SIGTERM and SIGINT, noted from now on: the loop looks at `len` once a step. A second Ctrl-C ends the process."""
+class Signals(list):
+    """
+    (number, when) of each SIGTERM and SIGINT from now on: the loop looks at `len` once a step.
+    A second Ctrl-C ends the process.
+    """
 
     def __init__(self):
-        self.seen = []  # (number, when)
         signal.signal(signal.SIGTERM, self.note)
         signal.signal(signal.SIGINT, self.note)
 
     def note(self, number, frame):
         # a scheduler signals every process, and torchrun passes on what it has got: within a second it is one wish
-        if self.seen and number == signal.SIGINT and time.time() - self.seen[0][1] > 1:
+        if self and number == signal.SIGINT and time.time() - self[0][1] > 1:
             os._exit(130)
-        self.seen.append((number, time.time()))
-
-    def __len__(self):
-        return len(self.seen)
+        self.append((number, time.time()))
 
     def check_torchrun(self):
         """BadInput where the torchrun that has started this process is gone: killed, it leaves its processes alive."""
@@ -185,28 +189,22 @@ class Signals:
 
     def leave(self, step, folder, resumes):
         """End a stopped program: say how to go on; the exit code is 128 + the signal's number."""
-        number = self.seen[0][0] if self.seen else signal.SIGTERM  # else another process has got it
+        number = self[0][0] if self else signal.SIGTERM  # else another process has got it
         program = ["torchrun", f"--nproc_per_node={world()}"] if "RANK" in os.environ else ["python"]
         again = shlex.join([*program, *sys.argv] + ([] if resumes else ["resume=true"]))
-        print0(f"{os.path.basename(sys.argv[0])}: stopped by {signal.Signals(number).name} after step {step}, "
-               f"saved in {folder}; to go on: {again}", file=sys.stderr)
+        warn(f"{os.path.basename(sys.argv[0])}: stopped by {signal.Signals(number).name} after step {step}, "
+             f"saved in {folder}; to go on: {again}")
         raise SystemExit(128 + number)
 
 
-class Pace:
-    """Seconds and tokens of the steps since the last line of the log."""
-
-    def __init__(self):
-        self.steps, self.seconds, self.tokens = 0, 0.0, 0
-
-    def add(self, seconds, tokens):
-        self.steps, self.seconds, self.tokens = self.steps + 1, self.seconds + seconds, self.tokens + tokens
+class Pace(list):
+    """(seconds, tokens) of each step since the last line of the log."""
 
     def so_far(self):
         """-> {"tokens_per_s", "step_s"}, and begins anew."""
-        rates = {"tokens_per_s": round(self.tokens / max(self.seconds, 1e-9)),
-                 "step_s": round(self.seconds / self.steps, 4)}
-        self.__init__()
+        seconds, tokens = map(sum, zip(*self))
+        rates = {"tokens_per_s": round(tokens / max(seconds, 1e-9)), "step_s": round(seconds / len(self), 4)}
+        self.clear()
         return rates
 
 
@@ -214,8 +212,8 @@ class Progress:
     """done/total, rate and time left, on one line: rewritten on a terminal, every ten seconds a new one in a file."""
 
     def __init__(self, what, total):
-        self.what, self.total, self.start = what, total, time.time()
-        self.said = self.start
+        self.what, self.total = what, total
+        self.said = self.start = time.time()
         self.tty = sys.stderr.isatty()
 
     def __call__(self, done, units=None, unit="clips"):
@@ -229,4 +227,4 @@ class Progress:
         line = (f"{self.what}: {number(done)}/{number(self.total)}, {rate:.{0 if rate >= 10 else 2}f} {unit}/s, "
                 f"{left:.0f} s left")
         end = "\n" if done >= self.total or not self.tty else ""
-        print(("\r" if self.tty else "") + line.ljust(78) if self.tty else line, end=end, file=sys.stderr, flush=True)
+        print("\r" + line.ljust(78) if self.tty else line, end=end, file=sys.stderr, flush=True)

@@ -58,8 +58,8 @@ def read_table(path, *columns):
 def find(root, *files):
     """The folder that holds one of these files: root itself, or one up to three folders down."""
     for depth in range(4):
-        homes = {hit.removesuffix("/" + f) for f in files
-                 for hit in glob.glob(os.path.join(glob.escape(root), *["*"] * depth, f))}
+        homes = {hit.removesuffix(f).rstrip("/") for f in files
+                 for hit in glob.glob(f"{glob.escape(root)}/{'*/' * depth}{f}")}
         if len(homes) > 1:
             raise BadInput(f"{root}: holds the data set more than once ({', '.join(sorted(homes))}): "
                            "say which with root=")
@@ -225,14 +225,14 @@ def read_how2sign(root):
     found = False
     for split in SPLITS:
         s = VAL.get(split, split)
-        texts = f"sentence_level/{s}/text/en/raw_text"
-        homes = ("", s, f"{s}_rgb_front_clips", texts + "/re_aligned", texts)
-        path = first(root, [os.path.join(home, f"how2sign_realigned_{s}.csv") for home in homes])
-        folders = (f"sentence_level/{s}/rgb_front/raw_videos", f"{s}_rgb_front_clips/raw_videos",
-                   f"{s}_raw_videos", f"{s}/raw_videos", s, "raw_videos", "")
+        texts = f"sentence_level/{s}/text/en/raw_text/"
+        homes = ("", f"{s}/", f"{s}_rgb_front_clips/", texts + "re_aligned/", texts)
+        path = first(root, [f"{home}how2sign_realigned_{s}.csv" for home in homes])
+        folders = (f"sentence_level/{s}/rgb_front/raw_videos/", f"{s}_rgb_front_clips/raw_videos/",
+                   f"{s}_raw_videos/", f"{s}/raw_videos/", f"{s}/", "raw_videos/", "")
         for row in read_table(path, "SENTENCE_NAME", "SENTENCE") if os.path.exists(path) else ():
             found = True
-            video = first(root, [os.path.join(f, row["SENTENCE_NAME"] + ".mp4") for f in folders], -1)
+            video = first(root, [f"{folder}{row['SENTENCE_NAME']}.mp4" for folder in folders], -1)
             yield split, {"name": row["SENTENCE_NAME"], "text": row["SENTENCE"], "video": video}
     if not found:
         raise BadInput(f"{root}: holds no how2sign_realigned_train.csv, neither there nor in train "
@@ -248,10 +248,10 @@ def read_openasl(root):
     writes '%' for the ':' in a vid.
     """
     path = find(root, "openasl-v1.0.tsv") + "/openasl-v1.0.tsv"
-    folders = ("", "clips", "videos", "train", "valid", "test")
+    folders = ("", "clips/", "videos/", "train/", "valid/", "test/")
     for row in read_table(path, "vid", "raw-text", "split"):
         files = [row["vid"] + ".mp4", row["vid"].replace(":", "%") + ".mp4"]
-        video = first(root, [os.path.join(folder, file) for file in files for folder in folders])
+        video = first(root, [folder + file for file in files for folder in folders])
         yield ({"valid": "dev", "val": "dev"}.get(row["split"], row["split"]),
                {"name": row["vid"], "text": row["raw-text"], "video": video, "line": row["line"]})
 
@@ -264,15 +264,15 @@ def read_gfslt(root):
     Clips are looked for in root itself and in the folders that PHOENIX-2014T and CSL-Daily have for them.
     """
     folder = os.path.dirname(root) if "{split}" in root else root
-    inside = ("", "fullFrame-210x260px", "features/fullFrame-210x260px",
-              "PHOENIX-2014-T/features/fullFrame-210x260px",
-              "PHOENIX-2014-T-release-v3/PHOENIX-2014-T/features/fullFrame-210x260px",
-              "sentence-crop", "sentence/frames_512x512")
+    inside = ("", "fullFrame-210x260px/", "features/fullFrame-210x260px/",
+              "PHOENIX-2014-T/features/fullFrame-210x260px/",
+              "PHOENIX-2014-T-release-v3/PHOENIX-2014-T/features/fullFrame-210x260px/",
+              "sentence-crop/", "sentence/frames_512x512/")
     for split, e in label_entries(root, "labels", "csl_daily.labels"):
         images = e.get("imgs_path")
         folder_of = os.path.dirname(str(images[0])) if images and isinstance(images, list) else e["name"]
         clip = str(e.get("video_path") or folder_of)
-        video = first(folder, [os.path.join(i, c) for i in inside for c in (clip, f"{split}/{clip}")])
+        video = first(folder, [i + c for i in inside for c in (clip, f"{split}/{clip}")])
         yield split, {"name": e["name"], "text": e["text"], "video": video} | optional(e)
 
 
@@ -299,10 +299,10 @@ def deal_out(rows, ratio):
     """Share rows out to train, dev and test in an order that depends on their names alone."""
     try:
         a, b, c = map(float, ratio.split(","))
+        if min(a, b, c) < 0 or not 0.999 < a + b + c < 1.001:
+            raise ValueError
     except ValueError:
-        a = b = c = -1
-    if min(a, b, c) < 0 or not 0.999 < a + b + c < 1.001:
-        raise BadInput(f"ratio={ratio}: is not three shares that sum to 1")
+        raise BadInput(f"ratio={ratio}: is not three shares that sum to 1") from None
     rows = sorted(rows, key=lambda r: (zlib.crc32(r["name"].encode()), r["name"]))
     one, two = round(a * len(rows)), round((a + b) * len(rows))
     return {"train": rows[:one], "dev": rows[one:two], "test": rows[two:]}

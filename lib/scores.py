@@ -38,7 +38,7 @@ def _metric(lang, order=4):
     return BLEU(tokenize="char" if lang in UNSPACED else "13a", smooth_method="exp", max_ngram_order=order, force=True)
 
 
-def language_code(language, lang=""):
+def language_code(language, lang):
     """The name of a language in a prompt, or its code where one is given -> code. BadInput names the variable."""
     lang = lang or LANGUAGES.get(language, "")
     if not lang:
@@ -58,7 +58,7 @@ def bleu(hyps, refs, lang):
 
 
 def _lcs(a, b):
-    """Length of the longest common subsequence of two lists."""
+    """Length of the longest common subsequence of two lists or texts."""
     row = [0] * (len(b) + 1)
     for x in a:
         previous = 0
@@ -71,7 +71,7 @@ def rouge(hyps, refs, lang):
     """Two lists of sentences -> ROUGE-L in percent as coco-caption has it: F with beta 1.2, mean over sentences."""
     _check(hyps, refs)
     lang = plain_code(lang)
-    cut = (lambda s: list("".join(s.split()))) if lang in UNSPACED else str.split
+    cut = (lambda s: "".join(s.split())) if lang in UNSPACED else str.split
     total, beta2 = 0.0, 1.2**2
     for hyp, ref in zip(hyps, refs):
         h, r = cut(hyp), cut(ref)
@@ -96,22 +96,22 @@ def report(hyps, refs, lang):
     """All scores of a system as one dict, with signatures and a bootstrap interval (Koehn 2004) of BLEU-4."""
     from sacrebleu.metrics import CHRF
     metric, chrf = _metric(lang), CHRF()
+
+    def scored(hyps, refs):
+        return {"bleu": bleu(hyps, refs, lang), "rouge": rouge(hyps, refs, lang),
+                "chrf": chrf.corpus_score(hyps, [refs]).score}
+
     # resampled with sacrebleu's own seed: the same each time
     sampled = metric.corpus_score(hyps, [refs], n_bootstrap=SAMPLES) if len(refs) > 1 else None
     metric.corpus_score(hyps, [refs])  # the signature counts the references
-    scores = {"bleu": bleu(hyps, refs, lang), "rouge": rouge(hyps, refs, lang),
-              "chrf": chrf.corpus_score(hyps, [refs]).score,
-              "bleu4_95": [sampled._mean - sampled._ci, sampled._mean + sampled._ci] if sampled else None,
-              "exact": 100 * sum(h == r for h, r in zip(hyps, refs)) / len(refs),
-              "clips": len(refs), "lang": lang, "variants": {}}
-    for name, change in variants(lang).items():
-        h, r = [change(s) for s in hyps], [change(s) for s in refs]
-        scores["variants"][name] = {"bleu": bleu(h, r, lang), "rouge": rouge(h, r, lang),
-                                    "chrf": CHRF().corpus_score(h, [r]).score}
-    cut = "char" if lang in UNSPACED else "space"
-    scores["signature"] = {"bleu": str(metric.get_signature()), "chrf": str(chrf.get_signature()),
-                           "rouge": f"ROUGE-L|F:beta1.2|tok:{cut}|mean:sentence"}
-    return scores
+    return scored(hyps, refs) | {
+        "bleu4_95": [sampled._mean - sampled._ci, sampled._mean + sampled._ci] if sampled else None,
+        "exact": 100 * sum(h == r for h, r in zip(hyps, refs)) / len(refs),
+        "clips": len(refs), "lang": lang,
+        "variants": {name: scored(list(map(change, hyps)), list(map(change, refs)))
+                     for name, change in variants(lang).items()},
+        "signature": {"bleu": str(metric.get_signature()), "chrf": str(chrf.get_signature()),
+                      "rouge": f"ROUGE-L|F:beta1.2|tok:{'char' if lang in UNSPACED else 'space'}|mean:sentence"}}
 
 
 def print_scores(title, rows):
@@ -138,12 +138,12 @@ def read_hyps(path, refs=""):
     found = {}
 
     def take(row):
-        name = str(row["name"])
-        if not isinstance(row["hyp"], str) or not isinstance(row["ref"], str):
+        name, pair = str(row["name"]), (row["hyp"], row["ref"])
+        if not all(isinstance(text, str) for text in pair):
             raise ValueError("hyp and ref must be texts")
         if name in found:
             raise BadInput(f"{name} stands there twice")
-        found[name] = row["hyp"], row["ref"]
+        found[name] = pair
 
     if not refs:
         read_jsonl(path, 'a line {"name", "hyp", "ref"}; two aligned text files are hyps=A.txt refs=B.txt', take)

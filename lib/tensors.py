@@ -2,7 +2,6 @@
 Tensors by name, Meta's and Hugging Face's: read from anybody's file, drawn from a seed, in and out of shards.
 """
 import math
-import re
 import zipfile
 import zlib
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from lib.files import kind_of
 from lib.program import BadInput
 
 # Hugging Face's word -> Meta's
@@ -42,16 +42,9 @@ def pairs(w, head_dim):
 
 
 # how a file begins that is not what its name says -> what it is, and what to do
-INSTEAD = {rb"version https://git-lfs": "it is a git-lfs pointer, not the file: git lfs pull brings it",
+INSTEAD = {b"version https://git-lfs": "it is a git-lfs pointer, not the file: git lfs pull brings it",
            rb"[\w+/=]+ \d+\n": "it is tiktoken's, as Llama 3 has it: take the Hugging Face folder's tokenizer.json",
-           rb"\s*<": "it is a web page, not the file: download it again"}
-
-
-def instead(path):
-    """What a file that cannot be read is, where its beginning tells; else None."""
-    with open(path, "rb") as f:
-        start = f.read(1000)
-    return next((what for pattern, what in INSTEAD.items() if re.match(pattern, start)), None)
+           b"<": "it is a web page, not the file: download it again"}
 
 
 def load_tensors(path):
@@ -68,10 +61,10 @@ def load_tensors(path):
         said = str(e).partition("\n")[0][-200:].rpartition(":")[2].strip() or type(e).__name__
         if "eights_only" in str(e) or "eights only" in str(e):
             said = "it holds more than tensors, which might run code"
-        said = instead(path) or f"damaged or not plain tensors ({said})"
+        said = kind_of(path, INSTEAD) or f"damaged or not plain tensors ({said})"
         raise BadInput(f"{path}: cannot be read as weights, {said}") from None
-    if not isinstance(state, dict) or {str} | {type(k) for k in state} != {str} or not all(
-            isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+            isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise BadInput(f"{path}: is not a plain dict of tensors")
     return state
 
@@ -80,11 +73,11 @@ def check_names(path, want, have):
     """Two dicts name -> shape must be equal; BadInput names the first difference."""
     # with its name in a Hugging Face file, where it has another there
     both = lambda name: name if to_hf(name) == name else f"{name} ({to_hf(name)})"
-    missing, surplus = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
-    for kind, names in (("has no tensor", missing), ("has a surplus tensor", surplus)):
+    for kind, names in {"has no tensor": want.keys() - have.keys(),
+                        "has a surplus tensor": have.keys() - want.keys()}.items():
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise BadInput(f"{path}: {kind} {both(names[0])}{more}")
+            raise BadInput(f"{path}: {kind} {both(min(names))}{more}")
     for name in want:
         if tuple(want[name]) != tuple(have[name]):
             raise BadInput(f"{path}: {both(name)} is {tuple(have[name])}, its configuration says {tuple(want[name])}")
@@ -119,10 +112,10 @@ def stateless(*key):
 
 def init_weight(name, shape, seed):
     """A parameter's first value, a function of (name, shape, seed) alone: the same for any number of processes."""
-    if name.endswith("lora_B"):
+    if name.endswith(("bias", "lora_B")):
         return torch.zeros(shape)  # LoRA starts as the identity
     if len(shape) == 1:
-        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+        return torch.ones(shape)
     # NOTE the CPU's generator reads 32 bits of a seed and drops the rest
     g = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
     fan_in = math.prod(shape[1:])

@@ -6,14 +6,14 @@ import math
 import os
 import re
 
-from lib.files import load_json
+from lib.files import kind_of, load_json
 from lib.program import BadInput
-from lib.tensors import instead
+from lib.tensors import INSTEAD
 
 
 def json_in(path, name):
     """What a JSON file in a folder says; nothing where it is not there."""
-    file = os.path.join(path, name)
+    file = f"{path}/{name}"
     return load_json(file) if os.path.exists(file) else {}
 
 
@@ -24,18 +24,18 @@ def nothing_in(path, wanted):
         wanted = "is GGUF; python -m scripts.gguf_to_hf file=MODEL.gguf to=FOLDER makes a folder of it"
     elif not os.path.isdir(path):
         wanted = "is no folder; one from the hub comes with: hf download NAME --local-dir FOLDER"
-    elif os.path.exists(os.path.join(path, "adapter_config.json")):
+    elif os.path.exists(f"{path}/adapter_config.json"):
         wanted = "is an adapter (LoRA); llm= takes the folder of the LLM beneath it"
     elif cached:
-        wanted = f"is the hub's cache; the LLM's folder is {os.path.join(path, cached[0])}"
+        wanted = f"is the hub's cache; the LLM's folder is {path}/{cached[0]}"
     return BadInput(f"llm={path}: {wanted}")
 
 
 def tokenizer_file(path):
     """The file of the tokenizer in an LLM's folder, by transformers' order; None where there is none."""
-    files = [os.path.join(path, "tokenizer.json"), os.path.join(path, "tokenizer.model")]
-    if os.path.exists(os.path.join(path, "params.json")):  # Meta's download.sh puts it one folder above
-        files.append(os.path.join(os.path.dirname(os.path.abspath(path)), "tokenizer.model"))
+    files = [f"{path}/tokenizer.json", f"{path}/tokenizer.model"]
+    if os.path.exists(f"{path}/params.json"):  # Meta's download.sh puts it one folder above
+        files.append(f"{os.path.dirname(os.path.abspath(path))}/tokenizer.model")
     return next(filter(os.path.exists, files), None)
 
 
@@ -83,7 +83,7 @@ class Tokenizer:
         except BadInput:
             raise
         except Exception as e:
-            raise BadInput(f"{file}: cannot be read as a tokenizer ({instead(file) or e})") from None
+            raise BadInput(f"{file}: cannot be read as a tokenizer ({kind_of(file, INSTEAD) or e})") from None
 
     def added(self):
         """(id, {"content": token, ...}) of what the folder adds to its tokenizer, in the order of their ids."""
@@ -158,7 +158,7 @@ class Tokenizer:
                 token = token.get("content")
             first = self.id_of(token) if isinstance(token, str) else None
             if first is None:
-                raise BadInput(f"{os.path.join(self.path, 'tokenizer_config.json')} or special_tokens_map.json: "
+                raise BadInput(f"{self.path}/tokenizer_config.json or special_tokens_map.json: "
                                f"{kind}_token={token!r} is no piece of the tokenizer; give {kind}_id=")
             found = [first] + [i for i in found if i != first]  # chat models list further tokens that end an answer
         return [i for i in found if i >= 0]

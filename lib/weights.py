@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from lib.files import load_json, whole_folder
 from lib.program import BadInput, Progress
 from lib.tensors import check_names, from_hf, halves, init_weight, load_tensors, shapes_of, to_hf
-from lib.tokenizer import Tokenizer, nothing_in, tokenizer_file
+from lib.tokenizer import Tokenizer, json_in, nothing_in, tokenizer_file
 
 
 @dataclass
@@ -69,23 +69,24 @@ class ModelArgs:
         shapes["norm.weight"] = (dim,)
         return shapes if self.tied else shapes | {"output.weight": (self.vocab_size, dim)}
 
+    def size(self):
+        """How many parameters."""
+        return sum(map(math.prod, self.shapes().values()))
 
-LLAMA_7B = dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=32000)
-SIZES = {  # llm=random:NAME
-    "7B": LLAMA_7B,
-    "13B": LLAMA_7B | dict(dim=5120, n_layers=40, n_heads=40, n_kv_heads=40, hidden_dim=13824),
-    "70B": LLAMA_7B | dict(dim=8192, n_layers=80, n_heads=64, hidden_dim=28672, n_kv_heads=8),
-    "vicuna-7b-v1.5": LLAMA_7B,
-    "mistral-7b-instruct-v0.3": LLAMA_7B | dict(n_kv_heads=8, hidden_dim=14336, vocab_size=32768, rope_theta=1e6,
-                                                model_type="mistral"),
-    "qwen2-7b-instruct": dict(dim=3584, n_layers=28, n_heads=28, n_kv_heads=4, hidden_dim=18944, vocab_size=152064,
-                              norm_eps=1e-6, rope_theta=1e6, qkv_bias=True, model_type="qwen2"),
-    "qwen3-8b": dict(dim=4096, n_layers=36, n_heads=32, n_kv_heads=8, head_dim=128, hidden_dim=12288,
-                     vocab_size=151936, norm_eps=1e-6, rope_theta=1e6, qk_norm=True, model_type="qwen3"),
-    "deepseek-llm-7b-chat": LLAMA_7B | dict(n_layers=30, vocab_size=102400, norm_eps=1e-6),
-    "chinese-llama-2-7b": LLAMA_7B | dict(vocab_size=55296),
-    "smollm2-135m": dict(dim=576, n_layers=30, n_heads=9, n_kv_heads=3, hidden_dim=1536, vocab_size=49152,
-                         rope_theta=1e5, tied=True),
+
+SIZES = {  # llm=random:NAME -> dim, n_layers, n_heads, n_kv_heads, hidden_dim, vocab_size, head_dim
+    "7B": ModelArgs(4096, 32, 32, 32, 11008, 32000, 128),
+    "13B": ModelArgs(5120, 40, 40, 40, 13824, 32000, 128),
+    "70B": ModelArgs(8192, 80, 64, 8, 28672, 32000, 128),
+    "vicuna-7b-v1.5": ModelArgs(4096, 32, 32, 32, 11008, 32000, 128),
+    "mistral-7b-instruct-v0.3": ModelArgs(4096, 32, 32, 8, 14336, 32768, 128, rope_theta=1e6, model_type="mistral"),
+    "qwen2-7b-instruct": ModelArgs(3584, 28, 28, 4, 18944, 152064, 128, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True,
+                                   model_type="qwen2"),
+    "qwen3-8b": ModelArgs(4096, 36, 32, 8, 12288, 151936, 128, norm_eps=1e-6, rope_theta=1e6, qk_norm=True,
+                          model_type="qwen3"),
+    "deepseek-llm-7b-chat": ModelArgs(4096, 30, 32, 32, 11008, 102400, 128, norm_eps=1e-6),
+    "chinese-llama-2-7b": ModelArgs(4096, 32, 32, 32, 11008, 55296, 128),
+    "smollm2-135m": ModelArgs(576, 30, 9, 3, 1536, 49152, 64, rope_theta=1e5, tied=True),
 }
 
 
@@ -97,14 +98,10 @@ class RawLLM:
     shapes: dict  # name -> shape of its weights
     read: Callable  # name -> one whole tensor, read when it is asked for
 
-    def size(self):
-        """How many parameters."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
-
     def describe(self, dtype):
         """One line: type, sizes, parameters and bytes."""
         a = self.args
-        n = self.size()
+        n = a.size()
         return (f"LLM: {self.path}: {a.model_type}, {a.n_layers} layers of width {a.dim}, {a.n_heads} heads "
                 f"({a.n_kv_heads} of keys) of {a.head_dim}, SwiGLU {a.hidden_dim}, {a.vocab_size} tokens; "
                 f"{n / 1e6:.2f}M parameters, {n * dtype.itemsize / 1e9:.3f} GB in {str(dtype).removeprefix('torch.')}")
@@ -118,7 +115,7 @@ class RawLLM:
             weight = self.read(name)
             if show is None:
                 scale = weight.itemsize / 1e9
-                show = Progress(f"loading {self.path}, GB", self.size() * scale)
+                show = Progress(f"loading {self.path}, GB", self.args.size() * scale)
             yield name, weight
             done += weight.numel()
             show(done * scale, unit="GB")
@@ -131,10 +128,9 @@ def open_llm(path):
     """
     if path.startswith("random:"):
         return open_random(path)
-    meta = os.path.exists(os.path.join(path, "params.json"))
-    hf = os.path.exists(os.path.join(path, "config.json"))
-    if meta and hf and not glob.glob("consolidated.*.pth", root_dir=path):
-        meta = False  # Mistral's folders hold another params.json
+    hf = os.path.exists(f"{path}/config.json")
+    # beside a config.json, Mistral's folders hold another params.json
+    meta = os.path.exists(f"{path}/params.json") and (not hf or glob.glob("consolidated.*.pth", root_dir=path))
     if not meta and not hf:
         raise nothing_in(path, "holds neither params.json (Meta's layout) nor config.json (Hugging Face's)")
     sizes, shapes, read = open_meta(path) if meta else open_hf(path)
@@ -143,40 +139,38 @@ def open_llm(path):
 
 def open_random(path):
     """random:7B and its like: random weights of that size, for trials of speed and memory without real ones."""
-    sizes = SIZES.get(path.removeprefix("random:"))
-    if not sizes:
+    args = SIZES.get(path.removeprefix("random:"))
+    if not args:
         raise BadInput(f"llm={path}: the sizes are {', '.join(SIZES)}")
-    args = ModelArgs(**{"head_dim": sizes["dim"] // sizes["n_heads"]} | sizes)
     shapes = args.shapes()
     return RawLLM(path, args, shapes, lambda name: init_weight(name, shapes[name], 0))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sizes that stand in a file
 
-# no LLM has more; the largest real ones have 16384, 126, 128 and 256000
-LIMITS = {"width": 2**17, "layers": 1000, "heads": 2**12, "rows": 2**23}
-# a key -> our name, and which of LIMITS holds for a whole number (None: any positive number)
-META = {"dim": ("dim", "width"), "n_layers": ("n_layers", "layers"), "n_heads": ("n_heads", "heads"),
-        "norm_eps": ("norm_eps", None), "rope_theta": ("rope_theta", None)}
-HF = {"hidden_size": ("dim", "width"), "num_hidden_layers": ("n_layers", "layers"),
-      "num_attention_heads": ("n_heads", "heads"), "num_key_value_heads": ("n_kv_heads", "heads"),
-      "intermediate_size": ("hidden_dim", "width"), "vocab_size": ("vocab_size", "rows"),
-      "head_dim": ("head_dim", "width"), "sliding_window": ("sliding_window", "rows"),
-      "rms_norm_eps": ("norm_eps", None), "rope_theta": ("rope_theta", None)}
+# no LLM has more; the largest real ones are 16384 wide and have 126 layers, 128 heads and 256000 tokens
+LIMITS = {"dim": 2**17, "hidden_dim": 2**17, "head_dim": 2**17, "n_layers": 1000, "n_heads": 2**12, "n_kv_heads": 2**12,
+          "vocab_size": 2**23, "sliding_window": 2**23, "max_position_embeddings": 2**23}
+# a key -> our name; those without a limit are any positive number, the others are whole
+META = {key: key for key in ("dim", "n_layers", "n_heads", "norm_eps", "rope_theta")}
+HF = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
+      "num_key_value_heads": "n_kv_heads", "intermediate_size": "hidden_dim", "vocab_size": "vocab_size",
+      "head_dim": "head_dim", "sliding_window": "sliding_window", "rms_norm_eps": "norm_eps",
+      "rope_theta": "rope_theta"}
 OPTIONAL = ("n_kv_heads", "head_dim", "sliding_window", "rope_theta")
 
 
 def sizes_in(where, says, table):
     """The sizes that a file says, under our names; one that a model can have, before anything of that size is made."""
     found = {}
-    for key, (name, most) in table.items():
-        value = says.get(key)
+    for key, name in table.items():
+        value, most = says.get(key), LIMITS.get(name)
         if value is None and name in OPTIONAL:
             continue
         if key not in says:
             raise BadInput(f"{where}: has no {key}")
-        if most and (type(value) is not int or not 1 <= value <= LIMITS[most]):
-            raise refusal(where, says, key, f"is not a whole number from 1 to {LIMITS[most]} (weights.LIMITS)")
+        if most and (type(value) is not int or not 1 <= value <= most):
+            raise refusal(where, says, key, f"is not a whole number from 1 to {most} (weights.LIMITS)")
         if not most and (type(value) not in (int, float) or not 0 < value < 1e30):
             raise refusal(where, says, key, "is not a positive number")
         found[name] = value
@@ -192,14 +186,14 @@ def refusal(where, says, key, why="is not implemented"):
 
 def open_meta(path):
     """params.json + consolidated.*.pth, model-parallel shards: they know what params.json does not say."""
-    where = os.path.join(path, "params.json")
+    where = f"{path}/params.json"
     params = load_json(where)
     sizes = sizes_in(where, params, META)
     known = META.keys() | {"n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier"}
     for key in sorted(params.keys() - known):
         if params[key]:
             raise refusal(where, params, key)
-    files = [os.path.join(path, f) for f in sorted(glob.glob("consolidated.*.pth", root_dir=path))]
+    files = sorted(glob.glob(f"{glob.escape(path)}/consolidated.*.pth"))
     if not files:
         raise BadInput(f"{path}: has no consolidated.00.pth; of a Mistral take the folder with its config.json")
     shards = [load_tensors(f) for f in files]
@@ -250,7 +244,7 @@ def open_meta(path):
 
 def open_hf(path):
     """config.json + *.safetensors or pytorch_model*.bin."""
-    where = os.path.join(path, "config.json")
+    where = f"{path}/config.json"
     config = load_json(where)
     sizes = hf_sizes(where, config)
     tensors = {}
@@ -298,17 +292,17 @@ def hf_rope(where, config):
     kind = str(rope.get("rope_type", rope.get("type", "default"))) if isinstance(rope, dict) else ""
     if kind not in ROPE or not rope.keys() >= set(ROPE[kind]) or rope.get("partial_rotary_factor", 1) != 1:
         raise refusal(where, config, key)
-    sizes_in(where, rope, {key: (key, None) for key in ROPE[kind]})  # positive numbers, which may be divided by
-    found = sizes_in(where, rope, {"rope_theta": HF["rope_theta"]})
+    sizes_in(where, rope, {key: key for key in ROPE[kind]})  # positive numbers, which may be divided by
+    found = sizes_in(where, rope, {"rope_theta": "rope_theta"})
     if kind == "dynamic":  # it changes nothing up to there
-        return found | sizes_in(where, config, {"max_position_embeddings": ("max_position_embeddings", "rows")})
+        return found | sizes_in(where, config, {"max_position_embeddings": "max_position_embeddings"})
     return found | {"rope_scaling": rope if ROPE[kind] else None}
 
 
 def hf_files(path):
     """The files of weights, as transformers takes them: one for all, else those of an index; safetensors first."""
     for name in ("model.safetensors", "pytorch_model.bin"):
-        file = os.path.join(path, name)
+        file = f"{path}/{name}"
         if os.path.exists(file):
             return [file]
         index = file + ".index.json"
@@ -316,7 +310,7 @@ def hf_files(path):
             said = load_json(index).get("weight_map")
             if not said or not isinstance(said, dict) or not all(isinstance(f, str) for f in said.values()):
                 raise BadInput(f"{index}: its weight_map does not say the files of weights")
-            return sorted({os.path.join(path, os.path.basename(f)) for f in said.values()})  # of this folder alone
+            return sorted({f"{path}/{os.path.basename(f)}" for f in said.values()})  # of this folder alone
     raise BadInput(f"{path}: has no model.safetensors, no pytorch_model.bin, and no *.index.json of their shards")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -336,10 +330,9 @@ def write_hf(folder, args, tensors, source, dtype, shard_bytes=5 * 10**9, ids=()
     if os.path.exists(folder):
         raise BadInput(f"{folder}: exists already")
     with whole_folder(folder.rstrip("/")) as part:
-        inside = lambda name: os.path.join(part, name)
         shards = []  # name -> bytes in each
         for shard in in_shards(tensors, shard_bytes):
-            save_file(shard, inside(str(len(shards))), metadata={"format": "pt"})
+            save_file(shard, f"{part}/{len(shards)}", metadata={"format": "pt"})
             shards.append({name: t.nbytes for name, t in shard.items()})
         # how many there are is known at the end: until then they are called 0, 1, 2, ...
         about = {"config.json": hf_config(args, source, dtype, ids)}
@@ -350,14 +343,14 @@ def write_hf(folder, args, tensors, source, dtype, shard_bytes=5 * 10**9, ids=()
                 "metadata": {"total_size": sum(sum(shard.values()) for shard in shards)},
                 "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}}
         for i, file in enumerate(files):
-            os.rename(inside(str(i)), inside(file))
-        found = {os.path.join(source, f) for f in os.listdir(source) if f.startswith(TOKENIZER_FILES)}
+            os.rename(f"{part}/{i}", f"{part}/{file}")
+        found = {f"{source}/{f}" for f in os.listdir(source) if f.startswith(TOKENIZER_FILES)}
         for file in filter(None, {*found, tokenizer_file(source)}):
             shutil.copy(file, part)
-        if os.path.exists(inside("tokenizer.model")) and not os.path.exists(inside("tokenizer_config.json")):
+        if os.path.exists(f"{part}/tokenizer.model") and not os.path.exists(f"{part}/tokenizer_config.json"):
             about["tokenizer_config.json"] = Tokenizer(source, *ids).as_llama()
         for file, value in about.items():
-            with open(inside(file), "w") as f:
+            with open(f"{part}/{file}", "w") as f:
                 json.dump(value, f, indent=2)
 
 
@@ -375,11 +368,10 @@ def in_shards(tensors, shard_bytes):
 def hf_config(a, source, dtype, ids=()):
     """config.json for these sizes: that of source where it has one, else made of them."""
     dtype = str(dtype).removeprefix("torch.")
-    path = os.path.join(source, "config.json")
-    if os.path.exists(path):
-        return load_json(path) | {"torch_dtype": dtype, "dtype": dtype}  # for older and newer transformers
+    if config := json_in(source, "config.json"):
+        return config | {"torch_dtype": dtype, "dtype": dtype}  # for older and newer transformers
     tokenizer = Tokenizer(source, *ids)
-    return {key: getattr(a, name) for key, (name, _) in HF.items()} | {
+    return {key: getattr(a, name) for key, name in HF.items()} | {
         "architectures": [a.model_type.capitalize() + "ForCausalLM"], "model_type": a.model_type,
         "hidden_act": "silu", "max_position_embeddings": 4096, "tie_word_embeddings": a.tied,
         "bos_token_id": tokenizer.bos_id if tokenizer.bos_id >= 0 else None, "eos_token_id": tokenizer.eos_id,

@@ -30,13 +30,13 @@ from lib.program import BadInput, join, pick_device, pick_dtype
 from lib.readers import read_gfslt
 from lib.tensors import fill, full, stateless, to_hf
 from lib.tokenizer import Tokenizer
-from lib.weights import SIZES, hf_config, open_llm
+from lib.weights import SIZES, ModelArgs, hf_config, open_llm
 from model import Adaptor, LLaMA, LocalTransformer, generate, local_attention, sees
 from scripts.memory import peak_memory
 
 LTN = ["ltn_dim=0", "ltn_heads=8"]  # the paper's width: that of the features
 # a size for two cores
-SIZES["bench"] = dict(dim=576, n_layers=12, n_heads=9, n_kv_heads=3, hidden_dim=1536, vocab_size=32000)
+SIZES["bench"] = ModelArgs(576, 12, 9, 3, 1536, 32000, 64)
 
 
 def turns(repeats, **sides):
@@ -177,7 +177,7 @@ class Peer(nn.Module):
         self.llm = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=ours.dtype).requires_grad_(False)
         if not c.freeze_llm:
             tensors = {k.removeprefix("llm."): full(v) for k, v in ours.model.named_parameters() if "lora_" in k}
-            write_adapter(adapter, tensors, c.lora_rank, c.lora_alpha, c.lora_targets.split(","), base=folder)
+            write_adapter(adapter, tensors, c.lora_rank, c.lora_alpha, base=folder)
             self.llm = peft.PeftModel.from_pretrained(self.llm, adapter, is_trainable=True)
         if c.activation_checkpointing:
             self.llm.gradient_checkpointing_enable({"use_reentrant": False})

@@ -68,7 +68,7 @@ TWINS = [pair.split() for pair in (
     "isfinite isnan, sum mean, sin cos, zeros_like ones_like, append extend").split(", ")]
 TWINS = dict(TWINS) | {b: a for a, b in TWINS}
 WRAPPERS = "sorted reversed abs round float int list".split()  # f(x) becomes x
-SPEAKERS = "BadInput print print0 usage_error say refusal fail".split()  # their words are not what is tried here
+SPEAKERS = "BadInput print print0 warn usage_error say refusal fail".split()  # their words are not what is tried here
 
 
 def name_of(call):

@@ -29,11 +29,11 @@ from sacrebleu.metrics import CHRF
 
 from data import Clips, Sample, pack, prompt_ids
 from eval import load_model
-from lib.checkpoint import ROOT, find_checkpoint, home_of, newest_run, read_log
+from lib.checkpoint import find_checkpoint, home_of, newest_run, read_log
 from lib.configurator import configure, page_one, usage_error
 from lib.controls import CONTROLS
 from lib.files import load_json, whole
-from lib.program import BadInput, Progress, launch
+from lib.program import ROOT, BadInput, Progress, launch
 from lib.scores import UNSPACED, language_code, read_hyps
 from lib.tensors import load_tensors
 from lib.video import frames
@@ -344,7 +344,7 @@ def what_learns(folder, c):
             if part in sizes:  # the others are statistics of the features
                 sizes[part] += t.numel()
     with contextlib.suppress(BadInput):  # its folder need not be on this machine
-        sizes["LLM"] = sum(map(math.prod, open_llm(str(c.get("llm"))).shapes.values())) - sizes["word embeddings"]
+        sizes["LLM"] = open_llm(str(c.get("llm"))).args.size() - sizes["word embeddings"]
     rows = [[PARTS.get(p, p), f"{n:,}", "learns" if learns[p] else "frozen"] for p, n in sizes.items() if n]
     return table(("part", "parameters", "in this stage"), rows, "what learns")
 
@@ -406,7 +406,7 @@ def main():
     if cfg.side < 16:
         usage_error(__file__, f"side={cfg.side}: must be at least 16")
     folder = cfg.ckpt or newest_run(cfg.out_dir)
-    run = home_of(folder) or "."
+    run = home_of(folder)
     if not os.path.exists(f"{run}/config.json"):
         raise BadInput(f"{run}: holds no config.json, it is no run's folder")
     c = load_json(f"{run}/config.json")

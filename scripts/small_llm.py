@@ -19,11 +19,10 @@ from collections import Counter
 import torch
 import torch.nn.functional as F
 
-from lib.checkpoint import ROOT
 from lib.configurator import configure, page_one, usage_error
 from lib.features import row_of_clip
 from lib.files import read_jsonl, whole_folder
-from lib.program import BadInput, Progress, launch
+from lib.program import ROOT, BadInput, Progress, launch
 from lib.tensors import init_weight, pairs, stateless
 from lib.tokenizer import Tokenizer
 from lib.weights import ModelArgs, write_hf

@@ -17,10 +17,9 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from lib.checkpoint import ROOT
 from lib.configurator import coerce, configure, page_one
 from lib.files import load_json, whole
-from lib.program import BadInput, Progress, launch
+from lib.program import ROOT, BadInput, Progress, launch
 
 table = 0  # 1 to 9, 0 = all
 setting = "toy"  # toy: a miniature on 2 cores; paper: PHOENIX-2014T, CSL-Daily and LLMs of 7B and 13B

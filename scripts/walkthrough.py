@@ -258,7 +258,7 @@ for p, i in zip(*(t.tolist() for t in logits[-1].softmax(-1).topk(5))):
 # %%
 tell()
 update = lambda w: w.alpha / len(w.lora_A) * w.lora_B @ w.lora_A  # (out, rank) (rank, in) -> (out, in)
-*_, lora = layers(llm)[0]
+lora = next(iter(layers(llm).values()))
 x = torch.randn(5, lora.in_features)
 assert torch.allclose(lora(x), x @ (lora.weight + update(lora)).T, atol=1e-4)
 targets = cfg.lora_targets.split(",")
@@ -268,7 +268,7 @@ assert torch.equal(begun(h=h), plain(h=h))  # B = 0: the identity
 # added into W it costs nothing any more
 assert torch.allclose(merge_lora(copy.deepcopy(llm))(h=h)[0], logits, atol=1e-3)
 print("size of the update against W\n" + " " * 8 + "".join(f"{t:>7}" for t in targets))
-size = {name: update(w).norm() / w.weight.norm() for name, _, _, w in layers(llm)}
+size = {name: update(w).norm() / w.weight.norm() for name, w in layers(llm).items()}
 for n in range(len(llm.layers)):
     print(f"layer {n} " + "".join(f"{size[f'layers.{n}.attention.{t}']:7.1%}" for t in targets))
 learnt = pack([clips.sample(clip, (before, after), tokenizer)])  # the stream as in training, the reference behind it

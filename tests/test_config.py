@@ -413,9 +413,9 @@ def test_progress_on_a_terminal(clock, monkeypatch):
 def test_the_pace_is_that_since_the_last_line():
     pace = Pace()
     for seconds, tokens in ((2.0, 100), (4.0, 500)):
-        pace.add(seconds, tokens)
+        pace.append((seconds, tokens))
     assert pace.so_far() == {"tokens_per_s": 100, "step_s": 3.0}
-    pace.add(0.5, 10)
+    pace.append((0.5, 10))
     assert pace.so_far() == {"tokens_per_s": 20, "step_s": 0.5}
 
 

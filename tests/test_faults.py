@@ -157,7 +157,7 @@ def test_a_second_ctrl_c_ends_at_once_but_not_within_a_second(monkeypatch):
     for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
         os.kill(os.getpid(), number)
     assert len(asked) == 3
-    asked.seen[0] = signal.SIGINT, time.time() - 2
+    asked[0] = signal.SIGINT, time.time() - 2
     os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(SystemExit, match="130"):
         os.kill(os.getpid(), signal.SIGINT)

@@ -18,7 +18,6 @@ import train
 from lib.program import BadInput
 from lib.tokenizer import Tokenizer
 from lib.weights import write_hf
-from lora import export_hf
 from model import LLaMA
 
 pytest.importorskip("google.protobuf", reason="transformers reads a tokenizer.model with it")
@@ -355,14 +354,14 @@ def test_metas_folder_merged(tmp_path, above):
     pieces(tmp_path if above else tmp_path / "llama-2-7b")
     source, merged = str(tmp_path / "llama-2-7b"), tmp_path / "merged"
     ours = Tokenizer(source)
-    export_hf(LLaMA.from_pretrained(source), str(merged), source)
+    llama = LLaMA.from_pretrained(source)
+    write_hf(str(merged), llama.args, llama.state_dict().items(), source, torch.float32)
     assert same_ids(merged).encode("am tag") == ours.encode("am tag")
     theirs = transformers.AutoTokenizer.from_pretrained(merged)
     assert ours.bos_id == theirs.bos_token_id == 1
     assert theirs("am tag").input_ids == [1, *ours.encode("am tag")]
     assert theirs.eos_token_id == ours.eos_id == Tokenizer(str(merged)).eos_id == 2
     # a run that has learnt another EOS, as with stories260K
-    llama = LLaMA.from_pretrained(source)
     for ids in ((2, 1), (0, 1)):
         other = str(tmp_path / f"other{ids[0]}")
         write_hf(other, llama.args, llama.state_dict().items(), source, torch.float32, ids=ids)

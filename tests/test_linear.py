@@ -94,7 +94,7 @@ def test_lora_learns_through_it(bits):
     saved = []
     for layer in (filled(bits), filled(16, dequantize(192, torch.float32, **quantize(W, bits)))):
         holder = torch.nn.Module()
-        holder.layers = [torch.nn.Module()]
+        holder.layers = torch.nn.ModuleList([torch.nn.Module()])
         holder.layers[0].attention, holder.layers[0].feed_forward = torch.nn.Module(), torch.nn.Module()
         holder.layers[0].attention.wq = layer
         torch.manual_seed(0)

@@ -258,8 +258,7 @@ def test_an_llm_in_one_line(tmp_path, capsys):
 
 
 def test_random_weights(monkeypatch):
-    sizes = dict(dim=2048, n_layers=1, n_heads=16, n_kv_heads=8, hidden_dim=96, vocab_size=4096, qkv_bias=True)
-    monkeypatch.setitem(LLM_SIZES, "tiny", sizes)
+    monkeypatch.setitem(LLM_SIZES, "tiny", ModelArgs(2048, 1, 16, 8, 96, 4096, 128, qkv_bias=True))
     a, b = (LLaMA.from_pretrained("random:tiny") for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
     w = a.tok_embeddings.weight  # more numbers than are drawn
