@@ -2,6 +2,7 @@
 Features on the disk: the store in which they wait for training, a data set's common form, and others' files of them.
 """
 import functools
+import glob
 import json
 import math
 import os
@@ -96,6 +97,16 @@ def write_common(folder, backbone, splits, shapes, read, metadata):
     print0(f"{folder}: {clips} clips, features ({backbone}) of width {next(iter(shapes.values()))[1]}")
 
 
+def only_backbone(folder):
+    """The label of a data set's features, where it has those of one backbone alone."""
+    stores = glob.glob(glob.escape(folder) + "/**/train.safetensors", recursive=True)
+    labels = sorted(os.path.relpath(os.path.dirname(store), folder) for store in stores)
+    if len(labels) != 1:
+        hint = f"{', '.join(labels)}: say which" if labels else "none: python data.py makes some, or say which"
+        raise BadInput(f"{folder}: has features {hint}, backbone=...")
+    return labels[0]
+
+
 def row_of_clip(row):
     """A line of {split}.jsonl, as it must be."""
     if not all(isinstance(row[key], str) and row[key].strip() for key in ("name", "text")):
@@ -124,20 +135,33 @@ def read_common(path, store):
 # ---------------------------------------------------------------------------------------------------------------------
 # Others': a source is a dict name -> (shape, or what is wrong with the clip's features; a function that reads them)
 
+def of_split(path, split):
+    """A pattern for one split, by each of the names that the split goes by."""
+    return [path.replace("{split}", s) for s in dict.fromkeys([split, VAL.get(split, split)])]
+
+
+def keys_of(name, split):
+    """How a clip may be called: with and without "train/" in front, in these files and in the labels."""
+    return [key for form in forms(name) for key in (form, f"{split}/{form}", form.removeprefix(split + "/"))]
+
+
+def files_of(path, split, names):
+    """name -> its file, of a pattern with {name} in it; whether it is there is another question."""
+    return {n: first("", [p.replace("{name}", key) for p in of_split(path, split) for key in keys_of(n, split)])
+            for n in names}
+
+
 def open_features(path, split, names, values=True, sigma=None):
     """
     The source of one pattern and split: .npy files (a folder, or a path with {name} in it), a .safetensors or a pickle.
     values=False: for the shapes alone. sigma: stand-ins from the alignments in neccam's base annotations.
     """
-    path = first("", [path.replace("{split}", s) for s in (split, VAL.get(split, split))])
-    if os.path.isdir(path):
+    if any(map(os.path.isdir, of_split(path, split))):
         path += "/{name}.npy"
-    # with and without "train/" in front, in these files and in the labels
-    keys = {n: [key for form in forms(n) for key in (form, f"{split}/{form}", form.removeprefix(split + "/"))]
-            for n in names}
     if "{name}" in path:
-        files = {n: first("", [path.replace("{name}", key) for key in keys[n]]) for n in names}
+        files = files_of(path, split, names)
         return {n: open_array(file) for n, file in files.items() if os.path.exists(file)}
+    path = first("", of_split(path, split))
     if not os.path.exists(path):
         raise BadInput(f"features: there is no file {path}")
     if path.endswith(".safetensors"):
@@ -147,7 +171,7 @@ def open_features(path, split, names, values=True, sigma=None):
         source = open_standins(path, split, sigma)
     else:
         source = open_pickle(path, values)
-    return {n: source[key] for n in names for key in keys[n] if key in source}
+    return {n: source[key] for n in names for key in keys_of(n, split) if key in source}
 
 
 def open_array(file):

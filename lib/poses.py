@@ -4,13 +4,14 @@ Poses in, features out: where a signer's joints are, in the place of what a CNN 
 Read are .pose files (pose-format's), folders of OpenPose's JSON, a file a frame, and .npy of keypoints. Of each the
 same 76 points are taken, in the same order: 9 of the body, 8 of the mouth, 17 of the face, 21 of either hand.
 """
+import contextlib
 import itertools
 import os
 import struct
 
 import numpy as np
 
-from lib.features import half
+from lib.features import files_of, half
 from lib.files import load_json
 from lib.program import BadInput
 from lib.video import MAX_FRAMES, resampled, visible
@@ -71,11 +72,16 @@ def read_pose(path):
     return dict(zip(sizes, np.split(body, [*itertools.accumulate(sizes.values())], 1))), rate
 
 
+def pose_files(folder):
+    """OpenPose's JSON files in a folder, in natural order."""
+    return [f"{folder}/{f}" for f in visible(folder) if f.endswith(".json")]
+
+
 def read_openpose(folder):
     """A folder of OpenPose's JSON files. Where nobody is seen all points are missing."""
     layout = LAYOUTS["OpenPose"]
     frames = []
-    for file in (f"{folder}/{f}" for f in visible(folder) if f.endswith(".json")):
+    for file in pose_files(folder):
         people = load_json(file).get("people")
         try:
             (person,) = people or [{c: [0.0] * 3 * n for c, (n, _) in layout.items()}]
@@ -100,13 +106,19 @@ def read_npy(path):
     return dict(zip(layout, np.split(x, [*itertools.accumulate(n for n, _ in layout.values())], 1))), 0.0
 
 
+READ = {".pose": read_pose, ".npy": read_npy}
+
+
+def is_pose(path):
+    """Whether a clip is of poses, by its ending or as a folder of JSON files."""
+    return path.lower().endswith((*READ,)) or os.path.isdir(path) and bool(pose_files(path))
+
+
 def read(path):
     """A clip -> (whose points they are, those taken (T, 76, 3), frames a second, 0 where it does not say)."""
-    openpose = os.path.isdir(path) and any(f.endswith(".json") for f in visible(path))
-    how = read_openpose if openpose else {".pose": read_pose, ".npy": read_npy}.get(os.path.splitext(path)[1].lower())
-    if not how:
+    if not is_pose(path):
         raise BadInput(f"{path}: is no pose: a .pose, a .npy or a folder of OpenPose's JSON; docs/poses.md makes them")
-    parts, rate = how(path)
+    parts, rate = READ.get(os.path.splitext(path)[1].lower(), read_openpose)(path)
     whose = next((name for name, layout in LAYOUTS.items() if parts.keys() & layout.keys()), None)
     if not whose:
         raise BadInput(f"{path}: has {', '.join(parts) or 'no points'}; read are the points of {', '.join(LAYOUTS)}")
@@ -138,10 +150,26 @@ def normalised(points, path):
     return np.where(seen[..., None], np.dstack([xy, seen]), 0).reshape(len(points), -1)
 
 
+def whose_points(paths):
+    """Whose points these clips have: those of the first that can be read, since what is wrong with it is said later."""
+    for path in paths:
+        with contextlib.suppress(BadInput):
+            return read(path)[0]
+    return read(paths[0])[0]
+
+
+def in_place(splits, pattern):
+    """{split: [row]} with poses in the place of the videos; pattern: their path, with {name} and perhaps {split}."""
+    if "{name}" not in pattern or "," in pattern:
+        raise BadInput(f"features={pattern}: of poses it is one path with {{name}} in it")
+    files = {s: files_of(pattern, s, [row["name"] for row in rows]) for s, rows in splits.items()}
+    return {s: [row | {"video": files[s][row["name"]]} for row in rows] for s, rows in splits.items()}
+
+
 class Poses:
     """An Extractor of clips that are poses. Called with a path -> float16 (T, 228)."""
 
-    endings = (".pose", ".npy")
+    endings = (*READ,)
     workers = 0  # nothing here takes long
 
     def __init__(self, whose, fps=0.0, rate=0.0):
@@ -164,8 +192,11 @@ class Poses:
         return self.take(path)[0]
 
     def rate_of(self, path):
-        """Frames a second of a clip, 0 where nobody knows it."""
-        return self.take(path)[1]
+        """Frames a second of a clip that is to be translated; one that cannot say has the rate of the others."""
+        return self.take(path)[1] or self.fps
+
+    def describe(self):
+        return f"backbone poses: 76 points of {self.whose}"
 
     def stream(self, paths, workers=0):
         """As Extractor's: yields (number of the clip, features, its own frame rate or the BadInput of a broken one)."""
