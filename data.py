@@ -249,7 +249,7 @@ def main():
 def take_over(cfg, splits, patterns, shapes, sigma):
     """Import features that others have made, or stand-ins, under a name of their own."""
     label = cfg.backbone
-    if not label:
+    if label in ("", "toycnn"):  # these are not made by it
         label = "imported" if sigma is None else "standin"
         print0(f"backbone={label}: how these features are called, for want of another backbone=")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", label):

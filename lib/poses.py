@@ -31,6 +31,7 @@ LAYOUTS = {
                  "hand_left_keypoints_2d": HAND, "hand_right_keypoints_2d": HAND},
     "COCO-WholeBody": {"body": (17, COCO), "feet": (6, ()), "face": (68, IBUG), "left": HAND, "right": HAND},
 }
+DIMENSIONS = "x y seen"  # what a feature has of each point
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files -> {component: (T, points, 3) of x, y and a confidence, 0 where a point is missing}, frames a second or 0
@@ -84,7 +85,7 @@ def read_openpose(folder):
     for file in pose_files(folder):
         people = load_json(file).get("people")
         try:
-            (person,) = people or [{c: [0.0] * 3 * n for c, (n, _) in layout.items()}]
+            (person,) = people if people != [] else [{c: [0.0] * 3 * n for c, (n, _) in layout.items()}]
             frames.append([np.array(person[c], float).reshape(n, 3) for c, (n, _) in layout.items()])
         except (KeyError, TypeError, ValueError) as e:
             raise BadInput(f"{file}: is not one person of OpenPose's BODY_25, with face and hands ({e})") from None
@@ -175,7 +176,7 @@ class Poses:
     def __init__(self, whose, fps=0.0, rate=0.0):
         """whose: points of whom, of LAYOUTS. fps: clips are resampled to it, 0 = as they are. rate: where unknown."""
         self.whose, self.fps, self.rate = whose, fps, rate
-        self.settings = {"backbone": "poses", "weights": "", "fps": fps, "components": whose, "dimensions": "x y seen"}
+        self.settings = {"backbone": "poses", "weights": "", "fps": fps, "components": whose, "dimensions": DIMENSIONS}
 
     def take(self, path):
         """A clip -> (features, its own frame rate, 0 where nobody knows it)."""

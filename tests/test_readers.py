@@ -53,7 +53,8 @@ def forget():
 
 def run(monkeypatch, tmp_path, *args):
     """data.main() with these arguments; the data set is called `set`, its folder is returned."""
-    monkeypatch.setattr(sys, "argv", ["data.py", "dataset=set", f"data_dir={tmp_path / 'data'}", *args])
+    words = ["dataset=set", "backbone=toycnn", f"data_dir={tmp_path / 'data'}", *args]
+    monkeypatch.setattr(sys, "argv", ["data.py", *words])
     data.main()
     return tmp_path / "data" / "set"
 
@@ -903,7 +904,7 @@ def test_no_file_of_features(tmp_path, monkeypatch):
         with bad("absent.train"):
             run(monkeypatch, tmp_path, "reader=slt", f"root={tmp_path / 'slt'}", f"features={tmp_path}/{pattern}",
                 "backbone=x")
-    for label in ("../x", "/x", "", ".parts"):
+    for label in ("../x", "/x", ".parts"):
         with bad("backbone="):
             run(monkeypatch, tmp_path, "reader=slt", f"root={tmp_path / 'slt'}", f"backbone={label}")
 
