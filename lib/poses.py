@@ -31,6 +31,7 @@ LAYOUTS = {
                  "hand_left_keypoints_2d": HAND, "hand_right_keypoints_2d": HAND},
     "COCO-WholeBody": {"body": (17, COCO), "feet": (6, ()), "face": (68, IBUG), "left": HAND, "right": HAND},
 }
+MAX_BYTES = 5e8  # 20,000 frames of MediaPipe's 586 points have 188 MB
 DIMENSIONS = "x y seen"  # what a feature has of each point
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,6 +120,8 @@ def read(path):
     """A clip -> (whose points they are, those taken (T, 76, 3), frames a second, 0 where it does not say)."""
     if not is_pose(path):
         raise BadInput(f"{path}: is no pose: a .pose, a .npy or a folder of OpenPose's JSON; docs/poses.md makes them")
+    if os.path.getsize(path) > MAX_BYTES:
+        raise BadInput(f"{path}: has {os.path.getsize(path) / 1e9:.1f} GB, poses.MAX_BYTES = {MAX_BYTES:g}")
     parts, rate = READ.get(os.path.splitext(path)[1].lower(), read_openpose)(path)
     whose = next((name for name, layout in LAYOUTS.items() if parts.keys() & layout.keys()), None)
     if not whose:

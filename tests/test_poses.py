@@ -5,6 +5,8 @@ Poses: the files, a skeleton whose features are known, the store and a run made 
 """
 import json
 import os
+import re
+import shlex
 import shutil
 import struct
 import sys
@@ -16,6 +18,7 @@ from conftest import ROOT, SMALL
 import data
 import eval as evaluation
 import train
+from lib.configurator import configure
 from lib.extract import choose_backbone
 from lib.features import Store
 from lib.poses import Poses, read
@@ -235,6 +238,14 @@ def test_no_frames(tmp_path):
         read(str(tmp_path / "a"))
 
 
+def test_a_file_of_two_gigabytes(tmp_path):
+    for name in ("a.pose", "a.npy"):
+        with open(tmp_path / name, "wb") as f:
+            f.truncate(2 * 10**9)
+        with bad(name, "2.0 GB", "MAX_BYTES"):
+            read(str(tmp_path / name))
+
+
 def test_nobody_is_seen(tmp_path):
     parts = {c: x * (1, 1, 0) for c, x in body(HOLISTIC, [11, 12]).items()}
     with bad("a.pose", "both shoulders"):
@@ -375,3 +386,21 @@ def test_the_best_backbone_that_is_there(tmp_path, monkeypatch, capsys):
     assert choose_backbone(["a.pose", "b.mp4"])[0] == "googlenet"
     with bad("weights=a.pth", "of which backbone"):
         choose_backbone(["a.mp4"], "a.pth")
+
+
+def test_the_page(monkeypatch):
+    """Of docs/poses.md: the lines on what is refused stand in the code, and the commands are understood."""
+    page = (ROOT / "docs" / "poses.md").read_text(encoding="utf-8")
+    source = (ROOT / "lib" / "poses.py").read_text(encoding="utf-8")
+    for said in ("the clips that are learnt from are of ", "is no pose: a .pose, a .npy or a folder of OpenPose's JSON",
+                 "of the {n} points {component} it has {found}", "frames are there", "is it cut off?", "read is one in 2 or 3",
+                 "shows nowhere both shoulders, by which a pose is measured", "frames, read are 1 to ",
+                 "is not x and y in pixels and a confidence: it has shares of the picture, or a depth"):
+        assert said in source
+        assert all(part in page for part in re.split(r"\{\w+\}", said)), said
+    monkeypatch.chdir(ROOT)
+    for block in re.findall(r"```sh\n(.*?)```", page, re.S):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if words[0] == "python":
+                configure(words[1], words[2:], stages=("align", "sft") if words[1] == "train.py" else ())
