@@ -75,8 +75,8 @@ def read_pose(path):
 
 
 def pose_files(folder):
-    """OpenPose's JSON files in a folder, in natural order."""
-    return [f"{folder}/{f}" for f in visible(folder) if f.endswith(".json")]
+    """OpenPose's JSON files in a folder, under the names that it gives them, in natural order."""
+    return [f"{folder}/{f}" for f in visible(folder) if f.endswith("_keypoints.json")]
 
 
 def read_openpose(folder):
@@ -112,7 +112,7 @@ READ = {".pose": read_pose, ".npy": read_npy}
 
 
 def is_pose(path):
-    """Whether a clip is of poses, by its ending or as a folder of JSON files."""
+    """Whether a clip is of poses, by its ending or as a folder of OpenPose's files."""
     return path.lower().endswith((*READ,)) or os.path.isdir(path) and bool(pose_files(path))
 
 
