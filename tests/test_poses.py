@@ -394,7 +394,8 @@ def test_the_page(monkeypatch):
     source = (ROOT / "lib" / "poses.py").read_text(encoding="utf-8")
     for said in ("the clips that are learnt from are of ", "is no pose: a .pose, a .npy or a folder of OpenPose's JSON",
                  "of the {n} points {component} it has {found}", "frames are there: is it cut off?",
-                 "read is one in 2 or 3", "shows nowhere both shoulders, by which a pose is measured", "frames, read are 1 to ",
+                 "read is one in 2 or 3", "frames, read are 1 to ",
+                 "shows nowhere both shoulders, by which a pose is measured",
                  "is not x and y in pixels and a confidence: it has shares of the picture, or a depth"):
         assert said in source
         assert all(part in page for part in re.split(r"\{\w+\}", said)), said
