@@ -1,5 +1,5 @@
 """
-Own clips, a few dozen to a few thousand, on a real LLM. With ten, epochs=100 in both stages learns them by heart.
+Own clips, a few dozen to a few thousand, on a real LLM. (Ten are learnt by heart, with more epochs: config/isl.py.)
 
     python data.py dataset=mine root=FOLDER
     python train.py config/clips.py dataset=mine llm=LLAMA stage=align
