@@ -167,7 +167,7 @@ def test_the_package_reads_the_same(tmp_path):
     parts["LEFT_HAND_LANDMARKS"][1] = 0
     pose = package.Pose.read(open(write_pose(tmp_path / "a.pose", parts, 29.97), "rb").read())
     xy, confidence = pose.body.data.data[:, 0, :, :2], pose.body.confidence[:, 0, :, None]
-    want = np.split(np.concatenate([xy, confidence], 2), [33, 501, 522], 1)
+    want = np.split(np.concatenate([xy, confidence], 2), [33, 501, 522, 543], 1)
     assert all(np.array_equal(x, parts[c].astype("f4")) for x, c in zip(want, HOLISTIC))
     with open(tmp_path / "b.pose", "wb") as f:
         pose.write(f)
@@ -393,7 +393,7 @@ def test_the_page(monkeypatch):
     page = (ROOT / "docs" / "poses.md").read_text(encoding="utf-8")
     source = (ROOT / "lib" / "poses.py").read_text(encoding="utf-8")
     for said in ("the clips that are learnt from are of ", "is no pose: a .pose, a .npy or a folder of OpenPose's JSON",
-                 "of the {n} points {component} it has {found}", "frames are there: is it cut off?",
+                 "of the {n} points {component} it has {found}", "{frames} are there: is it cut off?",
                  "read is one in 2 or 3", "frames, read are 1 to ",
                  "shows nowhere both shoulders, by which a pose is measured",
                  "is not x and y in pixels and a confidence: it has shares of the picture, or a depth"):
