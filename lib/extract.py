@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lib.cnn import CNNS, open_timm
 from lib.features import Store, write_common, write_store
+from lib.files import fingerprint
 from lib.poses import Poses, is_pose
 from lib.program import BadInput, Progress, barrier, pick_device, pick_dtype, print0, rank, world
 from lib.readers import SPLITS
@@ -212,13 +213,6 @@ def open_extractor(made, weights="", device="auto"):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A data set
-
-def fingerprint(path):
-    """Changes when a file does, or one of the files in a folder of frames."""
-    stats = [f.stat() for f in os.scandir(path)] if os.path.isdir(path) else [os.stat(path)]
-    newest = max((s.st_mtime_ns for s in stats), default=0)
-    return f"{os.path.abspath(path)} {len(stats)} {sum(s.st_size for s in stats)} {newest}"
-
 
 def prepare(name, splits, data_dir, extractor, strict=True):
     """

@@ -10,7 +10,7 @@ import os
 import numpy as np
 from safetensors import safe_open
 
-from lib.files import kind_of, read_jsonl, whole
+from lib.files import fingerprint, kind_of, read_jsonl, whole
 from lib.pickles import Array, numpy_of, outline, read_pickle
 from lib.program import BadInput, print0
 from lib.readers import SPLITS, VAL, entries, first, forms
@@ -51,8 +51,8 @@ class Store:
 def write_store(path, shapes, read, metadata):
     """
     A feature store: one safetensors file, written clip by clip, since a data set need not fit into memory.
-    shapes: name -> (T, D); read: name -> (T, D) float16; metadata: {text: text}. One that knows the fingerprints of its
-    clips, and would come out as it lies there, is left alone: it may have 20 GB.
+    shapes: name -> (T, D); read: name -> (T, D) float16; metadata: {text: text}. One that knows the fingerprints of
+    its clips or files, and would come out as it lies there, is left alone: it may have 20 GB.
     """
     header = {"__metadata__": metadata}
     at = 0
@@ -151,19 +151,27 @@ def files_of(path, split, names):
             for n in names}
 
 
+def sources(path, split, names):
+    """name -> its file, of those that a pattern has for one split; {"": path} where one file holds all."""
+    if any(map(os.path.isdir, of_split(path, split))):
+        path += "/{name}.npy"
+    if "{name}" in path:
+        return {n: file for n, file in files_of(path, split, names).items() if os.path.exists(file)}
+    path = first("", of_split(path, split))
+    if not os.path.exists(path):
+        raise BadInput(f"features: there is no file {path}")
+    return {"": path}
+
+
 def open_features(path, split, names, values=True, sigma=None):
     """
     The source of one pattern and split: .npy files (a folder, or a path with {name} in it), a .safetensors or a pickle.
     values=False: for the shapes alone. sigma: stand-ins from the alignments in neccam's base annotations.
     """
-    if any(map(os.path.isdir, of_split(path, split))):
-        path += "/{name}.npy"
-    if "{name}" in path:
-        files = files_of(path, split, names)
-        return {n: open_array(file) for n, file in files.items() if os.path.exists(file)}
-    path = first("", of_split(path, split))
-    if not os.path.exists(path):
-        raise BadInput(f"features: there is no file {path}")
+    files = sources(path, split, names)
+    if files.keys() != {""}:
+        return {n: open_array(file) for n, file in files.items()}
+    path = files[""]
     if path.endswith(".safetensors"):
         store = Store(path)
         source = {key: (store.shape(key), functools.partial(store.array, key)) for key in store.names}
@@ -244,14 +252,14 @@ def import_features(name, splits, data_dir, label, patterns, shapes, sigma=None)
     sigma: stand-ins from neccam's alignments, and the store says so.
     """
     split_of = {row["name"]: split for split in SPLITS for row in splits[split]}
+    names_of = {split: [row["name"] for row in splits[split]] for split in SPLITS}
     opened = {}  # split -> {path: source}
 
     def read(clip):
         split = split_of[clip]
         if split not in opened:  # one split's files at a time: a pickle must be read whole
             opened.clear()
-            names = [n for n, s in split_of.items() if s == split]
-            opened[split] = {p: open_features(p, split, names, True, sigma) for p in patterns}
+            opened[split] = {p: open_features(p, split, names_of[split], True, sigma) for p in patterns}
         return np.concatenate([half(source[clip][1](), f"{path.replace('{split}', split)}: clip {clip}")
                                for path, source in opened[split].items()], 1)
 
@@ -259,5 +267,10 @@ def import_features(name, splits, data_dir, label, patterns, shapes, sigma=None)
     if sigma is not None:
         settings["standin"] = (f"stand-in features made from HMM alignments with noise of sigma={sigma:g}, "
                                "not from videos")
-    write_common(f"{data_dir}/{name}", label, splits, shapes, read,
-                 lambda names: {"settings": json.dumps(settings)})
+
+    def metadata(names):
+        split = split_of[names[0]]
+        prints = [sorted(map(fingerprint, sources(p, split, names).values())) for p in patterns]
+        return {"settings": json.dumps(settings), "fingerprints": json.dumps(prints)}
+
+    write_common(f"{data_dir}/{name}", label, splits, shapes, read, metadata)
