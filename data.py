@@ -1,8 +1,8 @@
 """
 Clips in, packed batches out; and the program that makes a data set's common form.
 
-    python data.py dataset=isl root=clips_of_isl                            # own clips: a folder with clips.tsv
-    torchrun --nproc_per_node=2 data.py dataset=isl root=clips_of_isl       # the same, shared out among processes
+    python data.py dataset=mine root=FOLDER                            # own clips: a folder with clips.tsv
+    torchrun --nproc_per_node=2 data.py dataset=mine root=FOLDER       # the same, shared out among processes
     python data.py dataset=phoenix14t root=FOLDER backbone=googlenet weights=googlenet.pth
     python data.py dataset=slt root=FOLDER backbone=pami0                   # neccam's files with features inside
 
@@ -19,8 +19,9 @@ import torch
 
 from lib.check import check, report
 from lib.configurator import configure, usage_error
-from lib.extract import Extractor, prepare
+from lib.extract import Extractor, choose_backbone, prepare
 from lib.features import Store, import_features, read_common
+from lib.poses import Poses, in_place, whose_points
 from lib.program import BadInput, join, launch, leave, print0, rank, world
 from lib.readers import FPS, READERS, SLT, SPLITS, deal_out, label_pattern
 from lib.tensors import stateless
@@ -30,11 +31,11 @@ root = ""  # folder of the clips as they were downloaded or filmed
 reader = ""  # phoenix14t csl_daily how2sign openasl clips gfslt slt; "" = the data set's name, else clips
 strict = True  # false: go on without broken clips, listed in data_dir/NAME/problems.txt
 data_dir = "data"  # folder that holds the data sets
-backbone = "toycnn"  # toycnn, googlenet (paper: a pre-trained Inception), timm/NAME (Table 5); features=: any name
+backbone = ""  # googlenet (paper), timm/NAME (Table 5), poses, toycnn (random); "" = the best there is; features=: any
 weights = ""  # file of the CNN's weights (.pth, .safetensors), random for a trial; timm/NAME: "" = downloaded
 fps = 0.0  # resample clips to so many frames a second, 0 = as filmed
 ratio = "0.8,0.1,0.1"  # shares of train, dev, test where clips.tsv has no split column and at least 20 clips
-features = ""  # ready ones: a pickle, .safetensors, folder of .npy, {split} in it; A,B: both; states: stand-ins
+features = ""  # ready ones: a pickle, .safetensors, .npy, {split} in it; A,B: both; {name}.pose; states: stand-ins
 sigma = 1.0  # features=states: noise, beside sign states of deviation 1, which leaves a single frame readable
 workers = 2  # processes that decode clips while the CNN runs, for each process of torchrun; 0 = in the CNN's own
 device = "auto"  # auto, cpu, cuda: where the CNN runs
@@ -221,6 +222,8 @@ def main():
         patterns = [label_pattern(cfg.root, *SLT)]
     else:
         patterns = [p.strip() for p in cfg.features.split(",") if p.strip()]
+    if cfg.features.endswith(".pose") or cfg.features and cfg.backbone == "poses":
+        splits, patterns, cfg.backbone = in_place(splits, cfg.features), [], cfg.backbone or "poses"
     sigma = cfg.sigma if states else None
 
     splits, problems, notes, table, shapes = check(splits, patterns, sigma)
@@ -229,9 +232,14 @@ def main():
         raise BadInput(f"{cfg.root}: no clip is left")
     if patterns:
         return take_over(cfg, splits, patterns, shapes, sigma)
-    extractor = Extractor(cfg.backbone, cfg.weights, cfg.device, cfg.fps, FPS.get(form, 0.0), cfg.workers)
-    print0(f"backbone {cfg.backbone}: {sum(p.numel() for p in extractor.cnn.parameters()) / 1e6:.1f}M frozen "
-           f"parameters on {extractor.device}")
+    videos = [row["video"] for split in SPLITS for row in splits[split]]
+    if not cfg.backbone:
+        cfg.backbone, cfg.weights = choose_backbone(videos, cfg.weights)
+    if cfg.backbone == "poses":
+        extractor = Poses(whose_points(videos), cfg.fps, FPS.get(form, 0.0))
+    else:
+        extractor = Extractor(cfg.backbone, cfg.weights, cfg.device, cfg.fps, FPS.get(form, 0.0), cfg.workers)
+    print0(extractor.describe())
     if world() > 1:
         join()
     prepare(cfg.dataset, splits, cfg.data_dir, extractor, cfg.strict)
@@ -241,7 +249,7 @@ def main():
 def take_over(cfg, splits, patterns, shapes, sigma):
     """Import features that others have made, or stand-ins, under a name of their own."""
     label = cfg.backbone
-    if label == "toycnn":  # page one's: these are not made by it
+    if label in ("", "toycnn"):  # these are not made by it
         label = "imported" if sigma is None else "standin"
         print0(f"backbone={label}: how these features are called, for want of another backbone=")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", label):

@@ -24,13 +24,13 @@ from data import Clips, Sample, pack, prompt_ids, thin
 from lib.checkpoint import find_checkpoint, home_of, newest_run, read_checkpoint, say_if_other_code
 from lib.configurator import configure, usage_error
 from lib.controls import CONTROLS, baselines, controlled
-from lib.extract import Extractor
+from lib.extract import open_extractor
 from lib.files import sha256, whole
 from lib.program import BadInput, Progress, gathered, join, launch, leave, pick_device, pick_dtype, print0, rank, world
 from lib.readers import SPLITS
 from lib.scores import bleu, language_code, print_scores, report, say_if_unspaced, score_files
 from lib.tokenizer import Tokenizer
-from lib.video import VIDEOS, rate_of, visible
+from lib.video import visible
 from lib.weights import open_llm
 from lora import apply_lora
 from model import SLLaMA, generate
@@ -166,17 +166,17 @@ def translate_videos(cfg, sllama, tokenizer, trained, how, say):
         raise BadInput(f"{trained.checkpoint.folder}: its features ({made['backbone']}) were imported, "
                        "and no extractor can make them from a video")
     fps = made.get("fps", 0.0)  # what the model has learnt from; 0 = clips of several rates, or unknown ones
-    extractor = Extractor(made["backbone"], cfg.weights or made["weights"], cfg.device, fps)
+    extractor = open_extractor(made, cfg.weights, cfg.device)
     if cfg.videos and not (os.path.isdir(cfg.videos) and visible(cfg.videos)):
         raise BadInput(f"videos={cfg.videos}: is not a folder with clips in it")
     paths = [cfg.video] if cfg.video else [f"{cfg.videos}/{f}" for f in visible(cfg.videos)]
     failed = 0
     for path in paths:
-        if cfg.videos and not os.path.isdir(path) and not path.lower().endswith(VIDEOS):
-            say(f"{path}: passed over, its ending is none of {' '.join(VIDEOS)}")
+        if cfg.videos and not os.path.isdir(path) and not path.lower().endswith(extractor.endings):
+            say(f"{path}: passed over, its ending is none of {' '.join(extractor.endings)}")
             continue
         try:
-            own = rate_of(path, fps)
+            own = extractor.rate_of(path)
             if fps and abs(own / fps - 1) > 0.01:
                 say(f"{path}: its {own or 'unknown number of'} frames a second are resampled to {fps:g}, "
                     "as in training")

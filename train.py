@@ -20,6 +20,7 @@ from eval import translate
 from lib.adapter import TARGETS
 from lib.checkpoint import Run, load_moments
 from lib.configurator import configure, usage_error
+from lib.features import only_backbone
 from lib.memory import explained, print_estimate
 from lib.program import (BadInput, Pace, Signals, barrier, gathered, join, launch, leave, pick_device, pick_dtype,
                          print0, rank, run_program, summed, world)
@@ -34,7 +35,7 @@ from model import ADAPTORS, SLLaMA
 stage = "align"  # align, then sft
 dataset = "toy"  # folder in data_dir (paper: PHOENIX-2014T, CSL-Daily)
 data_dir = "data"  # holds the data sets
-backbone = "toycnn"  # label of the features (paper: a pre-trained Inception, 1024-d; Table 5 for others)
+backbone = "toycnn"  # label of the features, "" = the only ones (paper: a pre-trained Inception; Table 5 for others)
 llm = ""  # folder of raw LLaMA weights, Meta's or Hugging Face's; "" = the toy's (paper: LLaMA-2 7B and 13B)
 llm_bits = 16  # of its frozen matrices: 16, 8, or 4 (NF4); all else and what learns as ever (paper: 16)
 out_dir = "out"  # holds the runs: out_dir/dataset/stage
@@ -134,6 +135,7 @@ def configuration():
         usage_error(__file__, f"llm: dataset={cfg.dataset} needs one, llm=FOLDER; the toy's own knows nothing but "
                               "the toy's language")
     cfg.llm = cfg.llm or os.path.join(cfg.data_dir, cfg.dataset, "llm")
+    cfg.backbone = cfg.backbone or only_backbone(os.path.join(cfg.data_dir, cfg.dataset))
     return cfg
 
 

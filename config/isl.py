@@ -2,7 +2,7 @@
 Ten clips of your own learnt by heart, on a real pre-trained LLaMA of 260 thousand parameters.
 It shows that every part from gif to sentence is connected.
 
-    python data.py dataset=isl root=FOLDER_WITH_CLIPS_TSV
+    python data.py dataset=isl root=FOLDER_WITH_CLIPS_TSV backbone=toycnn
     python train.py config/isl.py stage=align llm=FOLDER_OF_STORIES260K
     python train.py config/isl.py stage=sft llm=FOLDER_OF_STORIES260K
     python eval.py ckpt=out/isl/sft split=train

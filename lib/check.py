@@ -6,6 +6,7 @@ import re
 
 from lib.features import open_features
 from lib.files import whole
+from lib.poses import pose_files
 from lib.program import BadInput, print0, rank
 from lib.readers import SPLITS
 from lib.video import frame_files
@@ -37,7 +38,7 @@ def look(row, video, seen):
     if not os.path.exists(video):
         raise BadInput(f"{video or 'its video'} does not exist")
     if os.path.isdir(video):
-        if T := len(frame_files(video)):
+        if T := len(frame_files(video)) or len(pose_files(video)):
             return T
         raise BadInput(f"{video} has no frames")
     if not os.path.getsize(video):

@@ -5,6 +5,7 @@ A run that was killed goes on where it stopped, and clips that have not changed 
 import contextlib
 import glob
 import hashlib
+import importlib.util
 import itertools
 import json
 import os
@@ -20,9 +21,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lib.cnn import CNNS, open_timm
 from lib.features import Store, write_common, write_store
+from lib.files import fingerprint
+from lib.poses import Poses, is_pose
 from lib.program import BadInput, Progress, barrier, pick_device, pick_dtype, print0, rank, world
 from lib.readers import SPLITS
-from lib.video import frames, rate_of
+from lib.video import VIDEOS, frames, rate_of
 
 # frames that go through the CNN at once: always as many, so that a feature does not depend on the clips around it
 # (see Extractor.stream)
@@ -71,11 +74,42 @@ def end_with_parent(number):
     threading.Thread(target=watch, daemon=True).start()
 
 
+def choose_backbone(paths, weights=""):
+    """
+    The best backbone that can work on these clips, here, where nobody says which -> (backbone, its weights).
+    It says which and why. Never the random one: that is for who asks for it.
+    """
+    if weights:
+        raise BadInput(f"weights={weights}: of which backbone? Say backbone=googlenet or backbone=timm/NAME")
+    places = [".", "weights", os.path.join(torch.hub.get_dir(), "checkpoints")]
+    found = [f for place in places for f in sorted(glob.glob(glob.escape(place) + "/googlenet*"))]
+    googlenet = [f for f in found if f.endswith((".pth", ".safetensors"))]
+    home = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
+    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
+    cached = glob.glob(glob.escape(cache) + "/models--timm--*/snapshots/*/model.safetensors")
+    if all(map(is_pose, paths)):
+        backbone, why = "poses", "the clips are poses"
+    elif googlenet:
+        backbone, weights, why = "googlenet", googlenet[0], f"its weights are there, {googlenet[0]}"
+    elif cached and importlib.util.find_spec("timm"):
+        newest = max(cached, key=os.path.getmtime)
+        backbone = "timm/" + newest[len(cache) + 1:].split(os.sep)[0].removeprefix("models--timm--")
+        why = f"timm's newest weights in {cache}"
+    else:
+        raise BadInput("backbone: none can be had here. The clips are no poses (docs/poses.md makes them), no "
+                       f"googlenet*.pth lies in {', '.join(places)}, and timm has no weights in {cache}; "
+                       "backbone=toycnn is random, for trials")
+    print0(f"backbone={backbone}: {why}; backbone=... says another")
+    return backbone, weights
+
+
 class Extractor:
     """
     A frozen CNN with the preparation of its frames: squeezed to a square, centre-cropped, normalised.
     Called with a path -> float16 (T, D).
     """
+
+    endings = VIDEOS
 
     def __init__(self, backbone, weights="", device="auto", fps=0.0, rate=0.0, workers=0):
         """
@@ -95,13 +129,21 @@ class Extractor:
             self.cnn, size, self.crop, interpolation, mean, std = open_timm(backbone, weights)
             self.features = self.cnn
         else:
-            raise BadInput(f"backbone={backbone}: is none of {', '.join(CNNS)}, timm/NAME")
+            raise BadInput(f"backbone={backbone}: is none of {', '.join(CNNS)}, timm/NAME, poses")
         self.how = dict(size=size, crop=self.crop, interpolation=interpolation, fps=fps, rate=rate)
         self.workers = workers
         self.device = pick_device(device)[0]
         self.cnn.requires_grad_(False).eval().to(self.device, memory_format=torch.channels_last)
         self.mean, self.std = (255 * torch.tensor(v, device=self.device).view(3, 1, 1) for v in (mean, std))
         self.bf16 = pick_dtype("auto", self.device)[0] == torch.bfloat16
+
+    def describe(self):
+        parameters = sum(p.numel() for p in self.cnn.parameters())
+        return f"backbone {self.settings['backbone']}: {parameters / 1e6:.1f}M frozen parameters on {self.device}"
+
+    def rate_of(self, path):
+        """Frames a second of a clip that is to be translated; a folder has the rate of the others."""
+        return rate_of(path, self.settings["fps"])
 
     @torch.inference_mode()
     def compute(self, batch):
@@ -158,15 +200,19 @@ class Extractor:
             raise end
         return features
 
+
+def open_extractor(made, weights="", device="auto"):
+    """What has made a run's features, from the settings in their store. weights: of the CNN, another file."""
+    fps = made.get("fps", 0.0)
+    if made["backbone"] != "poses":
+        return Extractor(made["backbone"], weights or made["weights"], device, fps)
+    poses = Poses(made["components"], fps)
+    if made["dimensions"] != poses.settings["dimensions"]:
+        raise BadInput(f"poses: were learnt from as {made['dimensions']}, now they are {poses.settings['dimensions']}")
+    return poses
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A data set
-
-def fingerprint(path):
-    """Changes when a file does, or one of the files in a folder of frames."""
-    stats = [f.stat() for f in os.scandir(path)] if os.path.isdir(path) else [os.stat(path)]
-    newest = max((s.st_mtime_ns for s in stats), default=0)
-    return f"{os.path.abspath(path)} {len(stats)} {sum(s.st_size for s in stats)} {newest}"
-
 
 def prepare(name, splits, data_dir, extractor, strict=True):
     """

@@ -2,6 +2,7 @@
 Features on the disk: the store in which they wait for training, a data set's common form, and others' files of them.
 """
 import functools
+import glob
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import os
 import numpy as np
 from safetensors import safe_open
 
-from lib.files import kind_of, read_jsonl, whole
+from lib.files import fingerprint, kind_of, read_jsonl, whole
 from lib.pickles import Array, numpy_of, outline, read_pickle
 from lib.program import BadInput, print0
 from lib.readers import SPLITS, VAL, entries, first, forms
@@ -50,8 +51,8 @@ class Store:
 def write_store(path, shapes, read, metadata):
     """
     A feature store: one safetensors file, written clip by clip, since a data set need not fit into memory.
-    shapes: name -> (T, D); read: name -> (T, D) float16; metadata: {text: text}. One that knows the fingerprints of its
-    clips, and would come out as it lies there, is left alone: it may have 20 GB.
+    shapes: name -> (T, D); read: name -> (T, D) float16; metadata: {text: text}. One that knows the fingerprints of
+    its clips or files, and would come out as it lies there, is left alone: it may have 20 GB.
     """
     header = {"__metadata__": metadata}
     at = 0
@@ -96,6 +97,16 @@ def write_common(folder, backbone, splits, shapes, read, metadata):
     print0(f"{folder}: {clips} clips, features ({backbone}) of width {next(iter(shapes.values()))[1]}")
 
 
+def only_backbone(folder):
+    """The label of a data set's features, where it has those of one backbone alone."""
+    stores = glob.glob(glob.escape(folder) + "/**/train.safetensors", recursive=True)
+    labels = sorted(os.path.relpath(os.path.dirname(store), folder) for store in stores)
+    if len(labels) != 1:
+        hint = f"{', '.join(labels)}: say which" if labels else "none: python data.py makes some, or say which"
+        raise BadInput(f"{folder}: has features {hint}, backbone=...")
+    return labels[0]
+
+
 def row_of_clip(row):
     """A line of {split}.jsonl, as it must be."""
     if not all(isinstance(row[key], str) and row[key].strip() for key in ("name", "text")):
@@ -124,22 +135,43 @@ def read_common(path, store):
 # ---------------------------------------------------------------------------------------------------------------------
 # Others': a source is a dict name -> (shape, or what is wrong with the clip's features; a function that reads them)
 
+def of_split(path, split):
+    """A pattern for one split, by each of the names that the split goes by."""
+    return [path.replace("{split}", s) for s in dict.fromkeys([split, VAL.get(split, split)])]
+
+
+def keys_of(name, split):
+    """How a clip may be called: with and without "train/" in front, in these files and in the labels."""
+    return [key for form in forms(name) for key in (form, f"{split}/{form}", form.removeprefix(split + "/"))]
+
+
+def files_of(path, split, names):
+    """name -> its file, of a pattern with {name} in it; whether it is there is another question."""
+    return {n: first("", [p.replace("{name}", key) for p in of_split(path, split) for key in keys_of(n, split)])
+            for n in names}
+
+
+def sources(path, split, names):
+    """name -> its file, of those that a pattern has for one split; {"": path} where one file holds all."""
+    if any(map(os.path.isdir, of_split(path, split))):
+        path += "/{name}.npy"
+    if "{name}" in path:
+        return {n: file for n, file in files_of(path, split, names).items() if os.path.exists(file)}
+    path = first("", of_split(path, split))
+    if not os.path.exists(path):
+        raise BadInput(f"features: there is no file {path}")
+    return {"": path}
+
+
 def open_features(path, split, names, values=True, sigma=None):
     """
     The source of one pattern and split: .npy files (a folder, or a path with {name} in it), a .safetensors or a pickle.
     values=False: for the shapes alone. sigma: stand-ins from the alignments in neccam's base annotations.
     """
-    path = first("", [path.replace("{split}", s) for s in (split, VAL.get(split, split))])
-    if os.path.isdir(path):
-        path += "/{name}.npy"
-    # with and without "train/" in front, in these files and in the labels
-    keys = {n: [key for form in forms(n) for key in (form, f"{split}/{form}", form.removeprefix(split + "/"))]
-            for n in names}
-    if "{name}" in path:
-        files = {n: first("", [path.replace("{name}", key) for key in keys[n]]) for n in names}
-        return {n: open_array(file) for n, file in files.items() if os.path.exists(file)}
-    if not os.path.exists(path):
-        raise BadInput(f"features: there is no file {path}")
+    files = sources(path, split, names)
+    if files.keys() != {""}:
+        return {n: open_array(file) for n, file in files.items()}
+    path = files[""]
     if path.endswith(".safetensors"):
         store = Store(path)
         source = {key: (store.shape(key), functools.partial(store.array, key)) for key in store.names}
@@ -147,7 +179,7 @@ def open_features(path, split, names, values=True, sigma=None):
         source = open_standins(path, split, sigma)
     else:
         source = open_pickle(path, values)
-    return {n: source[key] for n in names for key in keys[n] if key in source}
+    return {n: source[key] for n in names for key in keys_of(n, split) if key in source}
 
 
 def open_array(file):
@@ -220,14 +252,14 @@ def import_features(name, splits, data_dir, label, patterns, shapes, sigma=None)
     sigma: stand-ins from neccam's alignments, and the store says so.
     """
     split_of = {row["name"]: split for split in SPLITS for row in splits[split]}
+    names_of = {split: [row["name"] for row in splits[split]] for split in SPLITS}
     opened = {}  # split -> {path: source}
 
     def read(clip):
         split = split_of[clip]
         if split not in opened:  # one split's files at a time: a pickle must be read whole
             opened.clear()
-            names = [n for n, s in split_of.items() if s == split]
-            opened[split] = {p: open_features(p, split, names, True, sigma) for p in patterns}
+            opened[split] = {p: open_features(p, split, names_of[split], True, sigma) for p in patterns}
         return np.concatenate([half(source[clip][1](), f"{path.replace('{split}', split)}: clip {clip}")
                                for path, source in opened[split].items()], 1)
 
@@ -235,5 +267,10 @@ def import_features(name, splits, data_dir, label, patterns, shapes, sigma=None)
     if sigma is not None:
         settings["standin"] = (f"stand-in features made from HMM alignments with noise of sigma={sigma:g}, "
                                "not from videos")
-    write_common(f"{data_dir}/{name}", label, splits, shapes, read,
-                 lambda names: {"settings": json.dumps(settings)})
+
+    def metadata(names):
+        split = split_of[names[0]]
+        prints = [sorted(map(fingerprint, sources(p, split, names).values())) for p in patterns]
+        return {"settings": json.dumps(settings), "fingerprints": json.dumps(prints)}
+
+    write_common(f"{data_dir}/{name}", label, splits, shapes, read, metadata)

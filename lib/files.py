@@ -147,6 +147,13 @@ def hold(path, what):
     return file
 
 
+def fingerprint(path):
+    """Changes when a file does, or one of the files in a folder of frames."""
+    stats = [f.stat() for f in os.scandir(path)] if os.path.isdir(path) else [os.stat(path)]
+    newest = max((s.st_mtime_ns for s in stats), default=0)
+    return f"{os.path.abspath(path)} {len(stats)} {sum(s.st_size for s in stats)} {newest}"
+
+
 def sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

@@ -502,7 +502,7 @@ def killed_extraction(home, processes, rng):
     home = Path(home)
     small_toy(home)
     whole, cut = home / "wholedata", home / "cutdata"
-    call = lambda out: ["data.py", "dataset=cut", f"root={home}/data/toy/clips", f"data_dir={out}"]
+    call = lambda out: ["data.py", "dataset=cut", "backbone=toycnn", f"root={home}/data/toy/clips", f"data_dir={out}"]
     if not (whole / "cut" / "train.jsonl").exists():
         program(home, *call(whole))
     shutil.rmtree(cut, ignore_errors=True)

@@ -164,7 +164,7 @@ def test_killed_program_goes_on(root, want, tmp_path, processes, alone):
     for name in names:
         (long / f"{name}.mp4").symlink_to(root / f"{name[0] if name in LENGTHS else 'd'}.mp4")
     table(long, names)
-    args = ["dataset=own", f"root={long}", f"data_dir={tmp_path / 'data'}", "device=cpu"]
+    args = ["dataset=own", "backbone=toycnn", f"root={long}", f"data_dir={tmp_path / 'data'}", "device=cpu"]
     # whoever kills it comes first, however busy the machine is
     work = program(*args, processes=processes, preexec_fn=lambda: os.nice(19))
     parts = tmp_path / "data/own/toycnn/.parts"

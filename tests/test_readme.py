@@ -85,7 +85,7 @@ RULES = {
     r"eval\.py .*against=": ([], "", "95 %"),
     r"eval\.py .*control=": (["max_new_tokens=8"], "", "^CONTROL shuffle "),
     r"eval\.py": (["max_new_tokens=8"], "", "BLEU-4"),
-    r"data\.py dataset=mine": ([], "{data_dir}/{dataset}/{backbone}/test.safetensors", "^test "),
+    r"data\.py dataset=mine": ([], "{data_dir}/{dataset}/test.jsonl", "^backbone=googlenet: its weights are there"),
     r"data\.py": (["workers=0"], "{data_dir}/{dataset}/{backbone}/test.safetensors", "^test "),
     r"lora\.py merge": ([], "{to}/model.safetensors", "merged in"),
     r"scripts\.walkthrough": (["max_new_tokens=8"], "", "^reference: "),

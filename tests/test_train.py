@@ -257,7 +257,7 @@ def test_ten_real_clips_on_a_real_llama(real, tmp_path, monkeypatch):
         main()
 
     places = [f"data_dir={tmp_path}/data", f"out_dir={tmp_path}/out"]
-    call(data.main, "dataset=isl", f"root={real / 'isl'}", places[0])
+    call(data.main, "dataset=isl", "backbone=toycnn", f"root={real / 'isl'}", places[0])
     for stage in ("align", "sft"):
         words = [str(ROOT / "config" / "isl.py"), "save_every=60", f"stage={stage}", f"llm={real / 'stories260K'}"]
         call(train.main, *words, *places)

@@ -1042,7 +1042,8 @@ def make(request, films, tmp_path, monkeypatch, capsys):
     """A function of words: data.main() with the test's words and these -> what lies in data_dir/own."""
     def go(*words):
         words = [word.replace("HERE", str(tmp_path)) for word in (*request.function.words, *words)]
-        call(monkeypatch, data.main, "dataset=own", f"root={films}", f"data_dir={tmp_path}/data", "workers=0", *words)
+        call(monkeypatch, data.main, "dataset=own", f"root={films}", f"data_dir={tmp_path}/data", "workers=0",
+             "backbone=toycnn", *words)
         return tmp_path / "data" / "own"
     return go
 
@@ -1215,7 +1216,7 @@ NEUTRAL = {
         refs="", against="", lang="", dataset="", data_dir="", backbone="", weights="", llm="", bos_id=-1, eos_id=-1,
         dtype="auto", device="auto"),
     "data.py": dict(
-        dataset="", root="", reader="", strict=True, backbone="toycnn", weights="", fps=0, ratio="0.8,0.1,0.1",
+        dataset="", root="", reader="", strict=True, backbone="", weights="", fps=0, ratio="0.8,0.1,0.1",
         features="", device="auto")}
 
 
