@@ -688,8 +688,8 @@ CHANGES = dict(
     lang="en", label_smoothing="0.1", grad_accum="2", weight_decay="0.1", warmup="3", grad_clip="2", max_steps="5",
     device="cpu", dtype="bfloat16", compile="true", activation_checkpointing="true", cpu_offload="true",
     log_every="2", eval_every="2", eval_clips="1", beam="2", save_every="2", keep="2", max_skips="3", epochs="3",
-    tensorboard="true", batch_size="5", lr="1e-4", frame_drop="0.2", prompt="im {clip}", train_ltn="false", freeze_llm="false",
-    train_embeddings="true", llm_bits="8")
+    tensorboard="true", batch_size="5", lr="1e-4", frame_drop="0.2", prompt="im {clip}", train_ltn="false",
+    freeze_llm="false", train_embeddings="true", llm_bits="8")
 # the same run, moved
 PLACES = {"out_dir", "run", "data_dir", "init_from", "resume"}
 # what carries it
