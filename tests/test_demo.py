@@ -257,7 +257,9 @@ class Page:
         self.js("const real = fetch; window.fetch = (to, how) => { window.sent = how.body; return real(to, how) }")
 
     def shown(self, name):
-        return self.js("const e = document.getElementById(arguments[0]); return e.offsetParent && e.innerText", name)
+        """The text of a part that can be seen, a space where it has none; None of one that cannot."""
+        return self.js("const e = document.getElementById(arguments[0]); return e.offsetParent && (e.innerText || ' ')",
+                       name)
 
     def wait(self):
         """Until a sentence or an error is there."""
@@ -309,10 +311,11 @@ def browser(camera):
 @pytest.mark.long
 def test_in_a_browser(browser, server, run, clip, tmp_path, monkeypatch, capsys):
     page = Page(browser, server)
+    assert not any(map(page.shown, ("video", "hint", "error", "notes", "answer")))
     # a file: the sentence of eval.py, its words, its frames
     page.choose(clip)
     sentence, _ = by_eval(run, clip, monkeypatch, capsys)
-    assert page.shown("sentence") == (sentence or "(nothing)") and not page.shown("error")
+    assert page.shown("sentence") == (sentence or "(nothing)") and page.shown("video") and not page.shown("error")
     assert page.shown("words").split() == sentence.split()
     every = lambda css: browser.find_elements("css selector", css)
     assert len(every("#sheet .tile")) == len(read_video(clip))
