@@ -107,7 +107,9 @@ class Translator:
         seen, share, _ = look(self.sllama, self.tokenizer, features, sentence, self.lang)
         rows = zip(words(sentence, self.lang), share.tolist(), seen.tolist())
         tiles = min(len(features), TILES)
-        picture, ratio = strip(path, tiles, self.side)
+        picture, ratio = "", 1.0
+        with contextlib.suppress(BadInput):  # what can be read need not have pictures
+            picture, ratio = strip(path, tiles, self.side)
         tell(sentence=sentence, more=more, answers=sorted(found.items(), key=lambda pair: -pair[1]),
              words=[[word[0], part, [round(v, 4) for v in row]] for word, part, row in rows],
              frames=len(features), tiles=tiles, picture=picture, ratio=ratio)

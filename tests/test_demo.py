@@ -183,6 +183,16 @@ def test_without_training_clips(run, clip, tmp_path, capsys):
     assert said[0] == {"notes": []} and "sentence" in said[-1]
 
 
+def test_a_clip_without_pictures(server, clip, monkeypatch):
+    def strip(*args):
+        raise BadInput("no pictures")
+
+    sentence = told(server, clip)[-1]["sentence"]
+    monkeypatch.setattr(demo, "strip", strip)
+    last = told(server, clip)[-1]
+    assert last["sentence"] == sentence and last["picture"] == ""
+
+
 @pytest.mark.parametrize("name, content", [("clip.mp4", "half"), ("leer.webm", b""), ("grüße.mp4", b"not a video"),
                                            ("sound.wav", "sound")])
 def test_a_broken_file_is_one_line(server, run, clip, tmp_path, monkeypatch, capsys, name, content):
