@@ -22,7 +22,7 @@ import torch
 
 from data import Clips, Sample, pack, prompt_ids, thin
 from lib.checkpoint import find_checkpoint, home_of, newest_run, read_checkpoint, say_if_other_code
-from lib.configurator import configure, usage_error
+from lib.configurator import configure, numbers, usage_error
 from lib.controls import CONTROLS, baselines, controlled
 from lib.extract import open_extractor
 from lib.files import sha256, whole
@@ -101,11 +101,11 @@ def prefixes(sllama, features, prompt):
 
 @torch.inference_mode()
 def translate(sllama, features, tokenizer, beam=4, length_penalty=1.0, max_new_tokens=200, batch_size=16,
-              progress=None, warn=True, stop=()):
+              progress=None, warn=True, stop=(), watch=None):
     """
     Features of clips, a list of (T, D) -> list of sentences, in their order. Clips of like length go together.
     progress: called with the number of clips done; warn: say on stderr how many answers were cut at max_new_tokens;
-    stop: no further batch once it holds anything (program.Signals), and what remains is None.
+    stop: no further batch once it holds anything (program.Signals), and what remains is None; watch: generate's.
     """
     prompt, out, cut = prompt_ids(sllama.prompt, tokenizer), [None] * len(features), 0
     order = sorted(range(len(features)), key=lambda i: len(features[i]))
@@ -114,7 +114,7 @@ def translate(sllama, features, tokenizer, beam=4, length_penalty=1.0, max_new_t
             break
         chosen = order[start:start + batch_size]
         streams = prefixes(sllama, [features[i] for i in chosen], prompt)
-        answers = generate(sllama.llm, streams, tokenizer.eos_ids, beam, length_penalty, max_new_tokens)
+        answers = generate(sllama.llm, streams, tokenizer.eos_ids, beam, length_penalty, max_new_tokens, watch)
         for i, (ids, ended) in zip(chosen, answers):
             out[i] = tokenizer.decode(ids).strip()
             cut += not ended
@@ -159,58 +159,61 @@ def sweep(cfg, sllama, tokenizer, trained, lang, how, say):
     return tried
 
 
-def translate_videos(cfg, sllama, tokenizer, trained, how, say):
-    """video=, videos=: a sentence on stdout for each clip, everything else by say."""
+def clip_reader(trained, cfg, say):
+    """
+    -> a function: path of a clip -> its features (T, D), made as those that the model has learnt from; the endings
+    of files that it reads. cfg: .weights and .device of the extractor; say: called with a line on what is done to a clip.
+    """
     made = trained.checkpoint.state["extractor"]
     if made.get("imported"):
         raise BadInput(f"{trained.checkpoint.folder}: its features ({made['backbone']}) were imported, "
                        "and no extractor can make them from a video")
     fps = made.get("fps", 0.0)  # what the model has learnt from; 0 = clips of several rates, or unknown ones
     extractor = open_extractor(made, cfg.weights, cfg.device)
+
+    def read(path):
+        own = extractor.rate_of(path)
+        if fps and abs(own / fps - 1) > 0.01:
+            say(f"{path}: its {own or 'unknown number of'} frames a second are resampled to {fps:g}, as in training")
+        features = torch.from_numpy(extractor(path))
+        if 0 < trained.max_frames < len(features):
+            say(f"{path}: {len(features)} frames are thinned out to max_frames={trained.max_frames}, as in training")
+        return thin(features, trained.max_frames)
+
+    return read, extractor.endings
+
+
+def translate_videos(cfg, sllama, tokenizer, trained, how, say):
+    """video=, videos=: a sentence on stdout for each clip, everything else by say."""
+    read, endings = clip_reader(trained, cfg, say)
     if cfg.videos and not (os.path.isdir(cfg.videos) and visible(cfg.videos)):
         raise BadInput(f"videos={cfg.videos}: is not a folder with clips in it")
     paths = [cfg.video] if cfg.video else [f"{cfg.videos}/{f}" for f in visible(cfg.videos)]
     failed = 0
     for path in paths:
-        if cfg.videos and not os.path.isdir(path) and not path.lower().endswith(extractor.endings):
-            say(f"{path}: passed over, its ending is none of {' '.join(extractor.endings)}")
+        if cfg.videos and not os.path.isdir(path) and not path.lower().endswith(endings):
+            say(f"{path}: passed over, its ending is none of {' '.join(endings)}")
             continue
         try:
-            own = extractor.rate_of(path)
-            if fps and abs(own / fps - 1) > 0.01:
-                say(f"{path}: its {own or 'unknown number of'} frames a second are resampled to {fps:g}, "
-                    "as in training")
-            features = torch.from_numpy(extractor(path))
+            features = read(path)
         except BadInput as e:
             if cfg.video:
                 raise
             failed += 1
             say(f"eval.py: {e}")  # the other clips of the folder are fine
             continue
-        if 0 < trained.max_frames < len(features):
-            say(f"{path}: {len(features)} frames are thinned out to max_frames={trained.max_frames}, as in training")
-        (sentence,) = translate(sllama, [thin(features, trained.max_frames)], tokenizer, **how)
+        (sentence,) = translate(sllama, [features], tokenizer, **how)
         sentence = " ".join(sentence.split())
         print(sentence if cfg.video else f"{os.path.basename(path)}\t{sentence}", flush=True)
     if failed:
         raise BadInput(f"videos={cfg.videos}: {failed} of {len(paths)} clips could not be translated")
 
 
-def numbers(cfg, key, kind, low):
-    """A list such as 1,4,8 in a variable."""
-    try:
-        found = [kind(n) for n in getattr(cfg, key).split(",") if n]
-        if min(found, default=low) < low:
-            raise ValueError(f"must be at least {low}")
-        return found
-    except ValueError as e:
-        usage_error(__file__, f"{key}={getattr(cfg, key)}: is no list of numbers such as 1,4,8 ({e})")
-
-
 def main():
     cfg = configure(__file__, choices=CHOICES,
                     positive=("beam", "max_new_tokens", "batch_size"), minus_one=("length_penalty",))
-    cfg.beams, cfg.length_penalties = numbers(cfg, "beams", int, 1), numbers(cfg, "length_penalties", float, -1)
+    cfg.beams = numbers(__file__, "beams", cfg.beams, int, 1)
+    cfg.length_penalties = numbers(__file__, "length_penalties", cfg.length_penalties, float, -1)
     if (cfg.against or cfg.refs) and not cfg.hyps:
         usage_error(__file__, "against and refs: stand beside hyps=FILE, which is missing")
     if rank() and (cfg.hyps or cfg.video or cfg.videos):

@@ -460,12 +460,12 @@ class Answers:
 
 
 @torch.inference_mode()
-def generate(llm, streams, eos_ids, beam=1, length_penalty=1.0, max_new_tokens=200):
+def generate(llm, streams, eos_ids, beam=1, length_penalty=1.0, max_new_tokens=200, watch=None):
     """
     Beam search (beam=1: greedy) over all sequences of the streams together; see read_prefixes for what they are.
     -> for each (token ids without EOS, whether EOS was reached). A hypothesis of len tokens, EOS among them, scores
     sum(log p) / ((5+len)/6)**length_penalty (Wu et al. 2016, eq. 14); a sequence is done once `beam` of its hypotheses
-    have ended. Every step is one cached forward of n x beam tokens.
+    have ended. Every step is one cached forward of n x beam tokens. watch: called at each with what keep_best is given.
     """
     # the prefixes, once
     cache = Cache(max_new_tokens)
@@ -485,7 +485,10 @@ def generate(llm, streams, eos_ids, beam=1, length_penalty=1.0, max_new_tokens=2
         ends = torch.isin(token, eos)
         among = torch.arange(score.shape[1], device=device) < beam
         closes = ends & among & score.isfinite() & (answers.closed < beam)[:, None]
-        answers.keep_best(score / ((5 + step + 1) / 6) ** length_penalty, closes, source, tokens, step)
+        found = score / ((5 + step + 1) / 6) ** length_penalty, closes, source, tokens, step
+        answers.keep_best(*found)
+        if watch:
+            watch(*found)
         # the best of the others go on
         scores, chosen = score.masked_fill(ends, float("-inf")).topk(beam)
         source, token = source.gather(1, chosen), token.gather(1, chosen)  # (n, beam)

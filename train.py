@@ -82,6 +82,7 @@ eval_clips = -1  # dev clips decoded for BLEU, spread over the set, -1 = all, 0 
 beam = 1  # beam width of that decoding
 save_every = 0  # steps between checkpoints, 0 = once an epoch, -1 = at the end only
 keep = 1  # checkpoints to keep: last/, and before it last.1/, last.2/, ...
+tensorboard = False  # write what log.jsonl holds, and dev sentences, for it too (pip install tensorboard)
 max_skips = 10  # steps in a row whose loss or gradient is not finite, then the run stops
 
 # what differs between the stages
@@ -111,7 +112,7 @@ SHAPE = ("ltn", "ltn_dim", "ltn_layers", "ltn_heads", "window", "adaptor", "back
 # and a resumed run with itself in all but these
 FREE = {"resume", "run", "out_dir", "data_dir", "init_from", "device", "dtype", "compile", "activation_checkpointing",
         "cpu_offload", "grad_accum", "max_steps", "log_every", "eval_every", "save_every", "keep", "max_skips",
-        "estimate"}
+        "tensorboard", "estimate"}
 POSITIVE = ("epochs", "batch_size", "grad_accum", "ltn_layers", "ltn_heads", "beam", "max_skips", "lora_rank")
 TOYS = ("toy", "toy_zh")
 
@@ -225,7 +226,10 @@ def describe(model, learning, source):
 
 @torch.no_grad()
 def evaluate(model, dev, prompt, tokenizer, device, lang, cfg, signals):
-    """Dev loss a token, and BLEU and ROUGE of real decoding. -> dict, the same on every process; {} after a signal."""
+    """
+    Dev loss a token, and BLEU and ROUGE of real decoding. -> dict of them, {} after a signal; [(sentence, reference)].
+    The same on every process.
+    """
     model.eval()
     n_decoded = len(dev) if cfg.eval_clips < 0 else min(cfg.eval_clips, len(dev))
     chosen, loss, targets = spread(len(dev), n_decoded), 0.0, 0
@@ -248,13 +252,14 @@ def evaluate(model, dev, prompt, tokenizer, device, lang, cfg, signals):
     model.train()
     loss, targets, asked = summed(device, loss, targets, len(signals))
     if asked:
-        return {}
-    scores = {"dev_loss": loss / targets}
+        return {}, []
+    scores, pairs = {"dev_loss": loss / targets}, []
     if chosen:
         hyps = gathered(dict(zip(mine, answers)))
-        pair = [hyps[i] for i in chosen], [dev.rows[i]["text"] for i in chosen]
-        scores |= {"dev_bleu": bleu(*pair, lang), "dev_rouge": rouge(*pair, lang)}
-    return scores
+        pairs = [(hyps[i], dev.rows[i]["text"]) for i in chosen]
+        said, refs = map(list, zip(*pairs))
+        scores |= {"dev_bleu": bleu(said, refs, lang), "dev_rouge": rouge(said, refs, lang)}
+    return scores, pairs
 
 
 def clip_gradients(parameters, most, scale):
@@ -340,10 +345,10 @@ def main():
     while True:
         # after a step, once in a while: score the dev clips, write a checkpoint. (At step 0 there is nothing to do)
         if at.step > at.scored and dev_due():
-            scores = evaluate(model, dev, prompt, tokenizer, device, lang, cfg, signals)
+            scores, sentences = evaluate(model, dev, prompt, tokenizer, device, lang, cfg, signals)
             if not scores:
                 break  # a signal came first: the resumed run scores this step
-            run.log({"step": at.step} | scores)
+            run.log({"step": at.step} | scores, sentences)
             at.scored = at.step
             score = scores["dev_bleu"][3] if "dev_bleu" in scores else -scores["dev_loss"]
             if (at.best is None or score > at.best) and run.save("best", model, None, at, best=score):

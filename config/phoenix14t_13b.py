@@ -15,7 +15,7 @@ window = 8
 adaptor = "mlp"
 lora_rank = 8
 lora_targets = "wq,wk,wv,wo"
-# ours, where the paper is silent: see README
+# ours, where the paper is silent: see docs/paper.md
 ltn_layers = 2
 ltn_heads = 8
 lora_alpha = 16.0

@@ -31,6 +31,7 @@ from lib.program import ROOT, VERSION, BadInput, barrier, print0, rank, warn, wo
 from lib.tensors import fill, full, load_tensors
 from lib.weights import LIMITS
 
+SHOWN = 20  # dev sentences in tensorboard
 # sizes in a checkpoint's configuration, and which of LIMITS holds for them
 BOUNDED = {"ltn_dim": "dim", "ltn_layers": "n_layers", "ltn_heads": "n_heads", "bos_id": "vocab_size",
            "eos_id": "vocab_size", "window": "max_position_embeddings", "max_frames": "max_position_embeddings"}
@@ -131,7 +132,8 @@ class Run:
         One that cannot be written is an OSError now, and not after the model is loaded; one into which another run
         writes is a BadInput.
         """
-        self.cfg, self.file = cfg, None
+        self.cfg, self.file, self.board = cfg, None, None
+        self.writer = tensorboard_writer() if cfg.tensorboard else None
         self.parent = os.path.join(cfg.out_dir, cfg.dataset, cfg.run).rstrip("/")
         self.folder = f"{self.parent}/{cfg.stage}"
         self.last = f"{self.folder}/last"
@@ -211,10 +213,15 @@ class Run:
             with whole(path) as f:
                 f.writelines(line for line in read_log(path) if lasts(line, start.at))
             self.file = open(path, "a", buffering=1)
+            if self.writer:  # what it was told of later steps, before a kill, is shown no more
+                self.board = self.writer(self.folder, purge_step=start.at.step + 1)
         barrier()
 
-    def log(self, entry):
-        """A line of log.jsonl, of a step that was taken or of dev scores; and the same on the screen."""
+    def log(self, entry, sentences=()):
+        """
+        A line of log.jsonl, of a step that was taken or of dev scores; and the same on the screen, and for tensorboard.
+        sentences: [(sentence, reference)] that the dev scores are made of, for tensorboard alone.
+        """
         said = f"step {entry['step']}/{self.total}"
         if "loss" in entry:
             left = (self.stop - entry["step"]) * entry["step_s"]
@@ -228,6 +235,8 @@ class Run:
         try:
             if self.file:
                 self.file.write(json.dumps(entry) + "\n")
+            if self.board:
+                show(self.board, entry, sentences)
         except OSError as e:  # the line waits in the file's buffer for the next one
             print0(f"{self.folder}/log.jsonl: {e.strerror}, the run goes on", file=sys.stderr)
 
@@ -267,6 +276,27 @@ class Run:
         if not failed and name == "last":
             self.saved = at.step, at.scored
         return not failed
+
+
+def tensorboard_writer():
+    """-> torch's class that writes what tensorboard shows; BadInput where the package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise BadInput("tensorboard=true: needs the package (pip install tensorboard)") from None
+    return SummaryWriter
+
+
+def show(board, entry, sentences):
+    """A line of log.jsonl as tensorboard's curves, BLEU-1 to 4 as dev_bleu/1 to 4; SHOWN of the sentences as text."""
+    for key in entry.keys() - {"step"}:
+        values = enumerate(entry[key], 1) if isinstance(entry[key], list) else [("", entry[key])]
+        for n, value in values:
+            board.add_scalar(f"{key}/{n}".rstrip("/"), value, entry["step"])
+    if sentences:  # four spaces: as they are, whatever stands in them
+        lines = [f"    ref  {ref}\n    hyp  {hyp}\n" for hyp, ref in sentences[:SHOWN]]
+        board.add_text("dev sentences", "\n".join(lines), entry["step"])
+    board.flush()
 
 
 def read_log(path):

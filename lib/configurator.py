@@ -154,3 +154,14 @@ def configure(program, argv=None, choices={}, positive=(), minus_one=(), shares=
         if type(value) in (int, float) and (value < low or key in shares and value >= 1):
             usage_error(program, f"{key}={value}: must be at least {low}" + " and less than 1" * (key in shares))
     return SimpleNamespace(**cfg)
+
+
+def numbers(program, key, text, kind, low):
+    """A variable that is a list such as 1,4,8 -> its numbers, of this kind and at least `low`."""
+    try:
+        found = [kind(n) for n in text.split(",") if n]
+        if min(found, default=low) < low:
+            raise ValueError(f"must be at least {low}")
+        return found
+    except ValueError as e:
+        usage_error(program, f"{key}={text}: is no list of numbers such as 1,4,8 ({e})")

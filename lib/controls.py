@@ -28,12 +28,14 @@ def controlled(features, control, seed, mean, std):
     return features
 
 
+def averages(features, mean, std):
+    """Features of clips, each (T, D) -> the mean of each, standardised (clips, D)."""
+    return torch.stack([((f.float() - mean) / std).mean(0) for f in features])
+
+
 def baselines(clips, train, mean, std):
     """What needs no LLM: {name: [sentence]}, the train sentence of the nearest mean feature, and the most frequent."""
-    def average(some):  # (clips, D)
-        return torch.stack([((some.features(i).float() - mean) / std).mean(0) for i in range(len(some))])
-
-    distance = torch.cdist(average(clips), average(train))
+    distance = torch.cdist(*(averages(map(some.features, range(len(some))), mean, std) for some in (clips, train)))
     number = {row["name"]: j for j, row in enumerate(train.rows)}
     for i, row in enumerate(clips.rows):
         if row["name"] in number:

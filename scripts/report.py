@@ -182,8 +182,8 @@ def ticks(top, n=5):
 
 def chart(y_label, series, stages, log=False):
     """series: class -> [(step, value, hint)]; stages: [(first step, name)]. -> SVG, the values also on hover."""
-    W, H = 430, 250
-    left, right, top, bottom = 48, W - 10, 26, H - 40  # of the plane
+    W, H = 470, 250
+    left, right, top, bottom = 72, W - 24, 26, H - 40  # of the plane; 0.0001 and 100000 have room beside it
     steps, values, _ = zip(*(point for some in series.values() for point in some))
     low, high, last = min(values), max(values), max(steps)
     if log:  # whole decades; at most five of them are named
@@ -401,6 +401,16 @@ def sentences(hyps, scores, looked, lang):
     return "\n".join(rows)
 
 
+def filled(name, parts):
+    """A page of this folder with {{name}} in it and one script -> the page with its parts."""
+    page = open(f"{ROOT}/scripts/{name}", encoding="utf-8").read()
+    script = re.search(r"<script>(.*?)</script>", page, re.S)[1].encode()
+    # the page allows itself this script and no other
+    parts["hash"] = base64.b64encode(hashlib.sha256(script).digest()).decode()
+    # in one go: what a sentence says in braces stays a text
+    return re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], page)
+
+
 def main():
     cfg = configure(__file__)
     if cfg.side < 16:
@@ -446,12 +456,7 @@ def main():
         "unit": "characters" if lang in UNSPACED else "words",
         "rows": sentences(hyps, each, looked, lang), "none": "" if hyps else "hidden",
         "data": json.dumps(looked, ensure_ascii=False).replace("<", "\\u003c")}  # no sentence can close the script
-    page = open(f"{ROOT}/scripts/report.html", encoding="utf-8").read()
-    script = re.search(r"<script>(.*?)</script>", page, re.S)[1].encode()
-    # the page allows itself this script and no other
-    parts["hash"] = base64.b64encode(hashlib.sha256(script).digest()).decode()
-    # in one go: what a sentence says in braces stays a text
-    page = re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], page)
+    page = filled("report.html", parts)
     to = cfg.to or f"{run}/report.html"
     os.makedirs(os.path.dirname(os.path.abspath(to)), exist_ok=True)
     with whole(to) as f:

@@ -18,6 +18,7 @@ import sys
 # a notebook stands in scripts/ or above it
 sys.path.insert(1, ".." if os.path.basename(os.getcwd()) == "scripts" else ".")
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -68,7 +69,7 @@ def show(name, panels, labels=(), size=(11, 22)):
         figure, axes = plt.subplots(1, len(panels), figsize=(max(6, 2.4 * len(panels)), 3.2), squeeze=False,
                                     layout="constrained")
         for ax, (title, image) in zip(axes[0], panels.items()):
-            ax.imshow(image, cmap="magma", aspect="equal" if image.ndim == 3 else "auto")
+            ax.imshow(np.asarray(image), cmap="magma", aspect="equal" if image.ndim == 3 else "auto")
             ax.set_title(title, fontsize=9)
             ax.set_yticks(range(len(labels)), labels)
             ax.set_xticks([] if image.ndim == 3 else ax.get_xticks()[1:-1])

@@ -1,6 +1,6 @@
 """
-What the README says of the code: each of its commands runs, in its order and on next to nothing, and the files, names
-and tests that it sends a reader to are there.
+What the README and the pages of docs/ say of the code: each of their commands runs, in its order and on next to
+nothing, and the files, names, tests and pages that they send a reader to are there.
 
     python -m pytest tests/test_readme.py
 """
@@ -27,7 +27,9 @@ from lib.video import read_video
 from scripts.toy import write_mp4
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
+# the README first: what its commands leave, those of the other pages find
+PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+BLOCKS = re.findall(r"```sh\n(.*?)```", "".join(PAGES.values()), re.S)
 COMMANDS = [c.strip() for block in BLOCKS for line in block.splitlines() for c in line.split("#")[0].split("&&")]
 STAGES = {"train.py": ("align", "sft")}
 
@@ -37,14 +39,27 @@ def section(title):
 
 
 def test_what_is_where():
-    """Every file of ours that the page names is there; its tables name the five and all scripts, and no other."""
-    for name in re.findall(r"`([\w/]+\.py)\b", README):
+    """Every file of ours that a page names is there; README's tables name the five and all scripts, and no other."""
+    for name in re.findall(r"`([\w/]+\.py)\b", "".join(PAGES.values())):
         assert any((ROOT / folder / name).is_file() for folder in (".", "scripts", "config")), name
     first, scripts, *_ = re.findall(r"^(?:\|.*\n)+", section("What is where"), re.M)
     named = lambda table: {f for row in table.splitlines() for f in re.findall(r"`([\w/]+\.py)`", row.split("|")[1])}
     assert named(first) == {path.name for path in ROOT.glob("*.py")}
     assert named(scripts) == {path.name for path in (ROOT / "scripts").glob("*.py")} - {"__init__.py"}
     assert not re.search(r"\| *\d+ *\|", first)  # lengths stand in tests/test_house.py alone
+
+
+def test_links():
+    """Each link of a page leads to a file that is there, and to one of its headings; README leads to every page."""
+    for path, text in PAGES.items():
+        for link in re.findall(r"\]\((?!https?:)(.*?)\)", text):
+            to, _, heading = link.partition("#")
+            page = (path.parent / to).resolve() if to else path
+            assert page.is_file(), (path.name, link)
+            titles = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.M) if heading else ()
+            slugs = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert not heading or heading in slugs, (path.name, link)
+    assert all(f"(docs/{path.name})" in README for path in PAGES if path.parent.name == "docs")
 
 
 def test_where_to_change_what():
@@ -68,7 +83,7 @@ def test_commands_are_understood(command, monkeypatch):
     configure(words[at], args, stages=STAGES.get(words[at], ()))
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The commands of the README are run, on next to nothing
+# The commands of all pages are run, on next to nothing
 
 OTHERS = r"(python3 -m venv|\. \.venv/|pip install|python -m pytest)\b"  # not ours, or this very program
 OURS = [c for c in COMMANDS if c and not re.match(OTHERS, c)]
@@ -91,6 +106,7 @@ RULES = {
     r"scripts\.walkthrough": (["max_new_tokens=8"], "", "^reference: "),
     r"scripts\.toy": (["n_train=12", "n_dev=2", "n_test=2", "text_steps=2"], "tiny/toy/test.jsonl", "toy: built in"),
     r"scripts\.report": (["clips=2"], "out/toy/sft/report.html", "report.html"),
+    r"scripts\.demo": (["port=0", "browser=false"], "", r"^http://127\.0\.0\.1:\d+ "),  # and it serves nobody
     r"scripts\.gguf_to_hf": (["file=tiny.gguf"], "{to}/model.safetensors", ""),
 }
 
@@ -98,7 +114,7 @@ RULES = {
 @pytest.fixture(scope="module")
 def there(home):
     """
-    What the README takes for granted, under the names that it uses: a toy (of 28 clips), FOLDER, FEATS, LLAMA,
+    What the pages take for granted, under the names that they use: a toy (of 28 clips), FOLDER, FEATS, LLAMA,
     GoogLeNet's weights, clip.mp4.
     """
     (home / "config").symlink_to(ROOT / "config")
@@ -144,7 +160,7 @@ def ran():
 
 
 def run(command, home, monkeypatch, capsys):
-    """Run a command of the README in this folder; its rule says what must come of it."""
+    """Run a command of a page in this folder; its rule says what must come of it."""
     words = re.sub(r"^((srun( --\S+)* )?torchrun( --\S+)+|python -m|python) ", "", command)
     rule = next((rule for pattern, rule in RULES.items() if re.match(pattern, words)), None)
     assert rule, f"no rule says how a test can run `{command}`: add one to RULES"
@@ -155,6 +171,7 @@ def run(command, home, monkeypatch, capsys):
         write(home / "tiny.gguf", tiny_hf(vocab_size=261))
     path = ROOT / (program if program.endswith(".py") else program.replace(".", "/") + ".py")
     monkeypatch.chdir(home)
+    monkeypatch.setattr("http.server.ThreadingHTTPServer.serve_forever", lambda server: server.server_close())
     if command in TORCHRUN:
         said = in_processes(2, home, "", *words, program=path).stdout
     else:
@@ -177,7 +194,6 @@ def run(command, home, monkeypatch, capsys):
         assert (home / leaves.format(**vars(cfg))).exists()
 
 
-@pytest.mark.filterwarnings("ignore:__array__")  # what matplotlib says of tensors
 @pytest.mark.parametrize("number", range(len(OURS)), ids=OURS)
 def test_commands_run(number, there, ran, monkeypatch, capsys):
     """Those before it that were left out (-k, -m) are run first: most need what the earlier ones have made."""

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import page
+from conftest import chromium, page
 from safetensors.torch import save_file
 
 from lib.program import BadInput
@@ -374,19 +374,7 @@ def test_curves_stand_at_their_steps(other, monkeypatch):
 
 @pytest.fixture(scope="module")
 def browser():
-    """A Chromium without a window. Takes some seconds to start."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (pip install selenium)")
-    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("chromium or chromedriver is not installed (Debian: apt-get install chromium chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in "headless=new no-sandbox disable-gpu disable-dev-shm-usage force-prefers-reduced-motion".split():
-        options.add_argument("--" + flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    yield browser
-    browser.quit()
+    yield from chromium()
 
 
 def test_in_a_browser(browser, run, monkeypatch):

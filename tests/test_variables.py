@@ -601,6 +601,36 @@ def test_the_steps_that_are_logged(run):
     assert run("log_every=0").logged == [4, 8] and run("log_every=-1").logged == []
 
 
+@does("train.py", "tensorboard=true", "eval_every=4")
+def test_what_tensorboard_is_told(run, world):
+    """What log.jsonl holds, number by number, and the dev sentences; after a resume no step twice."""
+    where = "tensorboard.backend.event_processing.event_accumulator"
+    events = pytest.importorskip(where, reason="tensorboard is not installed (pip install tensorboard)")
+    saw = run("eval_clips=3", "max_steps=6", "save_every=4", "keep=2", out="watched")
+    shutil.rmtree(saw.folder / "last")
+    os.rename(saw.folder / "last.1", saw.folder / "last")  # step 4: 5 and 6 are told again
+    assert run("eval_clips=3", "resume=true", out="watched").logged == [*range(1, 9)]
+    board = events.EventAccumulator(str(saw.folder)).Reload()
+    told = {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+    expected = {}
+    for line in rows(saw.folder / "log.jsonl"):
+        bleus = {f"dev_bleu/{n}": v for n, v in enumerate(line.pop("dev_bleu", []), 1)}
+        for tag, value in (line | bleus).items():
+            expected.setdefault(tag, []).append((line["step"], pytest.approx(value)))
+    del expected["step"]
+    assert told == expected
+    *_, text = board.Tensors("dev sentences/text_summary")
+    refs = [row["text"] for row in rows(world / "data" / "toy" / "dev.jsonl")][:3]
+    assert text.step == 8 and re.findall("ref  (.*)", text.tensor_proto.string_val[0].decode()) == refs
+
+
+@does("train.py", "tensorboard=true")
+def test_tensorboard_is_not_there(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(BadInput, match="tensorboard=true: needs the package"):
+        run()
+
+
 @does("train.py", "eval_every=3")
 def test_the_steps_after_which_dev_is_looked_at(run):
     saw = run()
@@ -658,14 +688,14 @@ CHANGES = dict(
     lang="en", label_smoothing="0.1", grad_accum="2", weight_decay="0.1", warmup="3", grad_clip="2", max_steps="5",
     device="cpu", dtype="bfloat16", compile="true", activation_checkpointing="true", cpu_offload="true",
     log_every="2", eval_every="2", eval_clips="1", beam="2", save_every="2", keep="2", max_skips="3", epochs="3",
-    batch_size="5", lr="1e-4", frame_drop="0.2", prompt="im {clip}", train_ltn="false", freeze_llm="false",
-    train_embeddings="true", llm_bits="8")
+    tensorboard="true", batch_size="5", lr="1e-4", frame_drop="0.2", prompt="im {clip}", train_ltn="false",
+    freeze_llm="false", train_embeddings="true", llm_bits="8")
 # the same run, moved
 PLACES = {"out_dir", "run", "data_dir", "init_from", "resume"}
 # what carries it
 MACHINE = {"device", "dtype", "compile", "activation_checkpointing", "cpu_offload", "grad_accum", "estimate"}
 # how it is watched and when it stops
-LOOKS = {"max_steps", "log_every", "eval_every", "save_every", "keep", "max_skips"}
+LOOKS = {"max_steps", "log_every", "eval_every", "save_every", "keep", "max_skips", "tensorboard"}
 GOES_ON = PLACES | MACHINE | LOOKS
 # what the weights of an align run fit
 NETWORK = {"ltn", "ltn_dim", "ltn_layers", "ltn_heads", "window", "adaptor", "backbone", "llm"}
@@ -684,6 +714,7 @@ def reach(world, train_here, monkeypatch):
     def go(out, *words):
         with monkeypatch.context() as m, pytest.raises(Reached):
             m.setattr(SLLaMA, "__init__", built)
+            m.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=None))  # it need not be
             train_here(out, f"llm={world}/data/toy/llm", *[word.replace("HOME", str(world)) for word in words])
     return go
 
