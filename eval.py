@@ -161,8 +161,9 @@ def sweep(cfg, sllama, tokenizer, trained, lang, how, say):
 
 def clip_reader(trained, cfg, say):
     """
-    -> a function: path of a clip -> its features (T, D), made as those that the model has learnt from; the endings
-    of files that it reads. cfg: .weights and .device of the extractor; say: called with a line on what is done to a clip.
+    -> a function: path of a clip -> its features (T, D), made as those that the model has learnt from;
+    and the endings of files that it reads.
+    cfg: .weights and .device of the extractor; say: called with a line on what is done to a clip.
     """
     made = trained.checkpoint.state["extractor"]
     if made.get("imported"):

@@ -67,7 +67,7 @@ def newest_run(out_dir):
 def read_checkpoint(folder):
     """-> .folder, .state (state.json), .config (variables), .tensors by SLLaMA's names, .lora (read_adapter's)"""
     state = load_json(f"{folder}/state.json")
-    for key, kind in {"config": dict, "dim_in": int, "step": int}.items():
+    for key, kind in {"config": dict, "extractor": dict, "dim_in": int, "step": int}.items():
         if type(state.get(key)) is not kind:
             raise BadInput(f"{folder}/state.json: has no {key}")
     config = checked(state["config"], f"{folder}/state.json")
