@@ -10,6 +10,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from test_model import distance, meta_folder, tiny_hf
@@ -356,6 +357,8 @@ def test_metas_folder_merged(tmp_path, above):
     ours = Tokenizer(source)
     llama = LLaMA.from_pretrained(source)
     write_hf(str(merged), llama.args, llama.state_dict().items(), source, torch.float32)
+    with safe_open(merged / "model.safetensors", "pt") as f:
+        assert f.metadata() == {"format": "pt"}  # transformers before 5 reads no other
     assert same_ids(merged).encode("am tag") == ours.encode("am tag")
     theirs = transformers.AutoTokenizer.from_pretrained(merged)
     assert ours.bos_id == theirs.bos_token_id == 1
