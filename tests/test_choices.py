@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ import train
 from data import pack
 from eval import translate
 from lib.controls import baselines
-from lib.program import BadInput, Pace, run_program, summed
+from lib.program import BadInput, Pace, Signals, run_program, summed
 from lib.scores import bleu, report, rouge
 from model import SLLaMA, generate
 
@@ -828,3 +829,16 @@ def test_no_video_goes_into_a_model_of_imported_features(evaluate, run, home):
         path.write_text(json.dumps(state))
     with pytest.raises(BadInput, match="were imported, and no extractor can make them from a video"):
         evaluate(f"ckpt={run}", f"video={home}/data/toy/clips/00024.mp4")
+
+
+def test_signals_are_given_back():
+    """Once a run has ended, Ctrl-C means again what it means in Python."""
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    try:
+        signals = Signals()
+        assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signals.note
+        signals.forget()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before[0]), signal.signal(signal.SIGINT, before[1])
