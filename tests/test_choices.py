@@ -25,7 +25,7 @@ import train
 from data import pack
 from eval import translate
 from lib.controls import baselines
-from lib.program import BadInput, Pace, Signals, run_program, summed
+from lib.program import BadInput, Signals, run_program, summed
 from lib.scores import bleu, report, rouge
 from model import SLLaMA, generate
 
@@ -811,15 +811,6 @@ def test_another_program_is_run_to_its_end(monkeypatch):
     run_program("timeit", *once, "import os, train; assert 'RANK' not in os.environ")
     with pytest.raises(BadInput, match="json.tool: ended with exit code 2"):
         run_program("json.tool", "--no-such-option")
-
-
-def test_pace_is_the_mean_of_the_steps_since_it_was_last_said():
-    pace = Pace()
-    for seconds, tokens in ((1.0, 300), (2.0, 100), (3.0, 200)):
-        pace.add(seconds, tokens)
-    assert pace.so_far() == {"tokens_per_s": 100, "step_s": 2.0}
-    pace.add(4.0, 100)
-    assert pace.so_far() == {"tokens_per_s": 25, "step_s": 4.0}
 
 
 def test_no_video_goes_into_a_model_of_imported_features(evaluate, run, home):
