@@ -215,10 +215,10 @@ def stop_in_the_last_look(patch, look):
 
 def kill_before(patch, moment):
     """After the look at step 4: before its scores are logged, before anything is saved, or before last/ is."""
-    def log(self, entry, real=Run.log):
+    def log(self, entry, *sentences, real=Run.log):
         if moment == "log" and entry["step"] == 4 and "dev_loss" in entry:
             raise Killed
-        real(self, entry)
+        real(self, entry, *sentences)
 
     def save(self, name, model, optimizer, at, *args, real=Run.save, **more):
         if at.scored == 4 and moment in ("save", name):
