@@ -310,7 +310,7 @@ def ready(place, step, keep=1):
     """A run in a folder, before its save -> the function that saves last/, of the step that small_model tells."""
     sllama, optimizer, at, cfg = small_model(step)
     run = Run(SimpleNamespace(**vars(cfg) | {"out_dir": str(place), "dataset": "", "stage": ""}))
-    run.facts = {"config": vars(cfg), "dim_in": 8}
+    run.facts = {"config": vars(cfg), "dim_in": 8, "extractor": {}}
     return lambda: run.save("last", sllama, optimizer, at, keep)
 
 

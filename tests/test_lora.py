@@ -415,7 +415,7 @@ def trained(base, run, dtype="float32", targets=("wq", "w3")):
     save_lora(model.llm, str(run / "best"))
     save_file({k: v.detach().clone() for k, v in model.vision_state().items()}, run / "best" / "vision.safetensors")
     config = vars(page(llm=str(base), ltn_dim=16, ltn_layers=1, ltn_heads=2, window=4))
-    (run / "best" / "state.json").write_text(json.dumps({"config": config, "dim_in": 24, "step": 9}))
+    (run / "best" / "state.json").write_text(json.dumps({"config": config, "dim_in": 24, "extractor": {}, "step": 9}))
     return model
 
 
