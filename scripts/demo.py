@@ -22,10 +22,10 @@ import torch
 
 from data import Clips, spread
 from eval import clip_reader, load_model, translate
-from lib.checkpoint import ROOT, newest_run
+from lib.checkpoint import newest_run
 from lib.configurator import configure
 from lib.controls import averages
-from lib.program import BadInput, launch, print0
+from lib.program import ROOT, BadInput, launch, print0
 from lib.scores import language_code
 from scripts.report import TILES, filled, look, strip, words
 
