@@ -7,6 +7,7 @@ nothing, and the files, names, tests and pages that they send a reader to are th
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import sys
 
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from conftest import ROOT, SMALL
 from safetensors.numpy import save_file
 from test_data import shades, write_image
+from test_poses import HOLISTIC, body, write_pose
 from test_readers import make_csl, make_phoenix, make_slt, write_pickle
 from test_train import in_processes
 
@@ -85,7 +87,8 @@ def test_commands_are_understood(command, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # The commands of all pages are run, on next to nothing
 
-OTHERS = r"(python3 -m venv|\. \.venv/|pip install|python -m pytest)\b"  # not ours, or this very program
+# not ours, or this very program
+OTHERS = r"(python3(\.\d+)? -m venv|\. \.venv/|(poses-venv/bin/)?pip install|python -m pytest|.*videos?_to_pose)"
 OURS = [c for c in COMMANDS if c and not re.match(OTHERS, c)]
 # these two really under torchrun, the others in this process
 TORCHRUN = [next((c for c in OURS if re.match(rf"torchrun \S+ {name}", c)), "") for name in ("train.py", "eval.py")]
@@ -100,6 +103,7 @@ RULES = {
     r"eval\.py .*against=": ([], "", "95 %"),
     r"eval\.py .*control=": (["max_new_tokens=8"], "", "^CONTROL shuffle "),
     r"eval\.py": (["max_new_tokens=8"], "", "BLEU-4"),
+    r"data\.py (dataset=posed|.*\.pose)": ([], "{data_dir}/{dataset}/poses/test.safetensors", "^backbone poses: 76"),
     r"data\.py dataset=mine": ([], "{data_dir}/{dataset}/test.jsonl", "^backbone=googlenet: its weights are there"),
     r"data\.py": (["workers=0"], "{data_dir}/{dataset}/{backbone}/test.safetensors", "^test "),
     r"lora\.py merge": ([], "{to}/model.safetensors", "merged in"),
@@ -114,8 +118,8 @@ RULES = {
 @pytest.fixture(scope="module")
 def there(home):
     """
-    What the pages take for granted, under the names that they use: a toy (of 28 clips), FOLDER, FEATS, LLAMA,
-    GoogLeNet's weights, clip.mp4.
+    What the pages take for granted, under the names that they use: a toy (of 28 clips), FOLDER, FEATS, POSES, POSED,
+    LLAMA, GoogLeNet's weights, clip.mp4, clip.pose.
     """
     (home / "config").symlink_to(ROOT / "config")
     for name in ("pred", "ref"):
@@ -129,6 +133,8 @@ def there(home):
         write_mp4(str(home / path), read_video(str(home / "data" / "toy" / "clips" / f"{number:05}.mp4"))[:8])
 
     clip(22, "clip.mp4"), clip(23, "data/toy/clips/01100.mp4")
+    pose = lambda path: write_pose(home / path, body(HOLISTIC, [11, 12], 8))
+    pose("clip.pose")
     # FOLDER is all data sets in one: neccam's pickles, which hold alignments too, PHOENIX-2014T's and CSL-Daily's
     # frames, own clips
     made = make_slt(folder)
@@ -145,8 +151,16 @@ def there(home):
         clip(i, f"FOLDER/{i:05}.mp4")
         with open(folder / "clips.tsv", "a") as f:
             f.write("file\ttext\tsplit\n" * (i == 0) + f"{i:05}.mp4\train is coming\t{split}\n")
+        pose(f"FOLDER/{i:05}.pose")
+    (home / "POSED").mkdir()
+    for file in folder.glob("*.pose"):
+        shutil.copy(file, home / "POSED")
+    (home / "POSED" / "clips.tsv").write_text((folder / "clips.tsv").read_text().replace(".mp4", ".pose"))
     for split, arrays in features.items():
-        (home / "FEATS" / split).mkdir(parents=True)
+        for kind in ("FEATS", "POSES"):
+            (home / kind / split).mkdir(parents=True)
+        for name in arrays:
+            pose(f"POSES/{split}/{name}.pose")
         save_file(arrays, home / "FEATS" / f"{split}.safetensors")
         for name, x in arrays.items():
             np.save(home / "FEATS" / split / f"{name}.npy", x)
