@@ -42,7 +42,7 @@ def main():
     ax.text(0.4, 42, f"{len(video)} frames, signed: {row['gloss']}   ((-): the head shakes)", fontsize=11)
     boxes = (
         (1, 22, "frozen CNN\neach frame → 1024 numbers", "#dddddd"),
-        (27, 24, "LocalTransformer\neach frame sees ±4 frames", "#ffd9a8"),
+        (27, 24, "LocalTransformer\neach frame sees those around it", "#ffd9a8"),
         (55, 16, "Adaptor\nW₂ GELU(W₁ x)", "#ffd9a8"),
         (75, 44, "LLaMA, frozen, + LoRA\n[INST] <sign> frames </sign> Translate … [/INST]", "#c9dcf2"))
     for x, width, text, colour in boxes:
