@@ -32,7 +32,7 @@ from lib.tokenizer import Tokenizer
 from lib.weights import SIZES as LLM_SIZES
 from lib.weights import ModelArgs, open_llm
 from lora import apply_lora
-from model import Adaptor, Cache, LLaMA, LocalTransformer, SLLaMA, generate, local_attention
+from model import ADAPTORS, Adaptor, Cache, LLaMA, LocalTransformer, SLLaMA, generate, local_attention
 
 SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=256)
@@ -556,17 +556,16 @@ def test_local_transformer_refuses_heads_that_do_not_divide_or_are_odd(width, he
         LocalTransformer(width, 1, heads, 4)
 
 
-@pytest.mark.parametrize("kind", ["mlp", "mlp_noact", "linear"])
+@pytest.mark.parametrize("kind", ADAPTORS)
 def test_adaptor_by_hand(kind):
     adaptor = awake(Adaptor(5, 7, kind))
     assert sorted(dict(adaptor.named_parameters())) == ["w1.weight", "w2.weight"][:1 if kind == "linear" else 2]
     x = torch.randn(11, 5)
+    gelu = lambda h: h * (1 + torch.erf(h / 2**0.5)) / 2  # itself, not its approximation by tanh
     with torch.no_grad():
-        h = x @ adaptor.w1.weight.T
-        if kind == "mlp":
-            h = h * (1 + torch.erf(h / 2**0.5)) / 2  # GELU itself, not its approximation by tanh
-        h = h if kind == "linear" else h @ adaptor.w2.weight.T
-        torch.testing.assert_close(adaptor(x), h, rtol=1e-5, atol=1e-6)
+        w1, w2 = (w.T for w in (adaptor.w1.weight, adaptor.w1.weight if kind == "linear" else adaptor.w2.weight))
+        want = {"mlp": lambda: gelu(x @ w1) @ w2, "mlp_noact": lambda: x @ w1 @ w2, "linear": lambda: x @ w1}[kind]()
+        torch.testing.assert_close(adaptor(x), want, rtol=1e-5, atol=1e-6)
     with pytest.raises(BadInput, match="adaptor=conv"):
         Adaptor(5, 7, "conv")
 
