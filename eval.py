@@ -30,7 +30,7 @@ from lib.program import BadInput, Progress, gathered, join, launch, leave, pick_
 from lib.readers import SPLITS
 from lib.scores import bleu, language_code, print_scores, report, say_if_unspaced, score_files
 from lib.tokenizer import Tokenizer
-from lib.video import visible
+from lib.video import other_rate, visible
 from lib.weights import open_llm
 from lora import apply_lora
 from model import SLLaMA, generate
@@ -174,7 +174,7 @@ def clip_reader(trained, cfg, say):
 
     def read(path):
         own = extractor.rate_of(path)
-        if fps and abs(own / fps - 1) > 0.01:
+        if other_rate(own, fps):
             say(f"{path}: its {own or 'unknown number of'} frames a second are resampled to {fps:g}, as in training")
         features = torch.from_numpy(extractor(path))
         if 0 < trained.max_frames < len(features):

@@ -238,7 +238,7 @@ class Run:
             if self.board:
                 show(self.board, entry, sentences)
         except OSError as e:  # the line waits in the file's buffer for the next one
-            print0(f"{self.folder}/log.jsonl: {e.strerror}, the run goes on", file=sys.stderr)
+            warn(f"{self.folder}/log.jsonl: {e.strerror}, the run goes on")
 
     def lacks(self, at):
         """Whether last/ is older than the loop's state."""

@@ -14,7 +14,7 @@ import numpy as np
 from lib.features import files_of, half
 from lib.files import load_json
 from lib.program import BadInput
-from lib.video import MAX_FRAMES, resampled, visible
+from lib.video import MAX_FRAMES, other_rate, resampled, visible
 
 # nose, ears, shoulders, elbows, wrists, the left one first; the shoulders are points 3 and 4 of those taken
 HOLISTIC, BODY_25, COCO = (0, 7, 8, *range(11, 17)), (0, 18, 17, 5, 2, 6, 3, 7, 4), (0, *range(3, 11))
@@ -187,7 +187,7 @@ class Poses:
         rate = rate or self.rate
         if whose != self.whose:
             raise BadInput(f"{path}: has points of {whose}, the clips that are learnt from are of {self.whose}")
-        if self.fps and rate and abs(rate / self.fps - 1) > 0.01:
+        if rate and other_rate(rate, self.fps):
             timed = ((n / rate, frame) for n, frame in enumerate(points))
             points = np.stack([frame for _, frame in resampled(timed, self.fps, path)])
         return half(normalised(points, path), path), rate
@@ -197,7 +197,7 @@ class Poses:
 
     def rate_of(self, path):
         """Frames a second of a clip that is to be translated; one that cannot say has the rate of the others."""
-        return self.take(path)[1] or self.fps
+        return read(path)[2] or self.rate or self.fps
 
     def describe(self):
         return f"backbone poses: 76 points of {self.whose}"

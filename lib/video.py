@@ -180,15 +180,20 @@ def upright(rgb, frame):
     return rgb[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
 
 
+def other_rate(own, fps):
+    """Whether a clip of `own` frames a second is resampled to fps: where they differ by more than 1 %; 0 = never."""
+    return bool(fps) and abs(own / fps - 1) > 0.01
+
+
 def frames(path, size=None, interpolation="BILINEAR", fps=0.0, rate=0.0):
     """
     Yield the frames of a clip (mp4, webm, gif, ..., or a folder of png/jpg, filmed at `rate`) as uint8 (H, W, 3).
     size: squeezed to size x size; else all have the size of the first.
-    fps: resampled to it where its own rate is another by more than 1 % (and known, if it is a folder).
+    fps: resampled to it where its own rate is another (and known, if it is a folder), see other_rate.
     """
     from av.video.reformatter import VideoReformatter
     clip = timed(path, rate or 1.0)
-    if fps and abs(rate_of(path, rate or fps) / fps - 1) > 0.01:
+    if other_rate(rate_of(path, rate or fps), fps):
         clip = resampled(clip, fps, path)
     shape = size and (size, size)
     reformat = VideoReformatter().reformat

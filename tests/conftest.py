@@ -88,6 +88,18 @@ def home(small_toy, tmp_path_factory):
     return home
 
 
+@pytest.fixture(scope="module")
+def both_stages(home):
+    """The folder of the small toy, with both stages of a run on it in out/toy."""
+    import train
+    how = [f"data_dir={home}/data", f"out_dir={home}/out", *SMALL, "eval_every=-1"]
+    with pytest.MonkeyPatch.context() as patch:
+        for stage in ("align", "sft"):
+            patch.setattr(sys, "argv", ["train.py", f"stage={stage}", *how])
+            train.main()
+    return home
+
+
 @pytest.fixture
 def train_here(home, monkeypatch):
     """(name, *args) -> train.main() in this process, a small run under out_dir=name; returns its folder out_dir/toy."""

@@ -20,10 +20,9 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, chromium
+from conftest import chromium
 
 import eval as evaluation
-import train
 from lib.configurator import configure
 from lib.program import BadInput
 from lib.video import read_video
@@ -32,14 +31,9 @@ from scripts.toy import write_mp4
 
 
 @pytest.fixture(scope="module")
-def run(home):
-    """The sft run of the small toy, and the path of one of its clips beside it."""
-    how = [f"data_dir={home}/data", f"out_dir={home}/out", *SMALL, "eval_every=-1"]
-    with pytest.MonkeyPatch.context() as patch:
-        for stage in ("align", "sft"):
-            patch.setattr(sys, "argv", ["train.py", f"stage={stage}", *how])
-            train.main()
-    return home / "out" / "toy" / "sft"
+def run(both_stages):
+    """The sft run of the small toy."""
+    return both_stages / "out" / "toy" / "sft"
 
 
 @pytest.fixture(scope="module")

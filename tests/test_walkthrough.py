@@ -12,25 +12,12 @@ import shutil
 import subprocess
 import sys
 
-import pytest
-from conftest import ROOT, SMALL
+from conftest import ROOT
 
-import train
 from data import Clips
 from eval import load_model, translate
 
 WALK = ["-m", "scripts.walkthrough"]
-
-
-@pytest.fixture(scope="module")
-def walked(home):
-    """The folder of the small toy, with both stages of a run on it in out/toy."""
-    how = [f"data_dir={home}/data", f"out_dir={home}/out", *SMALL, "eval_every=-1"]
-    with pytest.MonkeyPatch.context() as patch:
-        for stage in ("align", "sft"):
-            patch.setattr(sys, "argv", ["train.py", f"stage={stage}", *how])
-            train.main()
-    return home
 
 
 def walk(folder, *command, hide=()):
@@ -78,15 +65,15 @@ def an_ending(run, clip, **how):
     return next(filter(ends, tokens[len(tokens) // 2::-1]))
 
 
-def test_program(walked):
+def test_program(both_stages):
     how = dict(beam=3, length_penalty=0.5, max_new_tokens=12)
-    ckpt = walked / "ends"
-    shutil.copytree(walked / "out/toy/sft/last", ckpt)
+    ckpt = both_stages / "ends"
+    shutil.copytree(both_stages / "out/toy/sft/last", ckpt)
     state = json.loads((ckpt / "state.json").read_text())
-    state["config"]["eos_id"] = an_ending(walked / "out/toy/sft", 1, **how)
+    state["config"]["eos_id"] = an_ending(both_stages / "out/toy/sft", 1, **how)
     (ckpt / "state.json").write_text(json.dumps(state))
     sentence, _, reference = expected(ckpt, 1, **how)
-    done = walk(walked, *WALK, f"ckpt={ckpt}", "clip=1", *(f"{k}={v}" for k, v in how.items()))
+    done = walk(both_stages, *WALK, f"ckpt={ckpt}", "clip=1", *(f"{k}={v}" for k, v in how.items()))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     assert f"model:     {sentence}\nreference: {reference}\n" in done.stdout and "   done: " in done.stdout
     assert f"this clip     {sentence}\n" in done.stdout
@@ -95,7 +82,7 @@ def test_program(walked):
     assert "\n. # # # # # # # # # . " in done.stdout  # the band
     pictures = re.findall(r"^\[(.*\.png)\]$", done.stdout, re.M)
     assert len(pictures) == (5 if importlib.util.find_spec("matplotlib") else 0)
-    assert all((walked / f).exists() for f in pictures)
+    assert all((both_stages / f).exists() for f in pictures)
 
 
 def cells_of(**changes):
@@ -107,14 +94,14 @@ def cells_of(**changes):
     return re.split(r"^# %%(?: \[markdown\])?$", source, flags=re.M)
 
 
-def test_cells_without_matplotlib(walked):
+def test_cells_without_matplotlib(both_stages):
     """A notebook has no command line and no __file__, its cells share their names, and page one is edited in place."""
     cells = cells_of(max_new_tokens=12)
-    (walked / "cells.py").write_text(
+    (both_stages / "cells.py").write_text(
         f"cells = {cells!r}\nnames = dict(get_ipython=None)\nfor cell in cells:\n    exec(cell, names)\n")
-    done = walk(walked, "cells.py", "-f", "kernel.json", hide=["matplotlib"])
+    done = walk(both_stages, "cells.py", "-f", "kernel.json", hide=["matplotlib"])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-    sentence, _, reference = expected(walked / "out/toy/sft", 23 % 4, max_new_tokens=12)
+    sentence, _, reference = expected(both_stages / "out/toy/sft", 23 % 4, max_new_tokens=12)
     assert f"model:     {sentence}\nreference: {reference}\n" in done.stdout and "## " not in done.stdout
     assert "█" in done.stdout and ".png" not in done.stdout
 
