@@ -78,8 +78,8 @@ def load_model(ckpt, device="auto", dtype="auto", **overrides):
     trained = SimpleNamespace(**checkpoint.config | changed, checkpoint=checkpoint)
     say_if_other_code(checkpoint)
     device = pick_device(device)[0]
-    dtype = pick_dtype(dtype, device)[0]
     raw = open_llm(trained.llm)
+    dtype = pick_dtype(dtype, device, raw.args.size())[0]
     tokenizer = Tokenizer(trained.llm, trained.bos_id, trained.eos_id).fit(raw.args.vocab_size)
     with torch.device("meta"):
         sllama = SLLaMA(raw.args, checkpoint.state["dim_in"], trained).to(dtype)

@@ -62,10 +62,10 @@ def rope_table(pos, head_dim, theta=10000.0, scaling=None):
 
 
 def rotate(x, rope):
-    """Rotary positions in the rotate-half layout of Hugging Face files; x (B, T, H, D)."""
+    """Rotary positions in the rotate-half layout of Hugging Face files; x (B, T, H, D) -> the same in fp32."""
     cos, sin = rope
     a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).type_as(x)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 class Attention(nn.Module):
@@ -85,7 +85,10 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, attend, *how):
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # -> (B, T, H, D)
-        return self.wo(attend(rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v, *how))
+        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
+        # on a CPU attention in bfloat16 is up to four times slower than in fp32 (docs/speed.md)
+        dtype = torch.float32 if x.device.type == "cpu" else x.dtype
+        return self.wo(attend(*(t.to(dtype) for t in (q, k, v)), *how).to(x.dtype))
 
 
 class Block(nn.Module):

@@ -282,7 +282,6 @@ def main():
     cfg = configuration()
     lang = language_code(cfg.language, cfg.lang)
     device, device_why = pick_device(cfg.device)
-    dtype, dtype_why = pick_dtype(cfg.dtype, device)
     join(device)
     run = Run(cfg)
     make_toy(cfg)
@@ -298,6 +297,7 @@ def main():
 
     # the model: its structure on the meta device, sharded, then filled tensor by tensor
     raw = open_llm(cfg.llm)
+    dtype, dtype_why = pick_dtype(cfg.dtype, device, raw.args.size())
     print0(raw.describe(dtype))
     model = build(cfg, raw.args, clips.width, device, dtype)
     prompt = prompt_ids(model.prompt, tokenizer.fit(raw.args.vocab_size))

@@ -3,6 +3,9 @@ The frozen visual backbones, run by data.py alone: (F, 3, height, width) -> (F, 
 
 GoogLeNet as torchvision ships it: https://github.com/pytorch/vision/blob/main/torchvision/models/googlenet.py
 """
+import importlib
+import importlib.util
+import sys
 from collections import OrderedDict
 
 import torch
@@ -116,6 +119,24 @@ def open_googlenet(weights):
     return he_init(GoogLeNet()) if weights == "random" else GoogLeNet().load(weights)
 
 
+def import_torchvision():
+    """
+    PyPI's torchvision is built for a torch with CUDA. On a CPU torch its library of operators cannot be loaded, and its
+    import fails at the first that it wants to describe; none of them is needed here. Called before anything that
+    imports it, timm and transformers, which would fail with it.
+    """
+    if not importlib.util.find_spec("torchvision"):
+        return
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        for op in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]  # what the failed import left behind
+        importlib.import_module("torchvision")
+
+
 def open_timm(backbone, weights):
     """
     timm/NAME -> (model without its classifier, side after squeezing, side of the crop, interpolation, mean, std).
@@ -123,8 +144,9 @@ def open_timm(backbone, weights):
     """
     name = backbone.removeprefix("timm/")
     try:
+        import_torchvision()
         import timm
-    except Exception as e:  # a torchvision that was built for another torch raises a RuntimeError
+    except Exception as e:  # also a torchvision that cannot be loaded for another reason
         raise BadInput(f"backbone={backbone}: needs the package timm, pip install timm ({e})") from None
     if not timm.is_model(name.split(".")[0]):
         raise BadInput(f"backbone={backbone}: timm {timm.__version__} has no model of this name")

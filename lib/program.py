@@ -17,6 +17,7 @@ import torch.distributed as dist
 VERSION = "0.1.0"
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the repository
 PARENT = os.getppid()  # torchrun, if it has started this process
+GAINS = 50e6  # parameters of an LLM that is faster in bfloat16 on a CPU (docs/speed.md)
 
 
 class BadInput(ValueError):
@@ -110,13 +111,22 @@ def pick_device(device):
     raise BadInput(f"device=cuda: {gpus} GPU(s) for {processes} process(es)")
 
 
-def pick_dtype(dtype, device):
-    """-> (torch dtype of the frozen weights and the arithmetic, the reason)"""
+def pick_dtype(dtype, device, size=0):
+    """
+    -> (torch dtype of the frozen weights and the arithmetic, the reason)
+    size: parameters of the LLM. A CPU that multiplies in bfloat16 gains by it only where the products are large.
+    """
     if dtype != "auto":
         return getattr(torch, dtype), f"dtype={dtype}"
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16, "auto: a GPU with bfloat16"
-    return torch.float32, "auto: " + ("a GPU without its own bfloat16" if device.type == "cuda" else "no GPU")
+    if device.type == "cuda":
+        own = torch.cuda.is_bf16_supported(including_emulation=False)
+        return (torch.bfloat16, "auto: a GPU with bfloat16") if own else (torch.float32, "auto: a GPU without it")
+    can = torch.cpu.get_capabilities()
+    if not can.get("avx512_bf16") and not can.get("amx_bf16"):
+        return torch.float32, "auto: a CPU without bfloat16"
+    if size < GAINS:
+        return torch.float32, f"auto: a CPU, and an LLM of less than {GAINS / 1e6:.0f}M parameters"
+    return torch.bfloat16, "auto: a CPU that multiplies in bfloat16"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The other processes

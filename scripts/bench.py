@@ -40,6 +40,7 @@ batch_size = 4  # step: clips in each
 compile = False  # step: torch.compile on ours
 activation_checkpointing = False  # step: both sides recompute their blocks in the backward pass
 device = "auto"  # auto, cpu, cuda
+dtype = ""  # step, decode, band: what both sides compute in, one after the other: float32,bfloat16; "" = as train.py
 out = ""  # also write the figures to this file, as JSON
 
 # the paper's Table 5: its CNNs beside GoogLeNet, as timm names them, and the width of their features

@@ -24,6 +24,7 @@ from data import Sample, pack, prompt_ids
 from eval import prefixes
 from lib.adapter import write_adapter
 from lib.checkpoint import read_log
+from lib.cnn import import_torchvision
 from lib.configurator import configure
 from lib.features import write_common
 from lib.program import BadInput, join, pick_device, pick_dtype
@@ -108,9 +109,10 @@ def write_llm(folder, size="bench", dtype=torch.float32):
         json.dump(hf_config(raw.args, "random:bench", dtype), f)
 
 
-def arithmetic(cfg):
-    """The dtype that both sides compute in, train.py's own choice for the device."""
-    return pick_dtype("auto", pick_device(cfg.device)[0])[0]
+def dtypes(cfg):
+    """What both sides compute in, one after the other: dtype=, else train.py's own choice."""
+    device = pick_device(cfg.device)[0]
+    return [pick_dtype(name, device, SIZES[cfg.llm].size())[0] for name in (cfg.dtype or "auto").split(",")]
 
 
 def features_like(clips):
@@ -130,11 +132,11 @@ def quiet():
 class Ours:
     """What train.py runs, with its optimizer: SLLaMA as train.build makes it, on one process."""
 
-    def __init__(self, cfg, folder, stage, lora_rank=8):
+    def __init__(self, cfg, folder, stage, dtype, lora_rank=8):
         page = [f"stage={stage}", f"llm={folder}", f"lora_rank={lora_rank}", *LTN, f"compile={cfg.compile}",
                 f"activation_checkpointing={cfg.activation_checkpointing}"]
         self.cfg = configure(train.__file__, page, stages=("align", "sft"))
-        self.device, self.dtype = pick_device(cfg.device)[0], arithmetic(cfg)
+        self.device, self.dtype = pick_device(cfg.device)[0], dtype
         self.tokenizer = Tokenizer(cfg.tokenizer if os.path.isdir(cfg.tokenizer) else "random:bench")
         if not dist.is_initialized():
             join(self.device)
@@ -167,6 +169,7 @@ class Peer(nn.Module):
 
     def __init__(self, ours, folder):
         super().__init__()
+        import_torchvision()
         try:
             import peft
             import transformers
@@ -227,11 +230,11 @@ class Peer(nn.Module):
         return [ids[:ids.index(2)] if 2 in ids else ids for ids in out.tolist()]
 
 
-def both(cfg, stage, size, lora_rank=8):
+def both(cfg, stage, size, dtype, lora_rank=8):
     """Ours and the peer's model of a size, with the same random weights."""
     with tempfile.TemporaryDirectory() as folder:
-        write_llm(folder, size, arithmetic(cfg))
-        ours = Ours(cfg, folder, stage, lora_rank)
+        write_llm(folder, size, dtype)
+        ours = Ours(cfg, folder, stage, dtype, lora_rank)
         return ours, Peer(ours, folder)
 
 
@@ -278,50 +281,83 @@ def work_of_step(ours, batches):
     return tokens, flops, values * ours.dtype.itemsize
 
 
+def name_of(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def each_at_its_best(what, figures):
+    """The ratio where each side computes in the dtype in which it is fastest."""
+    ours, peer = (min((f[side]["median"], f["dtype"]) for f in figures) for side in ("ours", "peer"))
+    print(f"{what}, each at its best: ours in {ours[1]}, peer in {peer[1]}, ratio {peer[0] / ours[0]:.2f}", flush=True)
+    return {"what": f"{what}, each at its best", "ratio": peer[0] / ours[0]}
+
+
 def step(cfg):
     """SFT and align steps on ragged batches of PHOENIX-2014T's lengths."""
     figures = []
     for stage in ("sft", "align"):
-        ours, peer = both(cfg, stage, cfg.llm)
-        samples = ours.samples(clips_like_phoenix(cfg, cfg.batch_size * cfg.batches))
-        batches = [samples[i:i + cfg.batch_size] for i in range(0, len(samples), cfg.batch_size)]
-        with torch.no_grad():
-            apart = max(abs(ours.loss(b) - peer.loss(b)).item() for b in batches)
-        frames = [[len(s.features) for s in b] for b in batches]
-        print(f"{stage}: frames {frames}, losses differ by {apart:.1e} at most")
-        if apart > (1e-4 if ours.dtype == torch.float32 else 0.05):
-            raise BadInput(f"{stage}: ours and the peer do not compute the same loss (difference {apart:.1e})")
-        tokens, flops, moved = work_of_step(ours, batches)
-        a = ours.model.llm.args
-        make = lambda *shape: torch.randn(shape, device=ours.device).to(ours.dtype)
-        x, w = make(tokens // len(batches), a.dim), make(a.hidden_dim, a.dim)
-        big, copy = make(2**25), make(2**25)
-        # the machine's own rates take turns with the two: they change with its load too
-        found = turns(cfg.repeats, **sides(ours, peer, batches), matrices=lambda: [F.linear(x, w) for _ in range(20)],
-                      memory=lambda: [copy.copy_(big) for _ in range(4)])
-        rate = 20 * 2 * x.numel() * a.hidden_dim / found["matrices"]["median"]
-        bandwidth = 4 * 2 * big.nbytes / found["memory"]["median"]
-        took = found["ours"]["median"]
-        for t in found.values():
-            t |= {key: t[key] / len(batches) for key in ("median", "low", "high")}
-        floor = (flops / rate + moved / bandwidth) / len(batches)
-        figures.append(say(f"{stage} step, {cfg.batch_size} clips", found, floor) | {
-            "loss_difference": apart, "tokens_per_s": tokens / took, "flops_per_s": flops / took,
-            "machine": [rate, bandwidth]})
-        print(f"  {tokens / took:.0f} tokens/s, {flops / took / 1e9:.0f} GFLOP/s; this machine multiplies matrices at "
-              f"{rate / 1e9:.0f} GFLOP/s and copies memory at {bandwidth / 1e9:.1f} GB/s", flush=True)
+        figures += [step_of(cfg, stage, dtype) for dtype in dtypes(cfg)]
+        if len(dtypes(cfg)) > 1:
+            figures.append(each_at_its_best(f"{stage} step", figures[-len(dtypes(cfg)):]))
+    return figures
+
+
+def step_of(cfg, stage, dtype):
+    """A stage's step in a dtype, beside the peer's and what the machine's own rates allow."""
+    ours, peer = both(cfg, stage, cfg.llm, dtype)
+    samples = ours.samples(clips_like_phoenix(cfg, cfg.batch_size * cfg.batches))
+    batches = [samples[i:i + cfg.batch_size] for i in range(0, len(samples), cfg.batch_size)]
+    with torch.no_grad():
+        apart = max(abs(ours.loss(b) - peer.loss(b)).item() for b in batches)
+    frames = [[len(s.features) for s in b] for b in batches]
+    print(f"{stage}: frames {frames}, losses differ by {apart:.1e} at most")
+    if apart > (1e-4 if ours.dtype == torch.float32 else 0.05):
+        raise BadInput(f"{stage}: ours and the peer do not compute the same loss (difference {apart:.1e})")
+    tokens, flops, moved = work_of_step(ours, batches)
+    a = ours.model.llm.args
+    make = lambda *shape: torch.randn(shape, device=ours.device).to(ours.dtype)
+    x, w = make(tokens // len(batches), a.dim), make(a.hidden_dim, a.dim)
+    big, copy = make(2**25), make(2**25)
+    # the machine's own rates take turns with the two: they change with its load too
+    found = turns(cfg.repeats, **sides(ours, peer, batches), matrices=lambda: [F.linear(x, w) for _ in range(20)],
+                  memory=lambda: [copy.copy_(big) for _ in range(4)])
+    rate = 20 * 2 * x.numel() * a.hidden_dim / found["matrices"]["median"]
+    bandwidth = 4 * 2 * big.nbytes / found["memory"]["median"]
+    took = found["ours"]["median"]
+    for t in found.values():
+        t |= {key: t[key] / len(batches) for key in ("median", "low", "high")}
+    floor = (flops / rate + moved / bandwidth) / len(batches)
+    figures = say(f"{stage} step, {cfg.batch_size} clips, {name_of(dtype)}", found, floor)
+    print(f"  {tokens / took:.0f} tokens/s, {flops / took / 1e9:.0f} GFLOP/s; this machine multiplies matrices at "
+          f"{rate / 1e9:.0f} GFLOP/s and copies memory at {bandwidth / 1e9:.1f} GB/s", flush=True)
+    return figures | {"dtype": name_of(dtype), "loss_difference": apart, "tokens_per_s": tokens / took,
+                      "flops_per_s": flops / took, "machine": [rate, bandwidth]}
+
+
+def decode(cfg):
+    """Beam-4 and greedy decoding of 32 clips. What a second dtype writes is compared with the first's."""
+    figures, first = [], {}
+    for dtype in dtypes(cfg):
+        for f, hyps in decode_in(cfg, dtype):
+            figures.append(f)
+            before = first.setdefault(f["what"], hyps)
+            if hyps is not before:
+                same = sum(a == b for a, b in zip(hyps, before))
+                print(f"  ours in {cfg.dtype.split(',')[0]} and {name_of(dtype)}: {same} of 32 hypotheses are the same")
+    for what in first if len(dtypes(cfg)) > 1 else ():
+        figures.append(each_at_its_best(what, [f for f in figures if f["what"] == what]))
     return figures
 
 
 @torch.no_grad()
-def decode(cfg):
+def decode_in(cfg, dtype):
     """
-    Beam-4 and greedy decoding of 32 clips: ours all at once (no filling, a prefix once a clip), the peer's in batches
-    of 8 of like length.
+    Ours decodes 32 clips all at once (no filling, a prefix once a clip), the peer in batches of 8 of like length.
     From their features, and from the embeddings that the same local transformer and adaptor make of them on both sides.
+    Yields the figures, and what ours has written.
     """
-    figures, new = [], 32
-    ours, peer = both(cfg, "align", cfg.llm)
+    new = 32
+    ours, peer = both(cfg, "align", cfg.llm, dtype)
     model = ours.model
     for m in train.groups(model):
         m.unshard()
@@ -332,12 +368,12 @@ def decode(cfg):
              "peer": lambda parts, beam: [ids for h, mask in parts for ids in peer.generate(h, mask, beam, new)]}
     embedded = {name: list(embed[name]()) for name in embed}
     for beam in (4, 1):
-        same = sum(a == b for a, b in zip(*(write[name](embedded[name], beam) for name in write)))
-        print(f"beam {beam}: {same} of 32 hypotheses are the same, up to {new} tokens each")
+        hyps = [write[name](embedded[name], beam) for name in write]
+        same = sum(a == b for a, b in zip(*hyps))
+        print(f"beam {beam}, {name_of(dtype)}: {same} of 32 hypotheses are the peer's, up to {new} tokens each")
         for what, source in {"features": lambda name: embed[name](), "embeddings": embedded.get}.items():
             found = turns(cfg.repeats, **{name: lambda name=name: write[name](source(name), beam) for name in write})
-            figures.append(say(f"32 clips from {what}, beam {beam}", found) | {"same": same})
-    return figures
+            yield say(f"32 clips from {what}, beam {beam}", found) | {"same": same, "dtype": name_of(dtype)}, hyps[0]
 
 
 def band(cfg):
@@ -350,11 +386,14 @@ def band(cfg):
     for T in (1024, 4096):
         q, k, v = (torch.randn(1, 8, T, 64, generator=torch.Generator().manual_seed(i)) for i in range(3))
         mask = sees(torch.arange(T)[:, None], torch.arange(T), 8)
-        ours = lambda: local_attention(q, k, v, 8)
-        dense = lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        apart = (ours() - dense()).abs().max().item()
-        found = turns(cfg.repeats, ours=ours, peer=dense)
-        figures.append(say(f"band of window 8, T = {T} (differ by {apart:.0e})", found) | {"difference": apart})
+        for dtype in dtypes(cfg):
+            q, k, v = (t.to(dtype) for t in (q, k, v))
+            ours = lambda: local_attention(*(t.float() for t in (q, k, v)), 8).to(dtype)  # as Attention calls it
+            dense = lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            apart = (ours() - dense()).abs().max().item()
+            found = turns(cfg.repeats, ours=ours, peer=dense)
+            what = f"band of window 8, T = {T}, {name_of(dtype)} (differ by {apart:.0e})"
+            figures.append(say(what, found) | {"difference": apart})
     print("      T        ms   ns a frame")
     for T in (1024, 4096, 16384, 65536):
         q, k, v = (torch.randn(1, 8, T, 64) for _ in range(3))
@@ -425,7 +464,7 @@ def scale(cfg):
     sizes = [(8, 4, T) for T in (30, 112, 240, 475)] + [(8, B, 112) for B in (1, 2, 8)]
     sizes += [(r, 4, 112) for r in (4, 16, 32)]
     for rank, batch, frames in sizes:
-        ours, peer = both(cfg, "sft", "bench", rank)
+        ours, peer = both(cfg, "sft", "bench", dtypes(cfg)[0], rank)
         found = turns(cfg.repeats, **sides(ours, peer, [ours.samples(clips_like_phoenix(cfg, batch, frames))]))
         figures.append(say(f"rank {rank}, {batch} clips of {frames} frames", found))
     return figures

@@ -3,8 +3,6 @@ What the tests share. `python -m pytest tests` runs them all, a process for each
 in one, to debug. Each can run alone. What needs real weights and clips skips where shared/real is absent.
 """
 import fcntl
-import importlib
-import importlib.util
 import os
 import shutil
 import signal
@@ -22,24 +20,9 @@ torch.set_num_threads(1)  # small shapes: threads cost more than they bring
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and the same for the programs that the tests start
 
 
-def import_torchvision():
-    """
-    PyPI's torchvision is built for a torch with CUDA. On a CPU torch its library of operators cannot be loaded, and its
-    import fails at the first that it wants to describe; none of them is needed here. Declared before anything imports
-    it: transformers and timm would fail with it.
-    """
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        for op in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]  # what the failed import left behind
-        importlib.import_module("torchvision")
+from lib.cnn import import_torchvision  # noqa: E402
 
-
-if importlib.util.find_spec("torchvision"):
-    import_torchvision()
+import_torchvision()  # before transformers and timm want it
 
 
 def page(stage="align", **changes):

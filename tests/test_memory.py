@@ -67,8 +67,9 @@ def counted(cfg, n, frames, answers, prompt, s, cuda):
     F, M = sum(frames), sum(answers)
     N = F + M + (prompt - 1) * len(frames)  # the last of an answer's tokens is never read
     # what a block keeps for a token: what goes into the two norms, in fp32; SwiGLU's three parts;
-    # queries, keys, values and what attention makes of them; a log-sum for each head
-    row = 4 * (DIM + DIM) + s * 3 * HIDDEN + s * (Q + K + K + Q) + 4 * HEADS
+    # queries, keys, values and what attention makes of them, in fp32 on a CPU; a log-sum for each head
+    attends = s if cuda else 4
+    row = 4 * (DIM + DIM) + s * 3 * HIDDEN + attends * (Q + K + K + Q) + 4 * HEADS
     if not cfg.freeze_llm:
         inputs = {"wq": "x", "wk": "x", "wv": "x", "wo": "o", "w1": "y", "w3": "y", "w2": "z"}
         if cfg.lora_dropout:  # each has dropped out other numbers, and keeps its mask
@@ -81,7 +82,8 @@ def counted(cfg, n, frames, answers, prompt, s, cuda):
     kept += F * DIM * s * {"mlp": 3, "mlp_noact": 2, "linear": 1}[cfg.adaptor]
     if cfg.ltn and cfg.train_ltn:
         seen = 32 + cfg.window  # keys that a block of 32 queries meets
-        kept += cfg.ltn_layers * F * s * (11 * LTN + 2 * LTN * seen / 32 + 4 * 42) + F * seen
+        inside = s * (7 * LTN + 4 * 42) + attends * (4 * LTN + 2 * LTN * seen / 32)
+        kept += cfg.ltn_layers * F * inside + F * seen
     back = max(3 * 4 * M * VOCAB, s * N * (3 * HIDDEN + 2 * DIM))
     learnt = numbers([t for t in everything if t[1]])
     if s < 4:  # cast for each use; word embeddings are looked up

@@ -1306,9 +1306,21 @@ def test_bfloat16_is_taken_where_the_gpu_has_it_itself(monkeypatch):
     has = {"itself": False, "emulated": True}
     supported = lambda including_emulation=True: has["itself"] or (including_emulation and has["emulated"])
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    gpu = torch.device("cuda", 0)
     assert pick_dtype("auto", gpu)[0] == torch.float32
     has["itself"] = True
-    assert pick_dtype("auto", gpu)[0] == torch.bfloat16 and pick_dtype("auto", cpu)[0] == torch.float32
+    assert pick_dtype("auto", gpu)[0] == torch.bfloat16
+
+
+@pytest.mark.parametrize("has", ["avx512_bf16", "amx_bf16"])
+def test_bfloat16_is_taken_on_a_cpu_that_multiplies_in_it_and_gains(monkeypatch, has):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {has: True, "avx512_f": True})
+    cpu = torch.device("cpu")
+    assert pick_dtype("auto", cpu, 50_000_000)[0] == torch.bfloat16
+    dtype, why = pick_dtype("auto", cpu, 49_999_999)
+    assert dtype == torch.float32 and why == "auto: a CPU, and an LLM of less than 50M parameters"
+    assert pick_dtype("auto", cpu)[0] == torch.float32  # a CNN
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {has: False, "avx512_f": True})
+    assert pick_dtype("auto", cpu, 7_000_000_000) == (torch.float32, "auto: a CPU without bfloat16")
     for name in ("float32", "bfloat16", "float16"):
         assert pick_dtype(name, cpu)[0] == getattr(torch, name)
