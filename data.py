@@ -16,6 +16,7 @@ import re
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from lib.check import check, report
 from lib.configurator import configure, usage_error
@@ -43,9 +44,13 @@ device = "auto"  # auto, cpu, cuda: where the CNN runs
 # ---------------------------------------------------------------------------------------------------------------------
 # Clips in
 
-def thin(x, max_frames):
-    """Features (T, D) -> at most max_frames of them (0: all), evenly spaced; in training and test alike."""
-    return x[torch.linspace(0, len(x) - 1, max_frames).long()] if 0 < max_frames < len(x) else x
+def thin(x, max_frames, merge=1):
+    """
+    Features (T, D), in training and test alike: at most max_frames of them (0: all), evenly spaced, then the means of
+    `merge` neighbours, the last of what is left.
+    """
+    x = x[torch.linspace(0, len(x) - 1, max_frames).long()] if 0 < max_frames < len(x) else x
+    return F.avg_pool1d(x.float().T, merge, ceil_mode=True).T.type_as(x) if merge > 1 else x
 
 
 def spread(total, n):
@@ -56,22 +61,23 @@ def spread(total, n):
 class Clips:
     """One split of a data set in its common form, as samples for a prompt."""
 
-    def __init__(self, data_dir, dataset, backbone, split, max_frames=0, max_clips=0):
-        """max_frames: longer clips are thinned out; max_clips: so many, spread over the split; 0 = no limit."""
+    def __init__(self, data_dir, dataset, backbone, split, max_frames=0, merge=1, max_clips=0):
+        """max_frames, merge: see thin; max_clips: so many, spread over the split, 0 = all."""
         folder = os.path.join(data_dir, dataset)
         self.path = os.path.join(folder, split + ".jsonl")
         if not os.path.exists(self.path):
             there = [s for s in SPLITS if os.path.exists(os.path.join(folder, s + ".jsonl"))]
             hint = f"it has {', '.join(there)}: say split=" if there else "make it with python data.py"
             raise BadInput(f"{self.path}: data set {dataset} has no split {split}; {hint}")
-        self.place, self.split, self.max_frames = (data_dir, dataset, backbone), split, max_frames
+        self.place, self.split, self.max_frames, self.merge = (data_dir, dataset, backbone), split, max_frames, merge
         self.store = Store(os.path.join(folder, backbone, split + ".safetensors"))
         self.rows, shapes = read_common(self.path, self.store)
         if 0 < max_clips < len(self.rows):
             self.rows = [self.rows[i] for i in spread(len(self.rows), max_clips)]
         lengths = [shapes[row["name"]][0] for row in self.rows]
-        self.lengths = [min(n, max_frames or n) for n in lengths]  # frames of each clip, as they will be used
-        self.too_long = sum(n > m for n, m in zip(lengths, self.lengths))
+        self.too_long = sum(0 < max_frames < n for n in lengths)
+        # frames of each clip, as they will be used
+        self.lengths = [math.ceil(min(n, max_frames or n) / merge) for n in lengths]
         self.width = shapes[self.rows[0]["name"]][1]
 
     def __len__(self):
@@ -80,13 +86,14 @@ class Clips:
     def beside(self, split):
         """Another split of the same data set, None where it has none."""
         there = os.path.exists(os.path.join(os.path.dirname(self.path), split + ".jsonl"))
-        return Clips(*self.place, split, self.max_frames) if there else None
+        return Clips(*self.place, split, self.max_frames, self.merge) if there else None
 
     def describe(self):
         """What these clips are, and what is done to them: lines for the screen."""
         _, dataset, backbone = self.place
         lines = [f"data: {dataset}, {len(self)} {self.split} clips of {sum(self.lengths) / len(self):.0f} frames, "
-                 f"features {backbone} of width {self.width}"]
+                 f"features {backbone} of width {self.width}"
+                 + (f", means of {self.merge}" if self.merge > 1 else "")]
         if standin := self.store.settings.get("standin"):
             lines.append(f"data: {standin}: no score here is one of the data set")
         if self.too_long:
@@ -101,7 +108,7 @@ class Clips:
     def features(self, i, drop=0.0, key=()):
         """(T, D) of clip i; drop: share of its frames left out at random, as the key says."""
         row = self.rows[i]
-        x = thin(self.store[row["name"]], self.max_frames)
+        x = thin(self.store[row["name"]], self.max_frames, self.merge)
         if drop:
             keep = stateless(*key, row["name"]).random(len(x)) >= drop
             x = x[torch.from_numpy(keep)] if keep.any() else x[:1]

@@ -137,7 +137,7 @@ def decode(sllama, features, tokenizer, what, how):
 
 def read_split(trained, split):
     """A split of the run's data set -> (Clips, their features, their sentences)."""
-    clips = Clips(trained.data_dir, trained.dataset, trained.backbone, split, trained.max_frames)
+    clips = Clips(trained.data_dir, trained.dataset, trained.backbone, split, trained.max_frames, trained.merge)
     if clips.too_long:
         print0(clips.describe().splitlines()[-1])
     dim_in = trained.checkpoint.state["dim_in"]
@@ -179,7 +179,7 @@ def clip_reader(trained, cfg, say):
         features = torch.from_numpy(extractor(path))
         if 0 < trained.max_frames < len(features):
             say(f"{path}: {len(features)} frames are thinned out to max_frames={trained.max_frames}, as in training")
-        return thin(features, trained.max_frames)
+        return thin(features, trained.max_frames, trained.merge)
 
     return read, extractor.endings
 

@@ -113,11 +113,11 @@ def main():
         usage_error(__file__, "say what to do: python lora.py merge ckpt=RUN to=FOLDER")
     checkpoint = read_checkpoint(find_checkpoint(cfg.ckpt))
     trained = checkpoint.config
-    if not checkpoint.lora:
-        raise BadInput(f"ckpt={cfg.ckpt}: has no LoRA (stage={trained['stage']}), there is nothing to merge")
     source = cfg.llm or trained["llm"]
-    raw, (rank, alpha, targets, *_) = open_llm(source), checkpoint.lora
+    raw, (rank, alpha, targets, *_) = open_llm(source), checkpoint.lora or (0, 0, ())
     learnt = {name.removeprefix("llm."): t for name, t in checkpoint.tensors.items() if name.startswith("llm.")}
+    if not learnt:
+        raise BadInput(f"ckpt={cfg.ckpt}: nothing of its LLM has learnt, stage={trained['stage']}")
     dtype = raw.read("tok_embeddings.weight").dtype
     # what has learnt must find its place in these weights, or it would be lost without a word
     places = {name: shape for name, shape in raw.shapes.items() if name in learnt}
@@ -129,14 +129,14 @@ def main():
 
     def tensors():  # one by one, so that the LLM never lies in memory whole
         for name, weight in raw.tensors():
-            weight = learnt.get(name, weight).to(weight.dtype)  # word embeddings that have learnt
+            weight = learnt.get(name, weight).to(weight.dtype)  # what has learnt without LoRA
             layer = name.removesuffix(".weight")
             if f"{layer}.lora_A" in learnt:
                 weight = merged(weight, learnt[f"{layer}.lora_A"], learnt[f"{layer}.lora_B"], alpha / rank)
             yield name, weight
 
     write_hf(cfg.to, raw.args, tensors(), source, dtype, ids=(trained["bos_id"], trained["eos_id"]))
-    print(f"{cfg.to}: {source}, as it lies there in 16 bits, with the LoRA of {cfg.ckpt} merged in")
+    print(f"{cfg.to}: {source}, as it lies there in 16 bits, with what {cfg.ckpt} has learnt merged in")
 
 
 if __name__ == "__main__":

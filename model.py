@@ -92,25 +92,44 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, dim, attention, feed_forward, eps=1e-5):
+    def __init__(self, dim, attention, feed_forward, eps=1e-5, dropout=0.0):
         super().__init__()
         self.attention = attention
         self.feed_forward = feed_forward
         self.attention_norm = RMSNorm(dim, eps)
         self.ffn_norm = RMSNorm(dim, eps)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, rope, wanted, attend, *how):
         """x (B, T, dim) -> (B, T, dim), or (B, len(wanted), dim) where only these positions go further."""
-        x = x + self.attention(self.attention_norm(x), rope, attend, *how)
+        x = x + self.dropout(self.attention(self.attention_norm(x), rope, attend, *how))
         x = x if wanted is None else x[:, wanted]
-        return x + self.feed_forward(self.ffn_norm(x))
+        return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
+
+
+def packed_attention(q, k, v, lens=None, causal=False):
+    """
+    q (B, T, H, D), k, v (B, T, Hkv, D) -> (B, T, H*D). lens: lengths of sequences packed in a stream (B == 1), or None.
+    Each attends to itself alone, in a call of its own: the fused kernel then needs no mask, and there is no filling,
+    whose cost would grow with the square of the longest.
+    """
+    cut = lambda t: [part.transpose(1, 2) for part in t.split(lens or t.shape[1], 1)]  # -> (B, H, length, D) each
+    o = [F.scaled_dot_product_attention(*one, is_causal=causal, enable_gqa=q.shape[2] != k.shape[2])
+         for one in zip(cut(q), cut(k), cut(v))]
+    return torch.cat(o, 2).transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H*D)
+
+
+causal_attention = partial(packed_attention, causal=True)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The local transformer and its band (section 3.1)
 
+ALL = 2**31  # more frames than any clip has
+
+
 def reach(window):
     """How many frames a frame sees before and after itself. The one definition of the band: change it here."""
-    return window // 2, window // 2
+    return (window // 2, window // 2) if window >= 0 else (ALL, ALL)
 
 
 def sees(i, j, window):
@@ -161,21 +180,25 @@ class LocalTransformer(nn.Module):
     Depth, heads and positions are ours, the paper is silent: pre-norm blocks as LLaMA's, rotary positions.
     """
 
-    def __init__(self, dim, n_layers, n_heads, window):
+    def __init__(self, dim, n_layers, n_heads, window, dropout=0.0):
         super().__init__()
         if dim % n_heads or dim // n_heads % 2:
             raise BadInput(f"ltn_heads={n_heads}: heads of even width must divide the local transformer's width {dim}")
         self.head_dim, self.window, self.reach = dim // n_heads, window, reach(window)
         hidden_dim = 8 * dim // 3  # three matrices of SwiGLU cost what two of width 4*dim would
-        block = lambda: Block(dim, Attention(dim, n_heads, n_heads, self.head_dim), FeedForward(dim, hidden_dim))
+        block = lambda: Block(dim, Attention(dim, n_heads, n_heads, self.head_dim), FeedForward(dim, hidden_dim),
+                              dropout=dropout)
         self.layers = nn.ModuleList(block() for _ in range(n_layers))
         self.norm = RMSNorm(dim, 1e-5)
 
     def forward(self, x, doc=None):
         # the band is relative, and so are rotary positions: they may run on over the clips of a stream
         rope = rope_table(torch.arange(x.shape[1], device=x.device)[None], self.head_dim)
+        how = banded, self.window, doc
+        if self.window < 0 and len(x) == 1:  # the whole clip is no band
+            how = packed_attention, doc.unique_consecutive(return_counts=True)[1].tolist()
         for layer in self.layers:
-            x = layer(x, rope, None, banded, self.window, doc)
+            x = layer(x, rope, None, *how)
         return self.norm(x)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,22 +227,10 @@ class Adaptor(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # LLaMA
 
-def causal_attention(q, k, v, lens=None):
-    """
-    q (B, T, H, D), k, v (B, T, Hkv, D) -> (B, T, H*D). lens: lengths of sequences packed in a stream (B == 1), or None.
-    Each attends to itself alone, in a call of its own: the fused kernel then needs no mask, and there is no filling,
-    whose cost would grow with the square of the longest.
-    """
-    cut = lambda t: [part.transpose(1, 2) for part in t.split(lens or t.shape[1], 1)]  # -> (B, H, length, D) each
-    o = [F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=q.shape[2] != k.shape[2])
-         for one in zip(cut(q), cut(k), cut(v))]
-    return torch.cat(o, 2).transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H*D)
-
-
 class LLaMA(nn.Module):
     """LLaMA 2 under Meta's names of weights, but with wq and wk in the rotate-half layout of Hugging Face's files."""
 
-    def __init__(self, args, bits=16):
+    def __init__(self, args, bits=16, dropout=0.0):
         """bits: of the seven matrices of a block; 8 and 4 are frozen. Embeddings, output and norms stay as they are."""
         super().__init__()
         self.args, self.bits = args, bits
@@ -228,7 +239,7 @@ class LLaMA(nn.Module):
         block = lambda: Block(
             args.dim,
             Attention(args.dim, args.n_heads, args.n_kv_heads, args.head_dim, args.qkv_bias, linear, norm),
-            FeedForward(args.dim, args.hidden_dim, linear), args.norm_eps)
+            FeedForward(args.dim, args.hidden_dim, linear), args.norm_eps, dropout)
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(block() for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
@@ -304,19 +315,20 @@ class SLLaMA(nn.Module):
         # ... and frames enter the LLM at the size of its words: LLaMA-2's embeddings have a deviation of 0.02, not 1
         self.register_buffer("scale", torch.ones(()))
         self.proj = Linear(dim_in, width) if width != dim_in else None
-        self.ltn = LocalTransformer(width, cfg.ltn_layers, cfg.ltn_heads, cfg.window) if cfg.ltn else None
+        self.ltn = LocalTransformer(width, cfg.ltn_layers, cfg.ltn_heads, cfg.window, cfg.dropout) if cfg.ltn else None
         self.adaptor = Adaptor(width, llm_args.dim, cfg.adaptor)
-        self.llm = LLaMA(llm_args, cfg.llm_bits)
+        self.llm = LLaMA(llm_args, cfg.llm_bits, cfg.llm_dropout)
+        self.dropout, self.word_dropout = nn.Dropout(cfg.dropout), nn.Dropout(cfg.llm_dropout)
         self.prompt = cfg.prompt.replace("{language}", cfg.language)  # holds {clip} where the frames go
         self.label_smoothing = cfg.label_smoothing
 
     def embed(self, batch):
         """The stream that the LLM reads: embeddings of its tokens, each clip's frames in their place. -> (1, N, dim)"""
         x = ((batch.features.float() - self.mean) / self.std)[None].to(self.llm.norm.weight.dtype)  # (1, F, dim_in)
-        x = x if self.proj is None else self.proj(x)
+        x = self.dropout(x if self.proj is None else self.proj(x))
         x = x if self.ltn is None else self.ltn(x, batch.clip[None])
-        x = self.adaptor(x).squeeze(0) * self.scale  # (F, dim)
-        h = self.llm.tok_embeddings(batch.tokens)  # (N, dim)
+        x = self.dropout(self.adaptor(x).squeeze(0) * self.scale)  # (F, dim)
+        h = self.word_dropout(self.llm.tok_embeddings(batch.tokens))  # (N, dim)
         return h.index_copy(0, batch.frame_at, x.type_as(h))[None]
 
     def forward(self, batch):
@@ -354,9 +366,9 @@ class SLLaMA(nn.Module):
                                           if not name.startswith("llm.") or "lora_" in name)
 
     def vision_state(self):
-        """What a checkpoint's vision.safetensors holds: all but the LLM, and word embeddings where they learn."""
+        """What a checkpoint's vision.safetensors holds: all but the LLM, and what of it learns beside LoRA."""
         return {name: v for name, v in [*self.named_parameters(), *self.named_buffers()]
-                if not name.startswith("llm.") or (name == "llm.tok_embeddings.weight" and v.requires_grad)}
+                if not name.startswith("llm.") or (v.requires_grad and "lora_" not in name)}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding

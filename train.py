@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 import time
+from collections import Counter
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from lib.adapter import TARGETS
 from lib.checkpoint import Run, load_moments
 from lib.configurator import configure, usage_error
 from lib.features import only_backbone
+from lib.linear import Linear
 from lib.memory import explained, print_estimate
 from lib.program import (BadInput, Pace, Signals, barrier, gathered, join, launch, leave, pick_device, pick_dtype,
                          print0, rank, run_program, summed, world)
@@ -28,7 +30,7 @@ from lib.scores import bleu, language_code, rouge
 from lib.tensors import stateless
 from lib.tokenizer import Tokenizer
 from lib.weights import open_llm
-from lora import apply_lora
+from lora import apply_lora, layers
 from model import ADAPTORS, SLLaMA
 
 # what to run
@@ -51,15 +53,18 @@ ltn = True  # the local transformer (Table 6)
 ltn_dim = 192  # its width, 0 = the features' (paper: 1024)
 ltn_layers = 2  # its depth (paper: silent)
 ltn_heads = 6  # its heads (paper: silent)
-window = 8  # frames that each sees around it, see model.reach (paper: 8; Table 9: 4, 8, 12, 16)
+window = 8  # frames that each sees around it, see model.reach, -1 = all (paper: 8; Table 9: 4, 8, 12, 16)
 adaptor = "mlp"  # mlp, mlp_noact, linear (paper: mlp; Table 3)
-lora_rank = 8  # (paper: 8; Table 8: 4, 8, 16, 32)
+dropout = 0.0  # of what goes into local transformer and LLM, and in the local transformer's blocks (paper: silent)
+llm_dropout = 0.0  # of word embeddings, and in the LLM's blocks (paper: silent)
+lora_rank = 8  # 0 = the whole LLM learns instead (paper: 8; Table 8: 4, 8, 16, 32)
 lora_alpha = 16.0  # the update is scaled by alpha/rank (paper: silent)
 lora_dropout = 0.0  # (paper: silent)
 lora_targets = "wq,wk,wv,wo"  # of wq,wk,wv,wo,w1,w2,w3 (paper: each attention weight)
 # the clips and the loss
 max_clips = 0  # learn from so many train clips, spread over the set; 0 = all
 max_frames = 0  # longer clips are thinned out evenly to so many, 0 = no limit (paper: silent)
+merge = 1  # frames whose mean is one token (paper: 1)
 language = "German"  # its name goes into the prompt
 lang = ""  # its code, which picks BLEU's tokens; "" = by language: German, English, Chinese
 label_smoothing = 0.0  # (paper: silent)
@@ -108,12 +113,12 @@ sft = {
 }
 
 # a stage must agree in these with the one that it starts from
-SHAPE = ("ltn", "ltn_dim", "ltn_layers", "ltn_heads", "window", "adaptor", "backbone")
+SHAPE = ("merge", "ltn", "ltn_dim", "ltn_layers", "ltn_heads", "window", "adaptor", "backbone")
 # and a resumed run with itself in all but these
 FREE = {"resume", "run", "out_dir", "data_dir", "init_from", "device", "dtype", "compile", "activation_checkpointing",
         "cpu_offload", "grad_accum", "max_steps", "log_every", "eval_every", "save_every", "keep", "max_skips",
         "tensorboard", "estimate"}
-POSITIVE = ("epochs", "batch_size", "grad_accum", "ltn_layers", "ltn_heads", "beam", "max_skips", "lora_rank")
+POSITIVE = ("epochs", "batch_size", "grad_accum", "ltn_layers", "ltn_heads", "beam", "max_skips", "merge")
 TOYS = ("toy", "toy_zh")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,14 +127,16 @@ TOYS = ("toy", "toy_zh")
 def configuration():
     """Page one, config files and command line. Values that no run could make sense of end it with exit code 2."""
     cfg = configure(__file__, stages=("align", "sft"), positive=POSITIVE,
-                    minus_one=("log_every", "eval_every", "save_every"),
-                    shares=("frame_drop", "lora_dropout", "label_smoothing"),
+                    minus_one=("window", "log_every", "eval_every", "save_every"),
+                    shares=("frame_drop", "dropout", "llm_dropout", "lora_dropout", "label_smoothing"),
                     choices={"stage": ("align", "sft"), "adaptor": ADAPTORS, "llm_bits": (16, 8, 4)})
     for target in cfg.lora_targets.split(","):
         if target not in TARGETS:
             usage_error(__file__, f"lora_targets: {target!r} is none of {','.join(TARGETS)}")
     if os.path.isabs(cfg.run) or ".." in cfg.run.split("/"):
         usage_error(__file__, f"run={cfg.run}: must be a name inside out_dir")
+    if cfg.llm_bits < 16 and not cfg.freeze_llm and not cfg.lora_rank:
+        usage_error(__file__, f"lora_rank=0: an LLM in {cfg.llm_bits} bits cannot learn itself, LoRA beside it can")
     if cfg.prompt.count("{clip}") != 1:
         usage_error(__file__, f"prompt={cfg.prompt!r}: must hold {{clip}} once")
     if not cfg.llm and cfg.dataset not in TOYS:
@@ -159,7 +166,10 @@ def build(cfg, args, dim_in, device, dtype):
         if part is not None:
             part.requires_grad_(cfg.train_ltn)
     model.llm.tok_embeddings.requires_grad_(cfg.train_embeddings)
-    if not cfg.freeze_llm:
+    if not cfg.freeze_llm and not cfg.lora_rank:
+        for linear in layers(model.llm, Linear, (*TARGETS, "output")).values():  # all but norms
+            linear.weight.requires_grad_(True)
+    elif not cfg.freeze_llm:
         apply_lora(model.llm, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets.split(","), cfg.lora_dropout)
     for p in model.parameters():
         if p.is_floating_point():  # codes of 8 and 4 bits stay what they are
@@ -212,13 +222,14 @@ def gathered_weights(model):
 
 def describe(model, learning, source):
     """How many parameters there are, and which of them learn: lines for the screen."""
-    count = lambda part: sum(p.numel() for name, p in learning.items() if part in name)
+    sizes = Counter()
+    for name, p in learning.items():
+        part = next((special for special in ("lora_", "llm.tok_embeddings") if special in name), name.split(".")[0])
+        sizes[part.rstrip("_")] += p.numel()
     lines = [f"model: {model.size() / 1e6:.2f}M parameters"
              + (f", those that have learnt before from {source}" if source else "")]
-    for part in ("proj", "ltn", "adaptor", "llm.tok_embeddings", "lora_"):
-        if n := count(part):
-            lines.append(f"learns: {part.rstrip('_'):18} {n / 1e6:.2f}M")
-    n = count("")
+    lines += [f"learns: {part:18} {n / 1e6:.2f}M" for part, n in sizes.items()]
+    n = sizes.total()
     return "\n".join([*lines, f"learns: {n / 1e6:.2f}M in all; frozen: {(model.size() - n) / 1e6:.2f}M"])
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -288,7 +299,7 @@ def main():
 
     # the clips
     tokenizer = Tokenizer(cfg.llm, cfg.bos_id, cfg.eos_id)
-    clips = Clips(cfg.data_dir, cfg.dataset, cfg.backbone, "train", cfg.max_frames, cfg.max_clips)
+    clips = Clips(cfg.data_dir, cfg.dataset, cfg.backbone, "train", cfg.max_frames, cfg.merge, cfg.max_clips)
     dev = clips.beside("dev") if cfg.eval_every >= 0 else None
     print0(clips.describe())
     print0(dev.describe() if dev else "data: no dev score: best/ is not written, eval.py takes last/")

@@ -75,7 +75,7 @@ def read_checkpoint(folder):
     if os.path.exists(f"{folder}/adapter_config.json"):
         lora = read_adapter(folder)
         tensors |= {"llm." + name: t for name, t in lora[4].items()}
-    elif not config["freeze_llm"]:
+    elif not config["freeze_llm"] and config["lora_rank"]:
         raise BadInput(f"{folder}: has no adapter_config.json, though its run has trained a LoRA")
     return SimpleNamespace(folder=folder, state=state, config=config, tensors=tensors, lora=lora)
 

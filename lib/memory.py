@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from lib.adapter import TARGETS
 from lib.program import BadInput, print0, world
 
 LOWERS = ("grad_accum= (more micro-batches of fewer clips), batch_size=, activation_checkpointing=true, max_frames=, "
@@ -90,12 +91,12 @@ def estimate(cfg, model, clips, micro, prompt, tokenizer, dtype, device):
 
 
 def lora_inputs(cfg, dim, hidden, wide):
-    """Width of all that LoRA's layers of a block have as inputs; where nothing is dropped out, some share theirs."""
+    """Width of all that the layers of a block that learn have as inputs; where nothing is dropped out, some share."""
     if cfg.freeze_llm:
         return 0
     inputs = {"wo": ("o", wide), "w2": ("w2", hidden), "w1": ("ffn", dim), "w3": ("ffn", dim)}
     found = {}
-    for target in cfg.lora_targets.split(","):
+    for target in cfg.lora_targets.split(",") if cfg.lora_rank else TARGETS:
         shared, width = inputs.get(target, ("qkv", dim))
-        found[target if cfg.lora_dropout else shared] = width
+        found[target if cfg.lora_rank and cfg.lora_dropout else shared] = width
     return sum(found.values())

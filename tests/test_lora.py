@@ -445,7 +445,7 @@ def test_merge_program(tmp_path, monkeypatch, capsys, dtype):
     state["config"] |= {"stage": "align", "freeze_llm": True}
     (run / "best" / "state.json").write_text(json.dumps(state))
     monkeypatch.setattr("sys.argv", ["lora.py", "merge", f"ckpt={run}", f"to={tmp_path / 'other'}"])
-    with pytest.raises(BadInput, match="has no LoRA"):
+    with pytest.raises(BadInput, match="nothing of its LLM has learnt, stage=align"):
         main()
     assert not (tmp_path / "other").exists()
 

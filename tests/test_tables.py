@@ -210,7 +210,7 @@ def test_end_to_end(home, tmp_path, monkeypatch, capsys):
         monkeypatch.setitem(tables.SETTINGS["toy"], stage, ["max_clips=6", "epochs=1", "batch_size=3", "eval_every=-1"])
     monkeypatch.setitem(tables.ROWS, 8, [("eight", "7B", tables.PHOENIX, {}, (1, 2)),
                                          ("four", "7B", tables.PHOENIX, {"lora_rank": 4}, (3, 4)),
-                                         ("none", "7B", tables.PHOENIX, {"lora_rank": 0}, (5, 6))])
+                                         ("none", "7B", tables.PHOENIX, {"lora_rank": -1}, (5, 6))])
     where = [f"data_dir={home}/data", f"out_dir={tmp_path}/out", f"to={tmp_path}/tables"]
     monkeypatch.setattr("sys.argv", ["tables.py", "table=8", *where])
     ran = []
@@ -222,7 +222,7 @@ def test_end_to_end(home, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tables, "run", run)
     for again in (False, True):
         ran.clear()
-        with pytest.raises(Exception, match="1 runs failed.*lora_rank=0: must be at least 1"):
+        with pytest.raises(Exception, match="1 runs failed.*lora_rank=-1: must be at least 0"):
             tables.main()
         programs = [c[0] for c in ran if c[0] != "-m"]
         assert programs.count("eval.py") == (0 if again else 2)
@@ -230,6 +230,6 @@ def test_end_to_end(home, tmp_path, monkeypatch, capsys):
         assert re.search(r"\| eight \| 1 \| 2 \| \d+\.\d\d \| \*\*\d+\.\d\d\*\* \| toy", text)
         assert "| none | 5 | 6 | failed |" in text
     runs = sorted(os.listdir(tmp_path / "out" / "toy" / "tables" / "toy"))
-    assert runs == ["7B", "7B,lora_rank=0", "7B,lora_rank=4"] or runs == ["7B", "7B,lora_rank=4"]
+    assert runs == ["7B", "7B,lora_rank=-1", "7B,lora_rank=4"] or runs == ["7B", "7B,lora_rank=4"]
     config = json.load(open(tmp_path / "out/toy/tables/toy/7B,lora_rank=4/1337/sft/config.json"))
     assert config["lora_rank"] == 4 and config["init_from"].endswith("tables/toy/7B/1337/align")

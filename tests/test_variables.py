@@ -339,6 +339,35 @@ def test_a_frame_sees_as_far_as_the_window_reaches(run):
         before, after = model.reach(window)
         saw = run("max_steps=1", "ltn_layers=1", f"window={window}")
         assert seen(saw.model.ltn) == [*range(20 - before, 20 + after + 1)] and saw.model.ltn.window == window
+    whole = run("max_steps=1", "ltn_layers=1", "window=-1").model.ltn
+    doc = torch.arange(40)[None] // 15  # clips of 15, 15 and 10 frames
+    assert seen(lambda x: whole(x, doc)) == [*range(15, 30)]
+    x = torch.randn(1, 40, 32)
+    assert torch.allclose(whole(x, doc), whole(x.expand(2, -1, -1), doc.expand(2, -1))[:1], atol=1e-5)  # as a band
+
+
+@does("train.py", "dropout=0.5", "llm_dropout=0.25")
+def test_dropout_of_the_visual_part_and_of_the_llm(run):
+    saw = run("max_steps=1")
+    net, (batch, *_) = saw.model, saw.batches
+    assert [b.dropout.p for b in net.ltn.layers] == [0.5] * 2 and [b.dropout.p for b in net.llm.layers] == [0.25] * 4
+    assert net.dropout.p == 0.5 and net.word_dropout.p == 0.25
+
+    def moved(*quiet):
+        """Which of frames, words and the LLM's answers differ from one training step to the next."""
+        net.train()
+        for m in quiet:
+            m.eval()
+        (x, y), z = (net.embed(batch)[0] for _ in "12"), [net(batch)[0] for _ in "12"]
+        is_frame = torch.zeros(len(x), dtype=torch.bool).index_fill(0, batch.frame_at, True)
+        return not torch.equal(x[is_frame], y[is_frame]), not torch.equal(x[~is_frame], y[~is_frame]), z[0] != z[1]
+
+    assert moved() == (True, True, True)
+    assert moved(net.dropout, net.ltn) == (False, True, True)
+    assert moved(net.dropout, net.ltn, net.word_dropout) == (False, False, True)
+    for some in ([net.dropout], [net.ltn]):  # either of them disturbs the frames
+        assert moved(net.word_dropout, net.llm, *some) == (True, False, True)
+    assert moved(net) == (False, False, False)
 
 
 @does("train.py", "adaptor=linear")
@@ -361,6 +390,42 @@ def test_rank_alpha_dropout_and_targets_of_the_lora(run):
     assert all(min(t.shape) == 3 for t in saw.adapter.values())
     layer = saw.model.llm.layers[0].attention.wq
     assert layer.scaling == 12 / 3 and layer.dropout.p == 0.25
+
+
+@does("train.py", "lora_rank=0")
+def test_the_whole_llm_learns(run, world, monkeypatch):
+    saw = run("stage=sft", "max_steps=2", "lr=0.01")
+    raw = dict(LLaMA.from_pretrained(f"{world}/data/toy/llm").named_parameters())
+    learnt = {name.removeprefix("llm."): w for name, w in saw.vision.items() if name.startswith("llm.")}
+    # without LoRA, all matrices but the word embeddings, which have a variable of their own; norms stay
+    assert not saw.adapter and learnt.keys() == {k for k, w in raw.items() if w.dim() == 2} - {"tok_embeddings.weight"}
+    assert all(not torch.equal(w, raw[name]) for name, w in learnt.items())
+    assert re.search(r"learns: llm +0\.\d\dM", saw.said)
+    loaded = dict(evaluation.load_model(str(saw.folder))[0].llm.named_parameters())
+    assert all(torch.equal(loaded[name], learnt.get(name, w)) for name, w in raw.items())
+    call(monkeypatch, lora.main, "merge", f"ckpt={saw.folder}", f"to={saw.folder}/merged")
+    merged = dict(LLaMA.from_pretrained(f"{saw.folder}/merged").named_parameters())
+    assert all(torch.equal(merged[name], learnt.get(name, w)) for name, w in raw.items())
+    resumed = run("stage=sft", "max_steps=3", "lr=0.01", "resume=true", out=saw.out)
+    assert resumed.logged == [1, 2, 3]
+    with pytest.raises(SystemExit):
+        run("stage=sft", "llm_bits=8")
+
+
+@does("train.py", "merge=3")
+def test_neighbours_are_merged_in_train_and_dev_alike(run, world, tokenizer):
+    saw = run("max_steps=4", "eval_every=0", "frame_drop=0", "max_frames=0")
+    got = dict(zip(clips_of(saw.batches, tokenizer), frames_of(saw.batches)))
+    for row in rows(world / "data" / "toy" / "train.jsonl"):
+        whole = features(world, "train")[row["name"]].float()
+        want = torch.stack([whole[i:i + 3].mean(0) for i in range(0, len(whole), 3)])
+        assert torch.allclose(got[row["text"]].float(), want, atol=2e-3, rtol=2e-3)
+    ends = lambda clips: sorted(map(len, clips))
+    assert ends(frames_of(saw.dev)) == sorted(-(-len(x) // 3) for x in features(world, "dev").values())
+    assert all(len(x) < 30 for x in saw.decoded[0]["features"])
+    assert "features toycnn of width 1024, means of 3" in saw.said
+    # twelve of them are first picked, then merged
+    assert {len(x) for x in frames_of(run("max_steps=1", "max_frames=12", "frame_drop=0").batches)} == {4}
 
 
 @does("train.py", "max_clips=7")
@@ -689,7 +754,7 @@ CHANGES = dict(
     device="cpu", dtype="bfloat16", compile="true", activation_checkpointing="true", cpu_offload="true",
     log_every="2", eval_every="2", eval_clips="1", beam="2", save_every="2", keep="2", max_skips="3", epochs="3",
     tensorboard="true", batch_size="5", lr="1e-4", frame_drop="0.2", prompt="im {clip}", train_ltn="false",
-    freeze_llm="false", train_embeddings="true", llm_bits="8")
+    freeze_llm="false", train_embeddings="true", llm_bits="8", merge="2", dropout="0.1", llm_dropout="0.1")
 # the same run, moved
 PLACES = {"out_dir", "run", "data_dir", "init_from", "resume"}
 # what carries it
@@ -698,7 +763,7 @@ MACHINE = {"device", "dtype", "compile", "activation_checkpointing", "cpu_offloa
 LOOKS = {"max_steps", "log_every", "eval_every", "save_every", "keep", "max_skips", "tensorboard"}
 GOES_ON = PLACES | MACHINE | LOOKS
 # what the weights of an align run fit
-NETWORK = {"ltn", "ltn_dim", "ltn_layers", "ltn_heads", "window", "adaptor", "backbone", "llm"}
+NETWORK = {"merge", "ltn", "ltn_dim", "ltn_layers", "ltn_heads", "window", "adaptor", "backbone", "llm"}
 
 
 class Reached(Exception):
