@@ -45,10 +45,7 @@ device = "auto"  # auto, cpu, cuda: where the CNN runs
 # Clips in
 
 def thin(x, max_frames, merge=1):
-    """
-    Features (T, D), in training and test alike: at most max_frames of them (0: all), evenly spaced, then the means of
-    `merge` neighbours, the last of what is left.
-    """
+    """Features (T, D) -> at most max_frames (0: all), evenly spaced, then the means of `merge`."""
     x = x[torch.linspace(0, len(x) - 1, max_frames).long()] if 0 < max_frames < len(x) else x
     return F.avg_pool1d(x.float().T, merge, ceil_mode=True).T.type_as(x) if merge > 1 else x
 

@@ -66,6 +66,15 @@ def apply_lora(llama, rank, alpha, targets, dropout=0.0):
     return llama
 
 
+def unfreeze(llama):
+    """Instead of LoRA its linear layers learn themselves. Norms stay, in the dtype of the arithmetic. -> llama"""
+    if llama.bits < 16:
+        raise BadInput(f"lora_rank=0: an LLM in {llama.bits} bits cannot learn itself, LoRA beside it can")
+    for linear in layers(llama, Linear, (*TARGETS, "output")).values():
+        linear.weight.requires_grad_(True)
+    return llama
+
+
 def merged(weight, A, B, scaling):
     """W' = W + (alpha/rank) B A, computed in fp32 and rounded once to the weight's own type."""
     return (weight.float() + scaling * (B.float() @ A.float())).to(weight.dtype)

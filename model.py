@@ -124,12 +124,9 @@ causal_attention = partial(packed_attention, causal=True)
 # ---------------------------------------------------------------------------------------------------------------------
 # The local transformer and its band (section 3.1)
 
-ALL = 2**31  # more frames than any clip has
-
-
 def reach(window):
     """How many frames a frame sees before and after itself. The one definition of the band: change it here."""
-    return (window // 2, window // 2) if window >= 0 else (ALL, ALL)
+    return (window // 2, window // 2) if window >= 0 else (2**31, 2**31)  # more than any clip has
 
 
 def sees(i, j, window):

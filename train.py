@@ -11,7 +11,6 @@ import contextlib
 import math
 import os
 import time
-from collections import Counter
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,6 @@ from lib.adapter import TARGETS
 from lib.checkpoint import Run, load_moments
 from lib.configurator import configure, usage_error
 from lib.features import only_backbone
-from lib.linear import Linear
 from lib.memory import explained, print_estimate
 from lib.program import (BadInput, Pace, Signals, barrier, gathered, join, launch, leave, pick_device, pick_dtype,
                          print0, rank, run_program, summed, world)
@@ -30,7 +28,7 @@ from lib.scores import bleu, language_code, rouge
 from lib.tensors import stateless
 from lib.tokenizer import Tokenizer
 from lib.weights import open_llm
-from lora import apply_lora, layers
+from lora import apply_lora, unfreeze
 from model import ADAPTORS, SLLaMA
 
 # what to run
@@ -135,8 +133,6 @@ def configuration():
             usage_error(__file__, f"lora_targets: {target!r} is none of {','.join(TARGETS)}")
     if os.path.isabs(cfg.run) or ".." in cfg.run.split("/"):
         usage_error(__file__, f"run={cfg.run}: must be a name inside out_dir")
-    if cfg.llm_bits < 16 and not cfg.freeze_llm and not cfg.lora_rank:
-        usage_error(__file__, f"lora_rank=0: an LLM in {cfg.llm_bits} bits cannot learn itself, LoRA beside it can")
     if cfg.prompt.count("{clip}") != 1:
         usage_error(__file__, f"prompt={cfg.prompt!r}: must hold {{clip}} once")
     if not cfg.llm and cfg.dataset not in TOYS:
@@ -167,8 +163,7 @@ def build(cfg, args, dim_in, device, dtype):
             part.requires_grad_(cfg.train_ltn)
     model.llm.tok_embeddings.requires_grad_(cfg.train_embeddings)
     if not cfg.freeze_llm and not cfg.lora_rank:
-        for linear in layers(model.llm, Linear, (*TARGETS, "output")).values():  # all but norms
-            linear.weight.requires_grad_(True)
+        unfreeze(model.llm)
     elif not cfg.freeze_llm:
         apply_lora(model.llm, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets.split(","), cfg.lora_dropout)
     for p in model.parameters():
@@ -222,14 +217,13 @@ def gathered_weights(model):
 
 def describe(model, learning, source):
     """How many parameters there are, and which of them learn: lines for the screen."""
-    sizes = Counter()
-    for name, p in learning.items():
-        part = next((special for special in ("lora_", "llm.tok_embeddings") if special in name), name.split(".")[0])
-        sizes[part.rstrip("_")] += p.numel()
+    count = lambda part: sum(p.numel() for name, p in learning.items() if part in name)
+    llm = "lora_" if count("lora_") else "llm.layers"
     lines = [f"model: {model.size() / 1e6:.2f}M parameters"
              + (f", those that have learnt before from {source}" if source else "")]
-    lines += [f"learns: {part:18} {n / 1e6:.2f}M" for part, n in sizes.items()]
-    n = sizes.total()
+    lines += [f"learns: {part.rstrip('_'):18} {n / 1e6:.2f}M"
+              for part in ("proj", "ltn", "adaptor", "llm.tok_embeddings", llm, "llm.output") if (n := count(part))]
+    n = count("")
     return "\n".join([*lines, f"learns: {n / 1e6:.2f}M in all; frozen: {(model.size() - n) / 1e6:.2f}M"])
 
 # ---------------------------------------------------------------------------------------------------------------------

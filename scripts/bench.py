@@ -4,13 +4,16 @@ Measurements, side by side: what is compared takes turns (A B A B), since a mach
     python -m scripts.bench extract      # frames/s of the extraction beside those of the CNN alone, and its peak memory
     python -m scripts.bench extract root=clips_of_isl workers=4 out=extract.json
     python -m scripts.bench step         # or decode, band, load, scale, start: the LLM's part beside transformers, PEFT
+    python -m scripts.bench all table=docs/speed.md      # step, decode, band, and their row in the table of processors
 """
 import contextlib
 import json
 import math
 import os
+import platform
 import sys
 import tempfile
+from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -40,8 +43,9 @@ batch_size = 4  # step: clips in each
 compile = False  # step: torch.compile on ours
 activation_checkpointing = False  # step: both sides recompute their blocks in the backward pass
 device = "auto"  # auto, cpu, cuda
-dtype = ""  # step, decode, band: what both sides compute in, one after the other: float32,bfloat16; "" = as train.py
+dtypes = ""  # step, decode, band: what both sides compute in, one after the other: float32,bfloat16; "" = as train.py
 out = ""  # also write the figures to this file, as JSON
+table = ""  # all: a page that has the table of processors; this one's row is put into it
 
 # the paper's Table 5: its CNNs beside GoogLeNet, as timm names them, and the width of their features
 TABLE5 = """
@@ -132,7 +136,40 @@ def extract(cfg):
     return figures
 
 
-NAMES = {"extract": extract} | bench_llm.NAMES  # what can be measured
+def processor():
+    """Its name, what it multiplies bfloat16 with, cores used, and the versions that a figure hangs on."""
+    can = torch.cpu.get_capabilities()
+    unit = "AMX" if can.get("amx_bf16") else "AVX512-BF16" if can.get("avx512_bf16") else "no bfloat16"
+    packages = " ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+    return f"{can.get('cpu_name', platform.machine())}, {unit}, {torch.get_num_threads()} cores; {packages}"
+
+
+def everything(cfg):
+    """What the table of processors shows, in float32 and bfloat16, and this one's row of it."""
+    cfg.dtypes = cfg.dtypes or "float32,bfloat16"
+    figures = [f for name in ("step", "decode", "band") for f in NAMES[name](cfg)]
+    cells = []
+    for head, what in COLUMNS.items():
+        some = [f for f in figures if f.get("what", "").startswith(what) and "ours" in f]
+        cells.append(", ".join(f"{f['dtype']} {f['ratio']:.1f} x ({1000 * f['ours']['median']:.0f} ms)" for f in some))
+    row = f"| {processor()} | {' | '.join(cells)} |"
+    print(TABLE_HEAD, row, sep="\n")
+    if cfg.table:
+        with open(cfg.table, encoding="utf-8") as f:
+            lines = f.read().split("\n")
+        at = lines.index(TABLE_HEAD.split("\n")[0]) + 2
+        end = at + next(i for i, line in enumerate(lines[at:]) if not line.startswith("|"))
+        others = [line for line in lines[at:end] if not line.startswith(f"| {processor().split(';')[0]};")]
+        with whole(cfg.table) as f:
+            f.write("\n".join([*lines[:at], *others, row, *lines[end:]]))
+    return figures
+
+
+# of the table of processors: heading -> how the lines of its figures begin
+COLUMNS = {"SFT step": "sft step", "align step": "align step", "beam 4": "32 clips from features, beam 4",
+           "greedy": "32 clips from features, beam 1", "band, 4,096 frames": "band of window 8, T = 4096"}
+TABLE_HEAD = f"| processor | {' | '.join(COLUMNS)} |\n|{'---|' * (1 + len(COLUMNS))}"
+NAMES = {"extract": extract, "all": everything} | bench_llm.NAMES  # what can be measured
 
 
 def main():

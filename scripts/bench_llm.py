@@ -110,9 +110,9 @@ def write_llm(folder, size="bench", dtype=torch.float32):
 
 
 def dtypes(cfg):
-    """What both sides compute in, one after the other: dtype=, else train.py's own choice."""
+    """What both sides compute in, one after the other: dtypes=, else train.py's own choice."""
     device = pick_device(cfg.device)[0]
-    return [pick_dtype(name, device, SIZES[cfg.llm].size())[0] for name in (cfg.dtype or "auto").split(",")]
+    return [pick_dtype(name, device, SIZES[cfg.llm].size())[0] for name in (cfg.dtypes or "auto").split(",")]
 
 
 def features_like(clips):
@@ -343,7 +343,7 @@ def decode(cfg):
             before = first.setdefault(f["what"], hyps)
             if hyps is not before:
                 same = sum(a == b for a, b in zip(hyps, before))
-                print(f"  ours in {cfg.dtype.split(',')[0]} and {name_of(dtype)}: {same} of 32 hypotheses are the same")
+                print(f"  {same} of 32 hypotheses are those of ours in {cfg.dtypes.split(',')[0]}")
     for what in first if len(dtypes(cfg)) > 1 else ():
         figures.append(each_at_its_best(what, [f for f in figures if f["what"] == what]))
     return figures
@@ -393,7 +393,7 @@ def band(cfg):
             apart = (ours() - dense()).abs().max().item()
             found = turns(cfg.repeats, ours=ours, peer=dense)
             what = f"band of window 8, T = {T}, {name_of(dtype)} (differ by {apart:.0e})"
-            figures.append(say(what, found) | {"difference": apart})
+            figures.append(say(what, found) | {"difference": apart, "dtype": name_of(dtype)})
     print("      T        ms   ns a frame")
     for T in (1024, 4096, 16384, 65536):
         q, k, v = (torch.randn(1, 8, T, 64) for _ in range(3))

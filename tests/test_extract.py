@@ -373,6 +373,36 @@ def test_bench(tmp_path, monkeypatch, capsys):
     assert "ratio" in capsys.readouterr().out
 
 
+def test_bench_puts_its_row_into_the_table(tmp_path, monkeypatch, capsys):
+    """A row a kind of processor: its own of before is replaced, what others have measured stays."""
+    def figure(what, dtype, ms, ratio):
+        return {"what": what, "dtype": dtype, "ratio": ratio, "ours": {"median": ms / 1000}}
+
+    found = {"step": [figure("sft step, 4 clips, float32", "float32", 841.4, 2.04),
+                      figure("sft step, 4 clips, bfloat16", "bfloat16", 310, 3.26),
+                      {"what": "sft step, each at its best", "ratio": 5.5},
+                      figure("align step, 4 clips, float32", "float32", 973, 2.0)],
+             "decode": [figure("32 clips from features, beam 4", "float32", 5000, 3.4),
+                        figure("32 clips from embeddings, beam 4", "float32", 4000, 4.4)],
+             "band": [figure("band of window 8, T = 4096, float32 (differ by 1e-07)", "float32", 9, 22.6),
+                      figure("band of window 8, T = 1024, float32 (differ by 1e-07)", "float32", 3, 9)]}
+    asked = []
+    for name, figures in found.items():
+        monkeypatch.setitem(bench.NAMES, name, lambda cfg, figures=figures: asked.append(cfg.dtypes) or figures)
+    monkeypatch.setattr(bench, "processor", lambda: "Intel Xeon, AMX, 2 cores; torch 2.13.0")
+    page, head = tmp_path / "speed.md", bench.TABLE_HEAD
+    other = "| AMD EPYC, AVX512-BF16, 2 cores; torch 2.12.0 | 1 |"
+    old = "| Intel Xeon, AMX, 2 cores; torch 2.12.0 | 2 |"
+    page.write_text(f"# How fast\n\n{head}\n{old}\n{other}\n\nWords.\n")
+    monkeypatch.setattr(sys, "argv", ["bench", "all", f"table={page}", f"out={tmp_path / 'all.json'}"])
+    bench.main()
+    row = ("| Intel Xeon, AMX, 2 cores; torch 2.13.0 | float32 2.0 x (841 ms), bfloat16 3.3 x (310 ms) "
+           "| float32 2.0 x (973 ms) | float32 3.4 x (5000 ms) |  | float32 22.6 x (9 ms) |")
+    assert page.read_text() == f"# How fast\n\n{head}\n{other}\n{row}\n\nWords.\n"
+    assert capsys.readouterr().out == f"{head}\n{row}\n" and asked == ["float32,bfloat16"] * 3
+    assert json.load(open(tmp_path / "all.json")) == [f for some in found.values() for f in some]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # timm
 
