@@ -5,7 +5,8 @@ A small LLaMA for a data set of one's own where no real one is at hand, trained 
     python train.py dataset=phoenix_states llm=weights/phoenix_small
 
 It learns to restore a sentence from its content words, shuffled and blurred, as the toy's does. The most frequent words
-count as function words.
+count as function words. Dropout, label smoothing and the dev sentences keep it from learning the others by heart: it is
+left as it was when it restored these best.
 It has read nothing but these sentences: good for trials of the whole recipe at full size, no substitute for a real LLM.
 """
 import json
@@ -38,10 +39,14 @@ dim = 256  # width
 layers = 4  # of the LLM
 steps = 1500  # of training
 batch = 48  # sentences a step
+lr = 2e-3  # peak
+dropout = 0.2  # of embeddings, and in the blocks
+label_smoothing = 0.1
 seed = 1337  # of its first weights and of the sentences' order
 
 # noise on the embeddings of content words, in units of their own size: frames will never be as sharp as words
 BLUR = 2.0
+EVERY = 100  # steps between two looks at dev
 FUNCTION_WORDS = set("am im in an auf der den die es bei grad gibt 在 会 有 ， 气温 度 。".split())
 # one meaning, so one word among the content words
 NEGATIONS = {"nicht": "nicht", "keine": "nicht", "keinen": "nicht", "不会": "不", "没有": "不"}
@@ -114,9 +119,10 @@ def text_batch_of(texts, tokenizer, rng, language="German", function_words=FUNCT
 
 
 def train_llama(folder, texts, seed, steps, batch, language="German", layout="meta", tokenizer="sp", pieces=640,
-                function_words=FUNCTION_WORDS, **sizes):
+                function_words=FUNCTION_WORDS, lr=3e-3, dropout=0.0, label_smoothing=0.0, dev=(), **sizes):
     """
     Train a tiny LLM on texts and write it to folder, in Meta's raw layout or as a Hugging Face folder.
+    dev: sentences; the weights are kept that restore them best, and content words are blurred by any amount up to BLUR.
     sizes: of ModelArgs, where they are not the toy's.
     """
     with tempfile.TemporaryDirectory() as words:
@@ -134,27 +140,47 @@ def train_llama(folder, texts, seed, steps, batch, language="German", layout="me
         with torch.no_grad():
             for name, p in llama.named_parameters():
                 p.copy_(init_weight(name, p.shape, seed))
+        for block in llama.layers:
+            block.dropout.p = dropout
         params = list(llama.parameters())
         print(f"tiny LLaMA ({args.model_type}): {sum(p.numel() for p in params) / 1e6:.2f}M parameters, "
               f"{tokenizer.vocab_size} pieces, learns to restore sentences from their content words")
-        peak = 3e-3
-        optimizer = torch.optim.AdamW(params, lr=peak, betas=(0.9, 0.95), weight_decay=0.01)
+        optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
         show, rng = Progress("tiny LLaMA", steps), stateless(seed, "text")
         noise = torch.Generator().manual_seed(seed)
-        for step in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-            some = [texts[i] for i in rng.integers(len(texts), size=batch)]
+        torch.manual_seed(seed)  # of dropout
+
+        def loss_of(some, rng, noise):
             tokens, lens, at, targets, signed = text_batch_of(some, tokenizer, rng, language, function_words)
             h = llama.tok_embeddings(tokens)
             blur = BLUR * h.detach().pow(2).mean().sqrt() * torch.randn(h.shape, generator=noise)
-            loss = F.cross_entropy(llama(h=h + blur * signed[:, None], lens=lens, at=at)[0], targets)
+            blur = blur * rng.random() if dev else blur
+            h = F.dropout(h + blur * signed[:, None], dropout, llama.training)
+            smooth = label_smoothing if llama.training else 0.0
+            return F.cross_entropy(llama(h=h, lens=lens, at=at)[0], targets, label_smoothing=smooth)
+
+        best = math.inf
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+            loss = loss_of([texts[i] for i in rng.integers(len(texts), size=batch)], rng, noise)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(params, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             show(step + 1, unit="steps")
-        print(f"tiny LLaMA: loss {loss.item():.3f} a token at the end", flush=True)
+            if dev and ((step + 1) % EVERY == 0 or step + 1 == steps):
+                llama.eval()
+                with torch.no_grad():  # the same words are left out and blurred each time
+                    again = stateless(seed, "dev"), torch.Generator().manual_seed(seed)
+                    parts = [loss_of(dev[i:i + batch], *again).item() for i in range(0, len(dev), batch)]
+                llama.train()
+                if sum(parts) / len(parts) < best:
+                    best, kept = sum(parts) / len(parts), {k: v.clone() for k, v in llama.state_dict().items()}
+        print(f"tiny LLaMA: loss {loss.item():.3f} a token at the end"
+              + (f", the best on dev {best:.3f}" if dev else ""), flush=True)
+        if dev:
+            llama.load_state_dict(kept)
         shutil.rmtree(folder, ignore_errors=True)
         if layout == "hf":
             return write_hf(folder, args, llama.state_dict().items(), words, torch.float32)
@@ -177,21 +203,23 @@ def write_meta(llama, folder):
 
 def main():
     start = time.time()
-    cfg = configure(__file__)
+    cfg = configure(__file__, shares=("dropout", "label_smoothing"))
     for key in ("dataset", "to"):
         if not getattr(cfg, key):
             usage_error(__file__, f"{key}: is missing")
     if os.path.exists(cfg.to):
         raise BadInput(f"to={cfg.to}: exists already")
-    path = os.path.join(cfg.data_dir, cfg.dataset, "train.jsonl")
-    texts = [row["text"] for row in read_jsonl(path, "a clip", row_of_clip)]
+    where = os.path.join(cfg.data_dir, cfg.dataset)
+    texts_of = lambda split: [row["text"] for row in read_jsonl(f"{where}/{split}.jsonl", "a clip", row_of_clip)]
+    texts, dev = texts_of("train"), texts_of("dev") if os.path.exists(f"{where}/dev.jsonl") else []
     common = {w for w, _ in Counter(" ".join(texts).split()).most_common(cfg.function_words)}
     print(f"{len(texts)} sentences; counted as function words: {' '.join(sorted(common))}", flush=True)
     os.makedirs(os.path.dirname(os.path.abspath(cfg.to)), exist_ok=True)
     sizes = dict(dim=cfg.dim, n_layers=cfg.layers, n_heads=cfg.dim // 32, n_kv_heads=cfg.dim // 64,
                  hidden_dim=cfg.dim * 11 // 4)
     train_llama(cfg.to, texts, cfg.seed, cfg.steps, cfg.batch, cfg.language, pieces=cfg.pieces,
-                function_words=common, **sizes)
+                function_words=common, lr=cfg.lr, dropout=cfg.dropout, label_smoothing=cfg.label_smoothing, dev=dev,
+                **sizes)
     print(f"{cfg.to}: made in {time.time() - start:.0f} s")
 
 

@@ -5,12 +5,16 @@ The embedded default: its sentences, its signs, its clips and its tiny LLaMA.
 """
 import json
 import os
+import re
+import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lib.program import BadInput
 from lib.tensors import stateless
@@ -207,6 +211,36 @@ def test_llama_follows_from_the_seed(trained, tmp_path, every):
             assert all((a[k] == b[k]).all() for k in a)
         else:
             assert open(os.path.join(trained.folder, name), "rb").read() == open(tmp_path / "llm" / name, "rb").read()
+
+
+def test_the_llm_that_is_best_on_dev_is_kept(tmp_path, every, monkeypatch, capsys):
+    """Here each step but the first makes it worse."""
+    texts, dev = [g for *_, g in every[:500]], [g for *_, g in every[600:620]]
+    monkeypatch.setattr(small_llm, "EVERY", 1)
+    folder = str(tmp_path / "llm")
+    small_llm.train_llama(folder, texts, 1, 6, 4, dev=dev, lr=50.0, dropout=0.1, label_smoothing=0.1)
+    said = re.search(r"loss ([\d.]+) a token at the end, the best on dev ([\d.]+)", capsys.readouterr().out)
+    end, best = map(float, said.groups())
+    tokens, lens, at, targets, _ = small_llm.text_batch_of(dev, Tokenizer(folder), stateless(3))
+    with torch.no_grad():
+        kept = F.cross_entropy(LLaMA.from_pretrained(folder)(tokens, lens=lens, at=at)[0], targets).item()
+    assert kept < best * 1.5 < end / 2
+
+
+def test_small_llm_of_a_data_set(home, tmp_path, monkeypatch, capsys):
+    """The program: size and function words as asked, and dev, where there is one, picks the weights."""
+    data = tmp_path / "data"
+    shutil.copytree(home / "data" / "toy", data / "toy", ignore=shutil.ignore_patterns("*.mp4", "llm*"))
+    for to, dev in (("a", True), ("b", False)):
+        if not dev:
+            (data / "toy" / "dev.jsonl").unlink()
+        monkeypatch.setattr(sys, "argv", ["small_llm", "dataset=toy", f"data_dir={data}", f"to={tmp_path / to}",
+                                          "steps=2", "batch=4", "dim=64", "layers=1", "pieces=400", "function_words=3"])
+        small_llm.main()
+        said = capsys.readouterr().out
+        assert ("the best on dev" in said) == dev and "20 sentences; counted as function words:" in said
+        args = LLaMA.from_pretrained(str(tmp_path / to)).args
+        assert (args.dim, args.n_layers, args.n_heads) == (64, 1, 2)
 
 
 @pytest.mark.parametrize("llm", [k for k in toy.LLMS if k not in ("llm", "llm_13b")])
