@@ -36,8 +36,13 @@ SETTING = [f"batch_size={BATCH}", f"epochs={EPOCHS}", f"seed={SEED}", f"lr={LR}"
            f"window={WINDOW}", "ltn_dim=32", f"ltn_heads={HEADS}", f"lora_rank={RANK}", f"lora_alpha={ALPHA}",
            f"lora_targets={','.join(TARGETS)}", "language=English", "log_every=1", "eval_every=8", "eval_clips=0"]
 STAGES = {"align": ["stage=align", "prompt={clip}"],
-          "sft": ["stage=sft", "prompt=am {clip} gibt es {language}", "train_embeddings=true"]}
-LEARNS = {"align": ("proj.", "ltn.", "adaptor."), "sft": ("adaptor.", "llm.tok_embeddings.", "lora_")}
+          "sft": ["stage=sft", "prompt=am {clip} gibt es {language}", "train_embeddings=true"],
+          # all learns at once, from means of two frames that see their whole clip
+          "all": ["stage=align", "prompt=am {clip} gibt es {language}", "train_embeddings=true", "freeze_llm=false",
+                  "lora_rank=0", "merge=2", "window=-1"]}
+LEARNS = {"align": ("proj.", "ltn.", "adaptor."), "sft": ("adaptor.", "llm.tok_embeddings.", "lora_"),
+          "all": ("proj.", "ltn.", "adaptor.", "tok_embeddings.", "attention.w", "feed_forward.w", "output.")}
+FOLDER = {"align": "align", "sft": "sft", "all": "align"}
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +86,13 @@ def block(w, name, x, head_dim, mask):
     return x + linear(F.silu(linear(normed, "feed_forward.w1")) * linear(normed, "feed_forward.w3"), "feed_forward.w2")
 
 
-def clip_loss(w, features, before, after, answer, smoothing):
-    """Sum of the losses of an answer's tokens, given the clip."""
+def clip_loss(w, features, before, after, answer, smoothing, window):
+    """Sum of the losses of an answer's tokens, given the clip. window: -1: the whole clip."""
     at = torch.arange(len(features))
+    seen = (at[:, None] - at).abs() <= (len(at) if window < 0 else window // 2)
     x = (features - w["mean"]) / w["std"] @ w["proj.weight"].T
     for n in range(2):
-        x = block(w, f"ltn.layers.{n}", x, 32 // HEADS, (at[:, None] - at).abs() <= WINDOW // 2)
+        x = block(w, f"ltn.layers.{n}", x, 32 // HEADS, seen)
     x = rms_norm(x, w["ltn.norm.weight"]) @ w["adaptor.w1.weight"].T
     x = F.gelu(x) @ w["adaptor.w2.weight"].T * w["scale"]
     words = w["llm.tok_embeddings.weight"]
@@ -105,7 +111,12 @@ def random(*key):
     return np.random.default_rng([zlib.crc32(k.encode()) if isinstance(k, str) else k for k in key])
 
 
-def run_by_hand(home, w, prompt, learns):
+def merged(x, k):
+    """(T, D) -> the means of k rows each, the last of what is left, as they are kept: in float16."""
+    return torch.stack([x[t:t + k].mean(0) for t in range(0, len(x), k)]).half().double()
+
+
+def run_by_hand(home, w, prompt, learns, merge=1, window=WINDOW):
     """
     -> [{"step", "epoch", "loss", "grad_norm", "lr", "tokens"}, behind those of steps 8 and 12 {"step", "dev_loss"}],
     and at the end what has learnt and AdamW's two moments, by name
@@ -113,7 +124,7 @@ def run_by_hand(home, w, prompt, learns):
     toy = home / "data" / "toy"
     sp = SentencePieceProcessor(model_file=str(toy / "llm" / "tokenizer.model"))
     before, after = (sp.encode(part.strip()) for part in prompt.split("{clip}"))
-    features = {name: x.double() for name, x in load_file(toy / "toycnn" / "train.safetensors").items()}
+    features = {name: merged(x.double(), merge) for name, x in load_file(toy / "toycnn" / "train.safetensors").items()}
     rows = [json.loads(line) for line in open(toy / "train.jsonl")]
     clips = [(row["name"], sp.encode(row["text"]) + [sp.eos_id()]) for row in rows]
     w = {name: x.double() for name, x in w.items()}
@@ -127,7 +138,7 @@ def run_by_hand(home, w, prompt, learns):
         loss = tokens = 0
         for name, answer in chosen:
             kept = features[name][random(SEED, "drop", epoch, name).random(len(features[name])) >= DROP]
-            part = clip_loss(w, kept, [1, *before], after, answer, SMOOTHING) / sum(len(a) for _, a in chosen)
+            part = clip_loss(w, kept, [1, *before], after, answer, SMOOTHING, window) / sum(len(a) for _, a in chosen)
             part.backward()  # the gradients add up
             loss += part.item()
             tokens += len([1, *before, *kept, *after, *answer[:-1]])
@@ -147,7 +158,8 @@ def run_by_hand(home, w, prompt, learns):
             lines.append({"step": step + 1, "epoch": round((step + 1) / per_epoch, 3), "loss": loss, "grad_norm": norm,
                           "lr": lr, "tokens": tokens})
             if step + 1 in (8, 12):  # without dropped frames, without smoothing
-                total = sum(clip_loss(w, features[name], [1, *before], after, answer, 0) for name, answer in clips)
+                total = sum(clip_loss(w, features[name], [1, *before], after, answer, 0, window)
+                            for name, answer in clips)
                 targets = sum(len(answer) for _, answer in clips)
                 lines.append({"step": step + 1, "dev_loss": total.item() / targets})
     return lines, {name: p.detach() for name, p in learning.items()}, m, v
@@ -161,7 +173,7 @@ PEFT = {"self_attn": "attention", "mlp": "feed_forward", "q_proj": "wq", "k_proj
 
 def saved(run, stage):
     """The weights in a run's last/, by their names in the model."""
-    w = load_file(run / stage / "last" / "vision.safetensors")
+    w = load_file(run / FOLDER[stage] / "last" / "vision.safetensors")
     if stage == "sft":
         for name, x in load_file(run / stage / "last" / "adapter_model.safetensors").items():
             # base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
@@ -171,7 +183,7 @@ def saved(run, stage):
 
 
 def log(run, stage):
-    return [json.loads(line) for line in open(run / stage / "log.jsonl")]
+    return [json.loads(line) for line in open(run / FOLDER[stage] / "log.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +203,7 @@ def hand(home):
         args = [*SETTING, *STAGES[stage], *[f"init_from={align}/align/last"] * (stage == "sft")]
         start = llm | saved(trained("start", *args, "max_steps=1", "lr=0"), stage)  # a step that moves nothing
         prompt = STAGES[stage][1].removeprefix("prompt=").replace("{language}", "English")
-        found[stage] = args, start, run_by_hand(home, start, prompt, learns)
+        found[stage] = args, start, run_by_hand(home, start, prompt, learns, *[2, -1] * (stage == "all"))
     return found
 
 
@@ -211,7 +223,7 @@ def is_as_by_hand(run, stage, hand):
             assert key not in line or said[key] == pytest.approx(line[key], rel=rel), (key, line["step"])
         if paces and line["step"] % 4:  # where a process has run out of clips, it reads one that does not count
             assert said["tokens_per_s"] * said["step_s"] == pytest.approx(line["tokens"], rel=0.01)
-    now, kept = saved(run, stage), load_file(run / stage / "last" / "optimizer.safetensors")
+    now, kept = saved(run, stage), load_file(run / FOLDER[stage] / "last" / "optimizer.safetensors")
     assert kept.keys() == {f"{key}.{name}" for key in ("exp_avg", "exp_avg_sq") for name in weights}
     for name, x in weights.items():
         assert off(now[name], x, x - start[name]) < 5e-5, name
@@ -263,13 +275,13 @@ def test_two_processes_train_as_computed_by_hand(hand, home, train_here):
     dropout of its own: two of the same clip have not the gradient of one.
     """
     (home / "several.py").write_text(SEVERAL)
-    runs = [[*hand[stage][0], f"data_dir={home}/data", f"out_dir={home}/two{accum}", f"grad_accum={accum}"]
+    runs = [[*hand[stage][0], f"data_dir={home}/data", f"out_dir={home}/two{accum}{stage}", f"grad_accum={accum}"]
             for stage in LEARNS for accum in (1, 2)]
     dropout = [*hand["sft"][0], *twice(home), "lora_dropout=0.5", "frame_drop=0", "max_steps=1", "eval_every=-1"]
     in_processes(2, home, "", json.dumps([*runs, [*dropout, f"out_dir={home}/both"]]), program=home / "several.py")
     for accum in (1, 2):
         for stage in LEARNS:
-            is_as_by_hand(home / f"two{accum}" / "toy", stage, hand)
+            is_as_by_hand(home / f"two{accum}{stage}" / "toy", stage, hand)
     train_here("alone", *dropout, "max_clips=1")
     one, both = (log(home / out / "twice", "sft")[0] for out in ("alone", "both"))
     assert both["loss"] == pytest.approx(one["loss"], rel=1e-6) and abs(both["grad_norm"] / one["grad_norm"] - 1) > 1e-3
@@ -421,7 +433,7 @@ def test_half_precision(hand, train_here, seen, stage, dtype):
     assert first["grad_norm"] == pytest.approx(lines[0]["grad_norm"], rel=3e-2)
     moved = (now["adaptor.w1.weight"] - start["adaptor.w1.weight"]).abs()
     assert 1.5e-6 < moved.median() < 2.1e-6  # twice the rate: in half precision so small a step would be lost
-    moments = load_file(run / stage / "last" / "optimizer.safetensors")
+    moments = load_file(run / FOLDER[stage] / "last" / "optimizer.safetensors")
     assert all(x.dtype == torch.float32 for x in [*moments.values(), *(now[name] for name in weights)])
 
 
