@@ -41,7 +41,7 @@ steps = 1500  # of training
 batch = 48  # sentences a step
 lr = 2e-3  # peak
 dropout = 0.2  # of embeddings, and in the blocks
-label_smoothing = 0.1
+label_smoothing = 0.1  # likewise against learning by heart
 seed = 1337  # of its first weights and of the sentences' order
 
 # noise on the embeddings of content words, in units of their own size: frames will never be as sharp as words
