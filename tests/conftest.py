@@ -32,7 +32,8 @@ def page(stage="align", **changes):
     return SimpleNamespace(**values | stages[stage] | {"stage": stage} | changes)
 
 
-LONGEST = ("test_train.py", "test_faults.py", "test_extract.py", "test_readme.py", "test_load.py")
+LONGEST = ("test_faults.py", "test_train.py", "test_model.py", "test_extract.py", "test_by_hand.py", "test_load.py",
+           "test_readme.py", "test_tables.py", "test_variables.py", "test_choices.py", "test_walkthrough.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -309,12 +310,15 @@ def two_machines(home, *args, second=()):
 def test_two_machines(home, run):
     """They train as one process does; where one lacks the data or the checkpoint it says so, and the other ends too."""
     args = [*SMALL, "eval_every=-1", "max_steps=2"]
-    assert [code for code, _ in two_machines(home, "out_dir=two", *args)] == [0, 0]
-    one, two = (log(folder) for folder in (run("one", "max_steps=2"), home / "two" / "toy" / "align"))
+    lacks = [], ["backbone=absent"], [f"init_from={home}/absent"]
+    with ThreadPoolExecutor(3) as pool:  # all at once: much of it is waiting for one another
+        pairs = [pool.submit(two_machines, home, f"out_dir=two{n}", *args, second=what) for n, what in enumerate(lacks)]
+        well, *ended = (pair.result() for pair in pairs)
+    assert [code for code, _ in well] == [0, 0]
+    one, two = (log(folder) for folder in (run("one", "max_steps=2"), home / "two0" / "toy" / "align"))
     assert [e["loss"] for e in two] == pytest.approx([e["loss"] for e in one], rel=1e-5)
-    for what in ("backbone=absent", f"init_from={home}/absent"):
-        ended = two_machines(home, "out_dir=lacks", *args, second=[what])
-        assert all(code for code, _ in ended) and sum("/absent" in said for _, said in ended) == 1
+    for both in ended:
+        assert all(code for code, _ in both) and sum("/absent" in said for _, said in both) == 1
 
 
 @pytest.mark.long
