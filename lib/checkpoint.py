@@ -34,7 +34,9 @@ from lib.weights import LIMITS
 SHOWN = 20  # dev sentences in tensorboard
 # sizes in a checkpoint's configuration, and which of LIMITS holds for them
 BOUNDED = {"ltn_dim": "dim", "ltn_layers": "n_layers", "ltn_heads": "n_heads", "bos_id": "vocab_size",
-           "eos_id": "vocab_size", "window": "max_position_embeddings", "max_frames": "max_position_embeddings"}
+           "eos_id": "vocab_size", "window": "max_position_embeddings", "max_frames": "max_position_embeddings",
+           "merge": "max_position_embeddings"}
+SHARES = ("dropout", "llm_dropout")  # at least 0, less than 1
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which checkpoint
@@ -90,7 +92,9 @@ def checked(config, where):
     for key in page:
         try:
             config[key] = coerce(config[key], page[key])
-            if key in BOUNDED and not -1 <= config[key] <= LIMITS[BOUNDED[key]]:
+            if key in BOUNDED and not (1 if key == "merge" else -1) <= config[key] <= LIMITS[BOUNDED[key]]:
+                raise ValueError
+            if key in SHARES and not 0 <= config[key] < 1:
                 raise ValueError
         except ValueError:
             raise BadInput(f"{where}: its config has {key}={repr(config[key])[:50]}") from None

@@ -66,7 +66,7 @@ def estimate(cfg, model, clips, micro, prompt, tokenizer, dtype, device):
     # of the adaptor: W1 x, GELU of it, and what the frames are in the LLM's stream
     vision = F * dim * s * {"mlp": 3, "mlp_noact": 2, "linear": 1}[cfg.adaptor]
     if cfg.ltn and cfg.train_ltn:  # a block of 32 queries sees so many keys, and its weights are not kept
-        w, seen = model.adaptor.w1.in_features, 32 + sum(model.ltn.reach)
+        w, seen = model.adaptor.w1.in_features, 32 + sum(model.ltn.reach) if cfg.window >= 0 else 0
         inside = s * (7 * w + 4 * (8 * w // 3)) + attends * (4 * w + 2 * w * seen // 32)
         vision += cfg.ltn_layers * F * inside + F * seen
     if s < 4:  # what learns is cast for each use, but for word embeddings, which are looked up

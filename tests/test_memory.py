@@ -38,12 +38,13 @@ def processes(monkeypatch):
 
 def tensors(cfg):
     """(shape, whether it learns) of every weight: those of one of the LLM's blocks, those outside of the blocks."""
-    block = [(s, False) for s in MATRICES.values()] + [((DIM,), False)] * 2
-    if not cfg.freeze_llm:
+    whole = not cfg.freeze_llm and not cfg.lora_rank
+    block = [(s, whole) for s in MATRICES.values()] + [((DIM,), False)] * 2
+    if not cfg.freeze_llm and not whole:
         for t in cfg.lora_targets.split(","):
             out, into = MATRICES[t]
             block += [((cfg.lora_rank, into), True), ((out, cfg.lora_rank), True)]
-    rest = [((VOCAB, DIM), cfg.train_embeddings), ((DIM,), False), ((VOCAB, DIM), False)]
+    rest = [((VOCAB, DIM), cfg.train_embeddings), ((DIM,), False), ((VOCAB, DIM), whole)]
     wide = LTN if cfg.ltn else FEATURES
     if cfg.ltn:
         layer = [(LTN, LTN)] * 4 + [(42, LTN), (LTN, 42), (42, LTN)] + [(LTN,)] * 2  # SwiGLU's width: 8/3 of 16
@@ -75,13 +76,14 @@ def counted(cfg, n, frames, answers, prompt, s, cuda):
         if cfg.lora_dropout:  # each has dropped out other numbers, and keeps its mask
             row += sum(MATRICES[t][1] * (s + 1) for t in cfg.lora_targets.split(","))
         else:
-            row += sum({inputs[t]: MATRICES[t][1] * s for t in cfg.lora_targets.split(",")}.values())
+            targets = cfg.lora_targets.split(",") if cfg.lora_rank else MATRICES
+            row += sum({inputs[t]: MATRICES[t][1] * s for t in targets}.values())
     kept = LAYERS * N * row
     if cfg.activation_checkpointing:
         kept = LAYERS * N * DIM * s + N * row  # the input of each block, and the inside of one
     kept += F * DIM * s * {"mlp": 3, "mlp_noact": 2, "linear": 1}[cfg.adaptor]
     if cfg.ltn and cfg.train_ltn:
-        seen = 32 + cfg.window  # keys that a block of 32 queries meets
+        seen = 32 + cfg.window if cfg.window >= 0 else 0  # keys that a block of 32 queries meets, copied for it
         inside = s * (7 * LTN + 4 * 42) + attends * (4 * LTN + 2 * LTN * seen / 32)
         kept += cfg.ltn_layers * F * inside + F * seen
     back = max(3 * 4 * M * VOCAB, s * N * (3 * HIDDEN + 2 * DIM))
@@ -105,6 +107,7 @@ CASES = {
     "two processes in bfloat16": (dict(freeze_llm=False, train_embeddings=True, lora_dropout=0.1, window=16,
                                        activation_checkpointing=True), 2, torch.bfloat16),
     "one process in bfloat16": ({}, 1, torch.bfloat16),
+    "the whole LLM, the whole clip": (dict(freeze_llm=False, lora_rank=0, window=-1), 1, torch.bfloat16),
     "offloaded": (dict(cpu_offload=True, train_embeddings=True), 1, torch.float32),
 }
 # Six tenths of the frames are left out, but never all of a clip. The longest micro-batch is the one of most frames.
