@@ -90,6 +90,11 @@ def layer_range(text, n):
     raise BadInput(f"layers={text}: is no range such as 2-5 of the LLM's {n} layers, counted from 0")
 
 
+def reach_in(ltn, T):
+    """How many of a clip of T frames one can see before and after itself."""
+    return [min(n, T - 1) for n in ltn.reach]
+
+
 @torch.no_grad()
 def look(sllama, tokenizer, features, hyp, lang, part=slice(None)):
     """
@@ -113,7 +118,7 @@ def look(sllama, tokenizer, features, hyp, lang, part=slice(None)):
     mean = lambda x: torch.stack([x[t or [0]].mean(0) for t in tokens]) if tokens else x[:0]
     band = None
     if local:
-        back, ahead = sllama.ltn.reach
+        back, ahead = reach_in(sllama.ltn, len(features))
         band = torch.stack([row[t:t + back + 1 + ahead] for t, row in enumerate(F.pad(average(local), (back, ahead)))])
     return mean(seen / share[:, None].clamp_min(1e-30)), mean(share), band
 
@@ -377,7 +382,7 @@ def closely(chosen, hyps, folder, lang, split, cfg):
         found.append({"name": name, "frames": len(features), "tiles": tiles, "strip": shown,
                       "words": [[w[0], i in wrong, s, row] for i, (w, s, row) in each],
                       "band": [] if band is None else rounded(band),
-                      "reach": sllama.ltn.reach if sllama.ltn else (0, 0)})
+                      "reach": reach_in(sllama.ltn, len(features)) if sllama.ltn else (0, 0)})
         progress(done)
     return found, rules, notes
 

@@ -3,15 +3,15 @@ import pytest
 import torch
 
 from lib.program import BadInput
-from model import Attention, banded, causal_attention, rope_table
+from model import Attention, banded, causal_attention, packed_attention, rope_table
 from scripts.attention import recorded
 
 
-@pytest.mark.parametrize("window, kv", [(None, 4), (None, 2), (8, 4)])
+@pytest.mark.parametrize("window, kv", [(None, 4), (None, 2), (8, 4), (-1, 4)])
 def test_recorded(window, kv):
     torch.manual_seed(0)
     part, x = Attention(32, 4, kv, 8), torch.randn(1, 50, 32)
-    attend = (causal_attention, None) if window is None else (banded, window, None)
+    attend = {None: (causal_attention, None), 8: (banded, 8, None), -1: (packed_attention, [50])}[window]
     how = rope_table(torch.arange(50)[None], 8), *attend
     with recorded(torch.nn.ModuleDict({"a": part})) as weights, torch.no_grad():
         got = part(x, *how)
@@ -30,7 +30,8 @@ def cached(q, k, v):
 
 
 @pytest.mark.parametrize("clips, how", [
-    (1, (causal_attention, [20, 30])), (1, (banded, 8, torch.arange(50)[None] // 25)),
+    (1, (causal_attention, [20, 30])), (1, (packed_attention, [20, 30])),
+    (1, (banded, 8, torch.arange(50)[None] // 25)),
     (2, (causal_attention, None)), (2, (banded, 8, None)), (1, (cached,))])
 def test_several_clips_are_refused(clips, how):
     part = Attention(32, 4, 4, 8)

@@ -25,7 +25,7 @@ from lib.program import BadInput
 from lib.tensors import init_weight, to_hf
 from lib.tokenizer import Tokenizer
 from lib.weights import ModelArgs
-from model import SLLaMA
+from model import SLLaMA, reach
 from scripts import report
 from scripts.small_llm import train_tokenizer, train_tokenizer_json
 from scripts.toy import write_mp4
@@ -161,6 +161,16 @@ def test_what_the_page_says_of_a_clip(run, monkeypatch):
             assert all((v > 0) == (0 <= t + k - c["reach"][0] < c["frames"]) for k, v in enumerate(row))
     (b,) = [c for c in clips if c["name"] == "b"]
     assert [w[0] for w in b["words"] if w[1]] == ["montag"]
+
+
+def test_the_look_of_a_frame_that_sees_its_whole_clip(run):
+    sllama, tokenizer, _ = report.load_model(str(run), "cpu")
+    sllama.ltn.window, sllama.ltn.reach = -1, reach(-1)
+    band = report.look(sllama, tokenizer, torch.randn(11, 16), "am abend", "de")[2]
+    assert band.shape == (11, 21) and report.reach_in(sllama.ltn, 11) == [10, 10]
+    assert torch.allclose(band.sum(1), torch.ones(11))
+    for t, row in enumerate(band):  # frame t - 10 to t + 10, those that are there
+        assert (row > 0).tolist() == [0 <= t + k - 10 < 11 for k in range(21)]
 
 
 def test_the_look_is_that_of_the_model(run):
