@@ -12,6 +12,7 @@ A run's folder, written and read: its checkpoints, its log, and what a run goes 
 import contextlib
 import glob
 import json
+import math
 import os
 import re
 import subprocess
@@ -32,11 +33,12 @@ from lib.tensors import fill, full, load_tensors
 from lib.weights import LIMITS
 
 SHOWN = 20  # dev sentences in tensorboard
-# sizes in a checkpoint's configuration, and which of LIMITS holds for them
-BOUNDED = {"ltn_dim": "dim", "ltn_layers": "n_layers", "ltn_heads": "n_heads", "bos_id": "vocab_size",
-           "eos_id": "vocab_size", "window": "max_position_embeddings", "max_frames": "max_position_embeddings",
-           "merge": "max_position_embeddings"}
-SHARES = ("dropout", "llm_dropout")  # at least 0, less than 1
+# variables of a checkpoint's configuration: the least and the most that they can be
+BOUNDED = {key: (-1, LIMITS[size]) for key, size in {
+    "ltn_dim": "dim", "ltn_layers": "n_layers", "ltn_heads": "n_heads", "bos_id": "vocab_size", "eos_id": "vocab_size",
+    "window": "max_position_embeddings", "max_frames": "max_position_embeddings"}.items()}
+BOUNDED |= {"merge": (1, LIMITS["max_position_embeddings"])}
+BOUNDED |= dict.fromkeys(("dropout", "llm_dropout"), (0, math.nextafter(1, 0)))  # less than 1
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which checkpoint
@@ -92,9 +94,7 @@ def checked(config, where):
     for key in page:
         try:
             config[key] = coerce(config[key], page[key])
-            if key in BOUNDED and not (1 if key == "merge" else -1) <= config[key] <= LIMITS[BOUNDED[key]]:
-                raise ValueError
-            if key in SHARES and not 0 <= config[key] < 1:
+            if key in BOUNDED and not BOUNDED[key][0] <= config[key] <= BOUNDED[key][1]:
                 raise ValueError
         except ValueError:
             raise BadInput(f"{where}: its config has {key}={repr(config[key])[:50]}") from None

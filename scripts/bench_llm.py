@@ -296,9 +296,10 @@ def step(cfg):
     """SFT and align steps on ragged batches of PHOENIX-2014T's lengths."""
     figures = []
     for stage in ("sft", "align"):
-        figures += [step_of(cfg, stage, dtype) for dtype in dtypes(cfg)]
-        if len(dtypes(cfg)) > 1:
-            figures.append(each_at_its_best(f"{stage} step", figures[-len(dtypes(cfg)):]))
+        some = [step_of(cfg, stage, dtype) for dtype in dtypes(cfg)]
+        figures += some
+        if len(some) > 1:
+            figures.append(each_at_its_best(f"{stage} step", some))
     return figures
 
 
@@ -387,9 +388,9 @@ def band(cfg):
         q, k, v = (torch.randn(1, 8, T, 64, generator=torch.Generator().manual_seed(i)) for i in range(3))
         mask = sees(torch.arange(T)[:, None], torch.arange(T), 8)
         for dtype in dtypes(cfg):
-            q, k, v = (t.to(dtype) for t in (q, k, v))
-            ours = lambda: local_attention(*(t.float() for t in (q, k, v)), 8).to(dtype)  # as Attention calls it
-            dense = lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            cast = [t.to(dtype) for t in (q, k, v)]
+            ours = lambda: local_attention(*(t.float() for t in cast), 8).to(dtype)  # as Attention calls it
+            dense = lambda: F.scaled_dot_product_attention(*cast, attn_mask=mask)
             apart = (ours() - dense()).abs().max().item()
             found = turns(cfg.repeats, ours=ours, peer=dense)
             what = f"band of window 8, T = {T}, {name_of(dtype)} (differ by {apart:.0e})"

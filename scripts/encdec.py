@@ -25,6 +25,7 @@ from lib.program import Progress, launch
 from lib.scores import bleu, language_code, rouge
 from lib.tensors import stateless
 from lib.tokenizer import Tokenizer
+from train import learning_rate
 
 dataset = "standin"  # folder in data_dir
 data_dir = "data"  # holds the data sets
@@ -33,7 +34,7 @@ tokenizer = "weights/standin"  # folder of the LLM whose pieces it writes
 to = "out/standin/encdec"  # folder to write
 language = "German"  # picks BLEU's tokens
 max_clips = 0  # of train, spread over the set; 0 = all
-epochs = 16  # the learning rate falls with them, on a cosine
+epochs = 16  # the learning rate falls with them, as train.py's
 seed = 1337
 merge = 3  # frames whose mean is one token
 dim = 256  # width
@@ -172,7 +173,7 @@ def main():
             began, losses = time.time(), []
             for some in splits["train"].batches(rng, cfg.batch_size):
                 for group in optimizer.param_groups:
-                    group["lr"] = cfg.lr * min((step + 1) / cfg.warmup, 0.55 + 0.45 * math.cos(math.pi * step / total))
+                    group["lr"] = learning_rate(step, total, cfg)
                 x, filling = filled([disturbed(splits["train"].x[i], cfg, rng) for i in some])
                 y = pad_sequence([torch.tensor(answers[i]) for i in some], batch_first=True, padding_value=-100)
                 with torch.autocast("cpu", torch.bfloat16):

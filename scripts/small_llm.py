@@ -136,12 +136,10 @@ def train_llama(folder, texts, seed, steps, batch, language="German", layout="me
         tokenizer = Tokenizer(words)
         small = dict(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=352, head_dim=32)
         args = ModelArgs(**small | sizes, vocab_size=tokenizer.vocab_size)
-        llama = LLaMA(args)
+        llama = LLaMA(args, dropout=dropout)
         with torch.no_grad():
             for name, p in llama.named_parameters():
                 p.copy_(init_weight(name, p.shape, seed))
-        for block in llama.layers:
-            block.dropout.p = dropout
         params = list(llama.parameters())
         print(f"tiny LLaMA ({args.model_type}): {sum(p.numel() for p in params) / 1e6:.2f}M parameters, "
               f"{tokenizer.vocab_size} pieces, learns to restore sentences from their content words")

@@ -136,7 +136,7 @@ def trained(tmp_path_factory, every):
     folder = str(tmp_path_factory.mktemp("toy") / "llm")
     made = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(small_llm, "LLaMA", lambda args: made.append(LLaMA(args)) or made[-1])
+        patch.setattr(small_llm, "LLaMA", lambda *args, **more: made.append(LLaMA(*args, **more)) or made[-1])
         small_llm.train_llama(folder, [g for *_, g in every[:500]], 1337, 2, 4)
     return SimpleNamespace(folder=folder, tokenizer=Tokenizer(folder), model=made[0])
 
