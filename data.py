@@ -58,23 +58,23 @@ def spread(total, n):
 class Clips:
     """One split of a data set in its common form, as samples for a prompt."""
 
-    def __init__(self, data_dir, dataset, backbone, split, max_frames=0, merge=1, max_clips=0):
-        """max_frames, merge: see thin; max_clips: so many, spread over the split, 0 = all."""
-        folder = os.path.join(data_dir, dataset)
+    def __init__(self, run, split, max_clips=0):
+        """run: settings, of which data_dir, dataset, backbone, max_frames and merge count; max_clips: 0 = all."""
+        folder = os.path.join(run.data_dir, run.dataset)
         self.path = os.path.join(folder, split + ".jsonl")
         if not os.path.exists(self.path):
             there = [s for s in SPLITS if os.path.exists(os.path.join(folder, s + ".jsonl"))]
             hint = f"it has {', '.join(there)}: say split=" if there else "make it with python data.py"
-            raise BadInput(f"{self.path}: data set {dataset} has no split {split}; {hint}")
-        self.place, self.split, self.max_frames, self.merge = (data_dir, dataset, backbone), split, max_frames, merge
-        self.store = Store(os.path.join(folder, backbone, split + ".safetensors"))
+            raise BadInput(f"{self.path}: data set {run.dataset} has no split {split}; {hint}")
+        self.run, self.split = run, split
+        self.store = Store(os.path.join(folder, run.backbone, split + ".safetensors"))
         self.rows, shapes = read_common(self.path, self.store)
         if 0 < max_clips < len(self.rows):
             self.rows = [self.rows[i] for i in spread(len(self.rows), max_clips)]
         lengths = [shapes[row["name"]][0] for row in self.rows]
-        self.too_long = sum(0 < max_frames < n for n in lengths)
+        self.too_long = sum(0 < run.max_frames < n for n in lengths)
         # frames of each clip, as they will be used
-        self.lengths = [math.ceil(min(n, max_frames or n) / merge) for n in lengths]
+        self.lengths = [math.ceil(min(n, run.max_frames or n) / run.merge) for n in lengths]
         self.width = shapes[self.rows[0]["name"]][1]
 
     def __len__(self):
@@ -83,19 +83,18 @@ class Clips:
     def beside(self, split):
         """Another split of the same data set, None where it has none."""
         there = os.path.exists(os.path.join(os.path.dirname(self.path), split + ".jsonl"))
-        return Clips(*self.place, split, self.max_frames, self.merge) if there else None
+        return Clips(self.run, split) if there else None
 
     def describe(self):
         """What these clips are, and what is done to them: lines for the screen."""
-        _, dataset, backbone = self.place
-        lines = [f"data: {dataset}, {len(self)} {self.split} clips of {sum(self.lengths) / len(self):.0f} frames, "
-                 f"features {backbone} of width {self.width}"
-                 + (f", means of {self.merge}" if self.merge > 1 else "")]
+        lines = [f"data: {self.run.dataset}, {len(self)} {self.split} clips of "
+                 f"{sum(self.lengths) / len(self):.0f} frames, features {self.run.backbone} of width {self.width}"
+                 + (f", means of {self.run.merge}" if self.run.merge > 1 else "")]
         if standin := self.store.settings.get("standin"):
             lines.append(f"data: {standin}: no score here is one of the data set")
         if self.too_long:
-            lines.append(f"data: {self.too_long} {self.split} clips are longer than max_frames={self.max_frames} and "
-                         "are thinned out evenly, the same in training and test")
+            lines.append(f"data: {self.too_long} {self.split} clips are longer than max_frames={self.run.max_frames} "
+                         "and are thinned out evenly, the same in training and test")
         return "\n".join(lines)
 
     def names(self, indices):
@@ -105,7 +104,7 @@ class Clips:
     def features(self, i, drop=0.0, key=()):
         """(T, D) of clip i; drop: share of its frames left out at random, as the key says."""
         row = self.rows[i]
-        x = thin(self.store[row["name"]], self.max_frames, self.merge)
+        x = thin(self.store[row["name"]], self.run.max_frames, self.run.merge)
         if drop:
             keep = stateless(*key, row["name"]).random(len(x)) >= drop
             x = x[torch.from_numpy(keep)] if keep.any() else x[:1]

@@ -137,7 +137,7 @@ def decode(sllama, features, tokenizer, what, how):
 
 def read_split(trained, split):
     """A split of the run's data set -> (Clips, their features, their sentences)."""
-    clips = Clips(trained.data_dir, trained.dataset, trained.backbone, split, trained.max_frames, trained.merge)
+    clips = Clips(trained, split)
     if clips.too_long:
         print0(clips.describe().splitlines()[-1])
     dim_in = trained.checkpoint.state["dim_in"]

@@ -293,7 +293,7 @@ def main():
 
     # the clips
     tokenizer = Tokenizer(cfg.llm, cfg.bos_id, cfg.eos_id)
-    clips = Clips(cfg.data_dir, cfg.dataset, cfg.backbone, "train", cfg.max_frames, cfg.merge, cfg.max_clips)
+    clips = Clips(cfg, "train", cfg.max_clips)
     dev = clips.beside("dev") if cfg.eval_every >= 0 else None
     print0(clips.describe())
     print0(dev.describe() if dev else "data: no dev score: best/ is not written, eval.py takes last/")

@@ -62,8 +62,7 @@ class Translator:
             self.lang = language_code(self.run.language, self.run.lang)
         self.read, _ = clip_reader(self.run, cfg, self.notes.append)
         try:
-            self.train = Clips(self.run.data_dir, self.run.dataset, self.run.backbone, "train", self.run.max_frames,
-                               self.run.merge)
+            self.train = Clips(self.run, "train")
         except BadInput as e:
             self.train = None
             print0(f"no clip can be compared with those of training: {e}")

@@ -34,6 +34,7 @@ tokenizer = "weights/standin"  # folder of the LLM whose pieces it writes
 to = "out/standin/encdec"  # folder to write
 language = "German"  # picks BLEU's tokens
 max_clips = 0  # of train, spread over the set; 0 = all
+max_frames = 0  # longer clips are thinned out evenly to so many, 0 = no limit
 epochs = 16  # the learning rate falls with them, as train.py's
 seed = 1337
 merge = 3  # frames whose mean is one token
@@ -156,7 +157,7 @@ def main():
     cfg = configure(__file__, positive=("merge", "dim", "heads", "layers", "batch_size", "beam", "epochs"),
                     shares=("dropout", "label_smoothing", "frame_drop", "mask"))
     pieces, lang, rng = Tokenizer(cfg.tokenizer), language_code(cfg.language, ""), stateless(cfg.seed, "encdec")
-    train = Clips(cfg.data_dir, cfg.dataset, cfg.backbone, "train", merge=cfg.merge, max_clips=cfg.max_clips)
+    train = Clips(cfg, "train", cfg.max_clips)
     print(train.describe())
     mean, std = train.statistics()
     splits = {s: Split(train if s == "train" else train.beside(s), mean, std) for s in ("train", "dev", "test")}

@@ -143,7 +143,7 @@ def material(home):
         checkpoint.load_moments(str(run), sllama, torch.optim.AdamW(sllama.adaptor.parameters()), 2)
 
     def load_clips(path):
-        clips = data.Clips(f"{home}/data", "toy", "toycnn", "train")
+        clips = data.Clips(SimpleNamespace(**read_checkpoint(str(run)).config), "train")
         tokenizer = Tokenizer(llm)
         data.pack([clips.sample(i, ([1], []), tokenizer) for i in range(len(clips))])
 

@@ -358,7 +358,7 @@ def closely(chosen, hyps, folder, lang, split, cfg):
     """What the page shows of some clips -> ([dict for its script], CSS with their frames, [what is missing and why])"""
     try:
         sllama, tokenizer, run = load_model(folder, cfg.device, llm=cfg.llm, data_dir=cfg.data_dir)
-        data = Clips(run.data_dir, run.dataset, run.backbone, split, run.max_frames, run.merge)
+        data = Clips(run, split)
     except BadInput as e:
         return [], "", [f"No clip can be looked at closely: {e}"]
     part, at = layer_range(cfg.layers, len(sllama.llm.layers)), {row["name"]: i for i, row in enumerate(data.rows)}

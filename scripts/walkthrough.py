@@ -104,7 +104,7 @@ torch.set_num_threads(1)  # small shapes: threads cost more than they bring
 # %%
 try:
     sllama, tokenizer, cfg = load_model(ckpt, device="cpu")
-    clips = Clips(cfg.data_dir, cfg.dataset, cfg.backbone, "test", cfg.max_frames, cfg.merge)
+    clips = Clips(cfg, "test")
     if (cfg.backbone, cfg.adaptor, cfg.ltn, cfg.stage) != ("toycnn", "mlp", True, "sft") or sllama.proj is None:
         raise BadInput(f"ckpt={ckpt}: the walk is through the toy's model as train.py's page one has it, stage=sft")
 except BadInput as e:

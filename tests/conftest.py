@@ -32,6 +32,12 @@ def page(stage="align", **changes):
     return SimpleNamespace(**values | stages[stage] | {"stage": stage} | changes)
 
 
+def clips_of(data_dir, dataset, backbone, split, max_clips=0, **settings):
+    """The clips of a split, as a run with these settings has them."""
+    from data import Clips
+    return Clips(page(data_dir=str(data_dir), dataset=dataset, backbone=backbone, **settings), split, max_clips)
+
+
 LONGEST = ("test_faults.py", "test_train.py", "test_model.py", "test_extract.py", "test_by_hand.py", "test_load.py",
            "test_readme.py", "test_tables.py", "test_variables.py", "test_choices.py", "test_walkthrough.py")
 

@@ -87,6 +87,7 @@ class Oracle:
 # ---------------------------------------------------------------------------------------------------------------------
 # Training: which step is the best
 
+@pytest.mark.long
 def test_best_is_the_step_of_the_best_bleu_4(train_here, home, monkeypatch):
     """Among better BLEU-1, equal scores and later steps; and a resumed run remembers it."""
     said = {1: shorter(4), 2: without(1), 3: without(1), 4: backwards, 5: without(2), 6: str}
@@ -359,7 +360,7 @@ def test_a_loaded_model_drops_nothing_out(trained, home):
     dropouts = [m.p for m in sllama.modules() if isinstance(m, torch.nn.Dropout)]
     assert set(dropouts) == {0.0, 0.5} and not any(m.training for m in sllama.modules())
     assert not any(p.requires_grad for p in sllama.parameters())
-    clips = evaluation.Clips(cfg.data_dir, "toy", "toycnn", "dev")
+    clips = evaluation.Clips(cfg, "dev")
     batch = pack([clips.sample(i, ([], []), tokenizer) for i in range(3)])
     assert sllama(batch)[0].item() == sllama(batch)[0].item() != sllama.train()(batch)[0].item()
 

@@ -266,6 +266,7 @@ def test_every_config_file_fits_train(name, stage, capsys):
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.long
 def test_programs_help(name):
     """
     It ends well, has nothing to say on stderr but what Python was told to, and waits for no package that it does not

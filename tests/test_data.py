@@ -15,8 +15,9 @@ import pytest
 import safetensors.numpy
 import sentencepiece
 import torch
+from conftest import clips_of
 
-from data import Clips, Sample, pack, prompt_ids, spread
+from data import Sample, pack, prompt_ids, spread
 from lib import video
 from lib.cnn import RandomCNN
 from lib.extract import Extractor, prepare
@@ -274,7 +275,7 @@ def test_new_texts_and_splits_keep_the_features(tmp_path, clips):
     moved = {"train": clips["train"] + clips["dev"], "dev": [], "test": clips["test"]}
     prepare("own", moved, home, Fake(limit=0))
     assert not (tmp_path / "data/own/dev.jsonl").exists()
-    train = Clips(home, "own", "fake", "train")
+    train = clips_of(home, "own", "fake", "train")
     assert len(train) == 6 and train.rows[0]["text"] == "anders" and len(train.features(5)) == 7
 
 
@@ -344,7 +345,7 @@ def test_store_equals_direct_features(tmp_path):
     path = str(write_mp4(tmp_path / "a.mp4", clip))
     splits = {"train": [{"name": "a", "text": "ja", "video": path}], "dev": [], "test": []}
     prepare("own", splits, str(tmp_path / "data"), Extractor("toycnn", device="cpu"))
-    got = Clips(str(tmp_path / "data"), "own", "toycnn", "train").features(0)
+    got = clips_of(tmp_path / "data", "own", "toycnn", "train").features(0)
     x = torch.from_numpy(read_video(path)).permute(0, 3, 1, 2)  # (70, 3, 64, 64)
     want = RandomCNN().features((x.float() / 255 - 0.5) / 0.5)  # mean 0.5, deviation 0.5
     assert got.dtype == torch.float16 and got.shape == (70, 1024)
@@ -695,7 +696,7 @@ def split(tmp_path):
         write_store(str(tmp_path / "own/cnn/train.safetensors"), shapes, arrays.__getitem__, {})
         rows = [{"name": n, "text": "30 31", "frames": len(a)} for n, a in arrays.items()]
         (tmp_path / "own/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return Clips(str(tmp_path), "own", "cnn", "train", max_frames)
+        return clips_of(tmp_path, "own", "cnn", "train", max_frames=max_frames)
     return make
 
 
@@ -758,7 +759,7 @@ def test_thinning_by_hand(split):
 @pytest.mark.parametrize("max_clips, chosen", [(0, range(7)), (1, [0]), (3, [0, 2, 4]), (7, range(7)), (9, range(7))])
 def test_max_clips_are_spread_over_the_set(split, tmp_path, max_clips, chosen):
     split(2, 3, 4, 5, 6, 7, 8)
-    clips = Clips(str(tmp_path), "own", "cnn", "train", max_clips=max_clips)
+    clips = clips_of(tmp_path, "own", "cnn", "train", max_clips=max_clips)
     assert [r["name"] for r in clips.rows] == [f"clip{i}" for i in chosen] and clips.lengths == [i + 2 for i in chosen]
 
 
@@ -777,15 +778,15 @@ def test_stand_ins_say_so_in_a_line_of_their_own(split, tmp_path):
 def test_what_is_missing_is_named(split, tmp_path):
     split(3, 4)
     with bad(tmp_path / "own/dev.jsonl", "own", "no split dev", "it has train"):
-        Clips(str(tmp_path), "own", "cnn", "dev")
+        clips_of(tmp_path, "own", "cnn", "dev")
     with bad("other", "no split train", "data.py"):
-        Clips(str(tmp_path), "other", "cnn", "train")
+        clips_of(tmp_path, "other", "cnn", "train")
     with bad(tmp_path / "own/googlenet/train.safetensors"):
-        Clips(str(tmp_path), "own", "googlenet", "train")
+        clips_of(tmp_path, "own", "googlenet", "train")
     with open(tmp_path / "own/train.jsonl", "a") as f:
         f.write('{"name": "new", "text": "40"}\n')
     with bad(tmp_path / "own/cnn/train.safetensors", "clip new"):
-        Clips(str(tmp_path), "own", "cnn", "train")
+        clips_of(tmp_path, "own", "cnn", "train")
 
 
 def test_a_data_set_edited_by_hand(tmp_path):
@@ -797,7 +798,7 @@ def test_a_data_set_edited_by_hand(tmp_path):
     def clips(arrays=x, names="abc", text="ja"):
         write_store(str(store), {n: a.shape for n, a in arrays.items()}, arrays.__getitem__, {})
         lines.write_text("".join(json.dumps({"name": n, "text": text}) + "\n" for n in names))
-        return Clips(str(tmp_path), "own", "cnn", "train")
+        return clips_of(tmp_path, "own", "cnn", "train")
 
     assert clips().lengths == [4, 4, 4] and clips().width == 3
     with bad(f"{lines}:1: is not a clip", "empty name or text"):
@@ -816,7 +817,7 @@ def test_blank_lines_of_a_jsonl_are_passed_over(split, tmp_path):
     split(3)
     with open(tmp_path / "own/train.jsonl", "a") as f:
         f.write("\n  \n")
-    assert len(Clips(str(tmp_path), "own", "cnn", "train")) == 1
+    assert len(clips_of(tmp_path, "own", "cnn", "train")) == 1
 
 
 @pytest.mark.parametrize("line", ['{"name": "b"', '{"name": "b", "text": ""}', '{"name": "", "text": "ja"}',
@@ -826,7 +827,7 @@ def test_wrong_jsonl(split, tmp_path, line):
     with open(tmp_path / "own/train.jsonl", "a") as f:
         f.write(line + "\n")
     with bad(tmp_path / "own/train.jsonl", ":2"):
-        Clips(str(tmp_path), "own", "cnn", "train")
+        clips_of(tmp_path, "own", "cnn", "train")
 
 
 @pytest.mark.parametrize("content, words", [
@@ -837,4 +838,4 @@ def test_a_jsonl_that_holds_no_clips_says_why(split, tmp_path, content, words):
     split(3)
     (tmp_path / "own/train.jsonl").write_bytes(content)
     with bad(tmp_path / "own/train.jsonl", *words):
-        Clips(str(tmp_path), "own", "cnn", "train")
+        clips_of(tmp_path, "own", "cnn", "train")

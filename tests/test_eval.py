@@ -245,6 +245,7 @@ def test_interval():
 
 @pytest.mark.parametrize("file, lang", [("labels.train", "de"), ("csl_daily.labels.train", "zh")])
 @pytest.mark.parametrize("n", [1, 2, 100, 5000])
+@pytest.mark.long
 def test_real_corpora(real, file, lang, n):
     """The sentences of PHOENIX-2014T and CSL-Daily against spoilt copies of themselves."""
     with gzip.open(real / "labels" / file) as f:

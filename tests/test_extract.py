@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import clips_of
 from safetensors.torch import save_file
 
-from data import Clips
 from lib import extract, video
 from lib.cnn import GoogLeNet, RandomCNN
 from lib.extract import Extractor, prepare
@@ -130,7 +130,7 @@ def test_a_clip_alone_has_the_same_features(root, want, tmp_path, monkeypatch):
     assert run(root, tmp_path) == want
     assert batches == [(32, 64, 64, 3)] * 7  # across the borders of clips; clip by clip it would be twelve
     for split in SPLITS:
-        clips = Clips(str(tmp_path), "own", "toycnn", split)
+        clips = clips_of(tmp_path, "own", "toycnn", split)
         for row in clips.rows:
             assert row["frames"] == LENGTHS[row["name"]]
             assert np.array_equal(clips.store[row["name"]].numpy(), Extractor("toycnn", device="cpu")(row["video"]))
@@ -142,6 +142,7 @@ def test_where_no_clip_is_left_the_cnn_does_nothing(monkeypatch):
     assert list(Extractor("toycnn", device="cpu").stream([])) == []
 
 
+@pytest.mark.long
 def test_googlenet_does_not_see_a_frame_s_place_in_the_batch():
     extractor = Extractor("googlenet", "random", "cpu")
     batch = noise(extract.BATCH, size=(224, 224))
@@ -256,7 +257,7 @@ def test_strict(broken, tmp_path, workers, capsys):
     problems = files["own/problems.txt"].decode().splitlines()
     assert sorted(p.split(": ")[0] for p in problems) == ["clip b", "clip c"]
     assert all("b.mp4" in p or "c.mp4" in p for p in problems)
-    assert "own/dev.jsonl" not in files and len(Clips(str(tmp_path / "data"), "own", "toycnn", "train")) == 5
+    assert "own/dev.jsonl" not in files and len(clips_of(tmp_path / "data", "own", "toycnn", "train")) == 5
 
 
 def test_a_broken_clip_is_mended(broken, root, want, tmp_path):
@@ -356,11 +357,11 @@ def test_the_store_knows_its_rate(root, tmp_path, capsys):
     assert fps_of(tmp_path / "mixed as filmed") == 0 and "from 25 to 50 frames a second" in said and "fps=25" in said
     run(mixed, tmp_path / "mixed", fps=25.0)
     assert fps_of(tmp_path / "mixed") == 25 and "frames a second" not in capsys.readouterr().out
-    clips = Clips(str(tmp_path / "mixed"), "own", "toycnn", "train")
+    clips = clips_of(tmp_path / "mixed", "own", "toycnn", "train")
     assert dict(zip([r["name"] for r in clips.rows], clips.lengths)) == {"a": 20, "b": 10}
     run(mixed, tmp_path / "mixed")  # another rate, other features
     assert fps_of(tmp_path / "mixed") == 0
-    assert Clips(str(tmp_path / "mixed"), "own", "toycnn", "train").lengths == [20, 20]
+    assert clips_of(tmp_path / "mixed", "own", "toycnn", "train").lengths == [20, 20]
 
 
 def test_bench(tmp_path, monkeypatch, capsys):
@@ -414,6 +415,7 @@ def timm():
 @pytest.mark.parametrize("name, width, size, crop, mean", [
     ("resnet34", 512, 235, 224, 0.485), ("vit_tiny_patch16_224", 192, 248, 224, 0.5),
     ("efficientnet_b0", 1280, 256, 224, 0.485)])
+@pytest.mark.long
 def test_timm(timm, root, tmp_path, name, width, size, crop, mean):
     path, extractor = str(root / "e.mp4"), Extractor(f"timm/{name}", "random", "cpu")
     features = extractor(path)
@@ -442,6 +444,7 @@ def test_widths_of_table_5(timm):
         assert timm.models.is_model_pretrained(backbone.removeprefix("timm/"))  # somebody has published weights
 
 
+@pytest.mark.long
 def test_timm_weights_from_a_file(timm, root, tmp_path):
     """A file as timm's authors publish it: with the classifier."""
     torch.manual_seed(3)
@@ -456,7 +459,7 @@ def test_timm_weights_from_a_file(timm, root, tmp_path):
         Extractor("timm/resnet34", str(tmp_path / "model.pth"), "cpu")
     extractor = Extractor("timm/resnet18", str(tmp_path / "model.pth"), "cpu")
     prepare("own", read_clips(str(root))[0] | {"train": []}, str(tmp_path / "data"), extractor)
-    clips = Clips(str(tmp_path / "data"), "own", "timm/resnet18", "dev")  # a folder in a folder
+    clips = clips_of(tmp_path / "data", "own", "timm/resnet18", "dev")  # a folder in a folder
     assert clips.features(0).shape == (1, 512)
 
 
@@ -759,7 +762,7 @@ def test_a_changed_frame_of_a_folder(tmp_path):
     (folder / "2.png").write_bytes(b"xxx")
     os.utime(folder / "2.png", (102, 102))
     assert seen() == ["clip"] and seen() == []
-    assert Clips(home, "own", "counter", "train").lengths == [7]
+    assert clips_of(home, "own", "counter", "train").lengths == [7]
 
 
 def test_a_store_begins_its_numbers_at_eight_bytes(root, want):

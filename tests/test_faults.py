@@ -274,6 +274,7 @@ def test_a_stop_while_the_dev_set_is_scored_after_the_last_step(looked, home, mo
 
 @pytest.mark.parametrize("stopped", [True, False], ids=["of a stopped run", "of a run"])
 @pytest.mark.parametrize("look", LOOKS, ids=" ".join)
+@pytest.mark.long
 def test_a_kill_between_the_scores_and_the_save(looked, home, monkeypatch, look, stopped):
     """Killed and resumed, again and again: before the scores are in the log, before best/, before last/ has them."""
     unhurt, words = looked("whole", look), ["save_every=1"]
@@ -366,6 +367,7 @@ def test_a_process_that_was_told_to_end_does_not_speak_of_a_partner_it_has_lost(
 # Saves
 
 @pytest.mark.parametrize("fault, keep", [("kill", 1), (28, 3)])
+@pytest.mark.long
 def test_a_fault_at_every_call_of_a_save(home, monkeypatch, fault, keep):
     monkeypatch.setattr(checkpoint, "dist", checkpoint.dist)  # faulty_saves puts another in its place
     ended = faults.faulty_saves(home, fault, keep)

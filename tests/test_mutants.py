@@ -91,6 +91,7 @@ def test_which_tests_meet_a_mistake():
     assert set(chosen(5)) == set(took)  # a line that runs at the import
 
 
+@pytest.mark.long
 def test_end_to_end(tmp_path, monkeypatch):
     """A tree of one file and one test: what the test looks at is noticed, what it does not look at survives."""
     (tmp_path / "tests").mkdir()

@@ -23,11 +23,10 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
-from conftest import ROOT
+from conftest import ROOT, clips_of
 from test_data import bad, shades, write_image
 
 import data
-from data import Clips
 from lib import features, pickles, video
 from lib.check import check
 from lib.features import Store
@@ -345,7 +344,7 @@ def test_phoenix_to_store(tmp_path, monkeypatch, capsys):
     assert [[r["name"] for r in rows_of(folder, s)] for s in SPLITS] == [["a"], ["d"], ["e"]]
     assert rows_of(folder, "dev")[0] | {"video": ""} == {
         "name": "d", "text": "eins", "video": "", "signer": "Signer01", "gloss": "REGEN KOMMEN", "frames": 2}
-    assert len(Clips(str(tmp_path / "data"), "set", "toycnn", "train")) == 1
+    assert len(clips_of(tmp_path / "data", "set", "toycnn", "train")) == 1
 
 
 def test_exit_code(tmp_path):
@@ -451,6 +450,7 @@ def test_openasl(tmp_path, folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # The pickles of GFSLT and neccam
 
+@pytest.mark.long
 def test_gfslt_real(real):
     splits, _ = read_gfslt(str(real / "labels"))
     for split in SPLITS:
@@ -725,7 +725,7 @@ def test_slt_with_features_inside(tmp_path, monkeypatch, capsys):
         assert json.loads(store.metadata["settings"]) == {
             "backbone": "pami0", "weights": "", "imported": True,
             "features": f"{tmp_path}/slt/phoenix14t.pami0.{{split}}"}
-    assert len(Clips(str(tmp_path / "data"), "set", "pami0", "test")) == 3
+    assert len(clips_of(tmp_path / "data", "set", "pami0", "test")) == 3
     assert "video" not in rows_of(folder, "train")[0]
 
 

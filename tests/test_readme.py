@@ -209,6 +209,7 @@ def run(command, home, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("number", range(len(OURS)), ids=OURS)
+@pytest.mark.long
 def test_commands_run(number, there, ran, monkeypatch, capsys):
     """Those before it that were left out (-k, -m) are run first: most need what the earlier ones have made."""
     while len(ran) <= number:

@@ -387,6 +387,7 @@ def browser():
     yield from chromium()
 
 
+@pytest.mark.long
 def test_in_a_browser(browser, run, monkeypatch):
     clips = data_of(page_of(run, monkeypatch, "clips=9"))
     js, screen = browser.execute_script, dict(height=800, deviceScaleFactor=1, mobile=False)

@@ -153,6 +153,7 @@ def test_compiled_is_eager(home, train_here):
 
 
 @pytest.mark.parametrize("stage", ["align", "sft"])
+@pytest.mark.long
 def test_resumed_is_uninterrupted(train_here, stage):
     if stage == "sft":
         for out in ("whole", "halves"):
@@ -198,6 +199,7 @@ def test_frozen_weights_stay_bitwise(train_here, home, monkeypatch, stage):
         assert all(seen[k].abs().max() > 0 for k in seen if k.endswith("lora_B"))
 
 
+@pytest.mark.long
 def test_variants_of_the_model_train_and_load_again(train_here):
     """Tables 3, 4, 6 and the switches of the machine: each a few steps, then a translation from the checkpoint."""
     for n, args in enumerate((["adaptor=linear", "ltn=false"], ["ltn_dim=0", "max_frames=10"],

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 from data import Clips
@@ -35,7 +36,7 @@ def walk(folder, *command, hide=()):
 def expected(ckpt, clip, eos_id=None, **how):
     """What eval.py writes, its tokens, and the reference."""
     sllama, tokenizer, cfg = load_model(str(ckpt), device="cpu")
-    clips = Clips(cfg.data_dir, cfg.dataset, cfg.backbone, "test")
+    clips = Clips(cfg, "test")
     if eos_id is not None:
         tokenizer.eos_ids = [eos_id]
     decode, tokens = tokenizer.decode, []
@@ -65,6 +66,7 @@ def an_ending(run, clip, **how):
     return next(filter(ends, tokens[len(tokens) // 2::-1]))
 
 
+@pytest.mark.long
 def test_program(both_stages):
     how = dict(beam=3, length_penalty=0.5, max_new_tokens=12)
     ckpt = both_stages / "ends"
@@ -94,6 +96,7 @@ def cells_of(**changes):
     return re.split(r"^# %%(?: \[markdown\])?$", source, flags=re.M)
 
 
+@pytest.mark.long
 def test_cells_without_matplotlib(both_stages):
     """A notebook has no command line and no __file__, its cells share their names, and page one is edited in place."""
     cells = cells_of(max_new_tokens=12)
