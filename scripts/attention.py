@@ -30,7 +30,8 @@ def recorded(module):
         if not alone:
             raise BadInput("recorded: the attention of one clip at a time, and without a cache")
         # (1, T, dim) -> (T, H, D)
-        q, k = (rotate(w(x).unflatten(-1, (-1, part.head_dim)), rope)[0].float() for w in (part.wq, part.wk))
+        q, k = (rotate(norm(w(x).unflatten(-1, (-1, part.head_dim))), rope)[0].float()
+                for w, norm in ((part.wq, part.q_norm), (part.wk, part.k_norm)))
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # grouped queries share their key
         score = torch.einsum("ihd,jhd->hij", q, k) / part.head_dim**0.5
         i = torch.arange(len(q), device=q.device)

@@ -3,14 +3,22 @@ import pytest
 import torch
 
 from lib.program import BadInput
-from model import Attention, banded, causal_attention, packed_attention, rope_table
+from model import Attention, RMSNorm, banded, causal_attention, packed_attention, rope_table
 from scripts.attention import recorded
 
 
+def head_norm():
+    """Qwen3's norm of queries and keys, as training leaves it: its weights are not ones."""
+    norm = RMSNorm(8)
+    torch.nn.init.uniform_(norm.weight, 0.2, 5.0)
+    return norm
+
+
+@pytest.mark.parametrize("norm", [torch.nn.Identity, head_norm])
 @pytest.mark.parametrize("window, kv", [(None, 4), (None, 2), (8, 4), (-1, 4)])
-def test_recorded(window, kv):
+def test_recorded(window, kv, norm):
     torch.manual_seed(0)
-    part, x = Attention(32, 4, kv, 8), torch.randn(1, 50, 32)
+    part, x = Attention(32, 4, kv, 8, norm=norm), torch.randn(1, 50, 32)
     attend = {None: (causal_attention, None), 8: (banded, 8, None), -1: (packed_attention, [50])}[window]
     how = rope_table(torch.arange(50)[None], 8), *attend
     with recorded(torch.nn.ModuleDict({"a": part})) as weights, torch.no_grad():

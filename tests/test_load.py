@@ -1,5 +1,5 @@
 """
-What a sharded load holds in memory: two processes together little more than the model once. A model of 0.75 GB on the
+What a sharded load holds in memory: two processes together little more than the model once. A model of 0.54 GB on the
 disk, for a moment.
 
     python -m pytest tests/test_load.py
@@ -20,7 +20,7 @@ from lib.weights import ModelArgs
 from model import LLaMA
 
 ROOT = Path(__file__).parent.parent
-SIZE = dict(dim=1024, n_layers=14, n_heads=8, n_kv_heads=8, hidden_dim=2816, vocab_size=4000, head_dim=128)
+SIZE = dict(dim=1024, n_layers=10, n_heads=8, n_kv_heads=8, hidden_dim=2816, vocab_size=4000, head_dim=128)
 LOAD = """
 import sys, time, torch
 import train
@@ -44,12 +44,12 @@ print("HELD", peak[0] - program, sum(p.to_local().double().sum().item() for p in
 
 
 def write(folder, layout):
-    """A model of 0.75 GB in fp32, its layers all alike to be quick -> (bytes, sum of all its numbers)."""
+    """A model of 0.54 GB in fp32, its layers all alike to be quick -> (bytes, sum of all its numbers)."""
     with torch.device("meta"):
         shapes = {k: p.shape for k, p in LLaMA(ModelArgs(**SIZE)).named_parameters()}
     kinds = {s: torch.randn(s) for s in set(shapes.values())}
     if layout in ("safetensors", "bin"):
-        c = dict(model_type="llama", hidden_size=1024, num_hidden_layers=14, num_attention_heads=8,
+        c = dict(model_type="llama", hidden_size=1024, num_hidden_layers=10, num_attention_heads=8,
                  intermediate_size=2816, vocab_size=4000, rms_norm_eps=1e-5)
         (folder / "config.json").write_text(json.dumps(c))
         names = sorted(shapes)
@@ -60,7 +60,7 @@ def write(folder, layout):
         index = "model.safetensors.index.json" if layout == "safetensors" else "pytorch_model.bin.index.json"
         (folder / index).write_text(json.dumps({"weight_map": weight_map}))
     else:
-        params = dict(dim=1024, n_layers=14, n_heads=8, norm_eps=1e-5, vocab_size=-1)
+        params = dict(dim=1024, n_layers=10, n_heads=8, norm_eps=1e-5, vocab_size=-1)
         (folder / "params.json").write_text(json.dumps(params))
         axis = lambda n: 1 if n.split(".")[-2] in ("wo", "w2", "tok_embeddings") else 0
         for i in range(2):
@@ -74,8 +74,8 @@ def write(folder, layout):
 @pytest.mark.long
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="what a process holds is read from Linux's /proc")
 def test_two_processes_hold_little_more_than_the_model(tmp_path, layout):
-    if shutil.disk_usage(tmp_path).free < 2e9:
-        pytest.skip("needs 2 GB of disk")
+    if shutil.disk_usage(tmp_path).free < 1.5e9:
+        pytest.skip("needs 1.5 GB of disk")
     size, total = write(tmp_path, layout)
     (tmp_path / "load.py").write_text(LOAD)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
@@ -86,7 +86,7 @@ def test_two_processes_hold_little_more_than_the_model(tmp_path, layout):
     held = [line.split()[1:] for line in out.stdout.splitlines() if line.startswith("HELD")]
     together = sum(int(h[0]) for h in held)
     print(f"{layout}: {size / 1e9:.2f} GB, two processes together {together / 1e9:.2f} GB, {together / size:.2f} x")
-    assert len(held) == 2 and 0.7e9 < size < 0.8e9
+    assert len(held) == 2 and 0.5e9 < size < 0.6e9
     assert size < together < 1.2 * size
     assert abs(sum(float(h[1]) for h in held) - total) < 1e-6 * abs(total)  # and every number has arrived, once
     assert "loading" in out.stderr and "GB/s" in out.stderr
