@@ -8,6 +8,7 @@ It learns to restore a sentence from its content words, shuffled and blurred, as
 count as function words. Dropout, label smoothing and the dev sentences keep it from learning the others by heart: it is
 left as it was when it restored these best.
 It has read nothing but these sentences: good for trials of the whole recipe at full size, no substitute for a real LLM.
+With steps=0 it has not even read these: for runs that train all of it (freeze_llm=false lora_rank=0).
 """
 import json
 import math
@@ -37,7 +38,7 @@ function_words = 40  # so many of the most frequent words are left out of what t
 pieces = 2000  # of the tokenizer
 dim = 256  # width
 layers = 4  # of the LLM
-steps = 1500  # of training
+steps = 1500  # of training, 0 = none
 batch = 48  # sentences a step
 lr = 2e-3  # peak
 dropout = 0.2  # of embeddings, and in the blocks
@@ -118,6 +119,17 @@ def text_batch_of(texts, tokenizer, rng, language="German", function_words=FUNCT
     return torch.tensor([tokens]), lens, torch.tensor(at), torch.tensor(targets), torch.tensor(blurred)
 
 
+def untrained(name, shape, seed, n_layers):
+    """
+    A first value for an LLM of which a run trains everything: words of unit size, and what the blocks add as small as
+    GPT-2's, so that for the later blocks words and frames still are what they were.
+    """
+    w = init_weight(name, shape, seed)
+    if name == "tok_embeddings.weight":
+        return w * shape[1] ** 0.5
+    return w / (2 * n_layers) ** 0.5 if name.endswith(("wo.weight", "w2.weight")) else w
+
+
 def train_llama(folder, texts, seed, steps, batch, language="German", layout="meta", tokenizer="sp", pieces=640,
                 function_words=FUNCTION_WORDS, lr=3e-3, dropout=0.0, label_smoothing=0.0, dev=(), **sizes):
     """
@@ -139,10 +151,11 @@ def train_llama(folder, texts, seed, steps, batch, language="German", layout="me
         llama = LLaMA(args, dropout=dropout)
         with torch.no_grad():
             for name, p in llama.named_parameters():
-                p.copy_(init_weight(name, p.shape, seed))
+                p.copy_(init_weight(name, p.shape, seed) if steps else untrained(name, p.shape, seed, args.n_layers))
         params = list(llama.parameters())
         print(f"tiny LLaMA ({args.model_type}): {sum(p.numel() for p in params) / 1e6:.2f}M parameters, "
-              f"{tokenizer.vocab_size} pieces, learns to restore sentences from their content words")
+              f"{tokenizer.vocab_size} pieces, "
+              + ("learns to restore sentences from their content words" if steps else "untrained"))
         optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
         show, rng = Progress("tiny LLaMA", steps), stateless(seed, "text")
         noise = torch.Generator().manual_seed(seed)
@@ -175,9 +188,10 @@ def train_llama(folder, texts, seed, steps, batch, language="German", layout="me
                 llama.train()
                 if sum(parts) / len(parts) < best:
                     best, kept = sum(parts) / len(parts), {k: v.clone() for k, v in llama.state_dict().items()}
-        print(f"tiny LLaMA: loss {loss.item():.3f} a token at the end"
-              + (f", the best on dev {best:.3f}" if dev else ""), flush=True)
-        if dev:
+        if steps:
+            print(f"tiny LLaMA: loss {loss.item():.3f} a token at the end"
+                  + (f", the best on dev {best:.3f}" if dev else ""), flush=True)
+        if steps and dev:
             llama.load_state_dict(kept)
         shutil.rmtree(folder, ignore_errors=True)
         if layout == "hf":

@@ -227,6 +227,21 @@ def test_the_llm_that_is_best_on_dev_is_kept(tmp_path, every, monkeypatch, capsy
     assert kept < best * 1.5 < end / 2
 
 
+def test_an_llm_that_has_read_nothing(tmp_path, every, capsys):
+    """Words of unit size, and blocks that add little to them: GPT-2's outputs, smaller by the root of their number."""
+    folder = str(tmp_path / "llm")
+    small_llm.train_llama(folder, [g for *_, g in every[:500]], 1, 0, 4, dev=["am montag"])
+    said = capsys.readouterr().out
+    assert "untrained" in said and "loss" not in said
+    llama = LLaMA.from_pretrained(folder)  # four blocks of width 128, that is eight outputs
+    size = lambda part: llama.get_parameter(part).square().mean().sqrt().item()
+    assert size("tok_embeddings.weight") == pytest.approx(1, rel=0.02)
+    for block in range(4):
+        for part, width in (("attention.wo", 128), ("feed_forward.w2", 352)):
+            assert size(f"layers.{block}.{part}.weight") == pytest.approx((width * 8) ** -0.5, rel=0.02)
+        assert size(f"layers.{block}.attention.wq.weight") == pytest.approx(128 ** -0.5, rel=0.02)
+
+
 def test_small_llm_of_a_data_set(home, tmp_path, monkeypatch, capsys):
     """The program: size and function words as asked, and dev, where there is one, picks the weights."""
     data = tmp_path / "data"
