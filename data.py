@@ -59,7 +59,7 @@ class Clips:
     """One split of a data set in its common form, as samples for a prompt."""
 
     def __init__(self, run, split, max_clips=0):
-        """run: settings, of which data_dir, dataset, backbone, max_frames and merge count; max_clips: 0 = all."""
+        """run: its data_dir, dataset, backbone, max_frames, merge (see thin); max_clips: spread over all, 0 = all."""
         folder = os.path.join(run.data_dir, run.dataset)
         self.path = os.path.join(folder, split + ".jsonl")
         if not os.path.exists(self.path):

@@ -134,6 +134,7 @@ def train_llama(folder, texts, seed, steps, batch, language="German", layout="me
                 function_words=FUNCTION_WORDS, lr=3e-3, dropout=0.0, label_smoothing=0.0, dev=(), **sizes):
     """
     Train a tiny LLM on texts and write it to folder, in Meta's raw layout or as a Hugging Face folder.
+    steps: 0 leaves it untrained.
     dev: sentences; the weights are kept that restore them best, and content words are blurred by any amount up to BLUR.
     sizes: of ModelArgs, where they are not the toy's.
     """
@@ -191,8 +192,8 @@ def train_llama(folder, texts, seed, steps, batch, language="German", layout="me
         if steps:
             print(f"tiny LLaMA: loss {loss.item():.3f} a token at the end"
                   + (f", the best on dev {best:.3f}" if dev else ""), flush=True)
-        if steps and dev:
-            llama.load_state_dict(kept)
+            if dev:
+                llama.load_state_dict(kept)
         shutil.rmtree(folder, ignore_errors=True)
         if layout == "hf":
             return write_hf(folder, args, llama.state_dict().items(), words, torch.float32)

@@ -652,7 +652,7 @@ def test_greedy_is_the_argmax_of_full_forwards():
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
-@pytest.mark.parametrize("beam", [1, 2, 5])
+@pytest.mark.parametrize("beam", [1, 2, 3, 5])
 @pytest.mark.parametrize("eos", [[3], [1, 3, 5, 7]], ids=["one EOS", "four EOS"])
 def test_beam_equals_slow_beam_search_and_batched_equals_single(beam, length_penalty, eos):
     # few words, so that EOS comes up early, late and never
