@@ -64,7 +64,7 @@ device = "auto"  # auto, cpu, cuda
 seed = 1337  # of the shuffle and noise controls
 
 CHOICES = {"split": SPLITS, "control": ("none", *CONTROLS, "all"), "llm_bits": ("", "16", "8", "4")}
-PART = 8  # clips whose prefixes are read together
+PART = 8  # clips whose prefixes are read together on a CPU: a GPU would rather fill up than start more kernels
 
 
 def load_model(ckpt, device="auto", dtype="auto", **overrides):
@@ -94,8 +94,9 @@ def load_model(ckpt, device="auto", dtype="auto", **overrides):
 
 def prefixes(sllama, features, prompt):
     """What generate reads of clips, a list of (T, D): frames between the prompt's tokens, PART clips a stream."""
-    for start in range(0, len(features), PART):
-        part = pack([Sample(f, *prompt, None) for f in features[start:start + PART]], sllama.mean.device)
+    size = len(features) if sllama.mean.is_cuda else PART
+    for start in range(0, len(features), size):
+        part = pack([Sample(f, *prompt, None) for f in features[start:start + size]], sllama.mean.device)
         yield sllama.embed(part), part.lens
 
 

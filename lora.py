@@ -42,9 +42,10 @@ class LoRALinear(Linear):
         self.train(base.training)  # a new module is in training mode, and would drop out inside a model that is not
 
     def forward(self, x):
-        down = F.linear(self.dropout(x), self.lora_A.to(x.dtype)) * self.scaling  # (..., in) -> (..., rank)
-        update = F.linear(down, self.lora_B.to(x.dtype))  # (..., rank) -> (..., out)
-        return super().forward(x).add_(update)  # in place: nobody else needs the frozen part
+        flat = x.flatten(0, -2)  # (..., in) -> (N, in)
+        down = F.linear(self.dropout(flat), self.lora_A.to(x.dtype))  # (N, rank)
+        y = super().forward(flat)  # (N, out); what follows adds to it in place, since nobody else needs it
+        return y.addmm_(down, self.lora_B.to(x.dtype).T, alpha=self.scaling).unflatten(0, x.shape[:-1])
 
 
 def layers(llama, kind=LoRALinear, targets=TARGETS):

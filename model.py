@@ -10,6 +10,7 @@ Names of shapes: B sequences, T their length, N tokens of a packed stream, H hea
 import math
 from collections import defaultdict
 from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.nn as nn
@@ -46,7 +47,7 @@ class FeedForward(nn.Module):
 
 def rope_table(pos, head_dim, theta=10000.0, scaling=None):
     """
-    Positions (...) -> cos and sin (..., 1, D/2) of rotary embeddings, fp32; scaling: as in ModelArgs.
+    Positions (...) -> cos and sin (..., 1, D) of rotary embeddings, fp32; scaling: as in ModelArgs.
     Made anew in each forward: a table kept as a buffer would come back as garbage from the meta device.
     """
     inv = theta ** (-torch.arange(0, head_dim, 2, device=pos.device, dtype=torch.float32) / head_dim)
@@ -57,15 +58,16 @@ def rope_table(pos, head_dim, theta=10000.0, scaling=None):
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         inv = keep * inv + (1 - keep) * inv / scaling["factor"]
-    angle = pos[..., None, None].float() * inv  # (..., 1, D/2)
+    angle = pos[..., None, None].float() * torch.cat([inv, inv])  # (..., 1, D)
     return angle.cos(), angle.sin()
 
 
 def rotate(x, rope):
     """Rotary positions in the rotate-half layout of Hugging Face files; x (B, T, H, D) -> the same in fp32."""
     cos, sin = rope
-    a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    x = x.float()
+    a, b = x.chunk(2, -1)
+    return torch.addcmul(x * cos, torch.cat([-b, a], -1), sin)  # few kernels: a GPU waits for their start
 
 
 class Attention(nn.Module):
@@ -120,6 +122,21 @@ def packed_attention(q, k, v, lens=None, causal=False):
 
 
 causal_attention = partial(packed_attention, causal=True)
+
+
+def gpu_attention(q, k, v, ends, longest, causal):
+    """packed_attention in one kernel, for a GPU in 16 bits; ends: 0 and the sums of the lengths so far, on the GPU."""
+    from torch.nn.attention.varlen import varlen_attn  # a second of imports, for those who need them
+    o = varlen_attn(q[0], k[0], v[0], ends, ends, longest, longest, window_size=(-1, 0 if causal else -1),
+                    enable_gqa=q.shape[2] != k.shape[2])
+    return o.flatten(1)[None]  # (N, H, D) -> (1, N, H*D)
+
+
+def each_to_itself(x, lens, causal):
+    """Who sees whom in a stream x, as Attention takes it: the function, and what it is given beside q, k, v."""
+    if lens and x.is_cuda and x.dtype != torch.float32:
+        return gpu_attention, torch.tensor([0, *accumulate(lens)], dtype=torch.int32).to(x.device), max(lens), causal
+    return causal_attention if causal else packed_attention, lens
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The local transformer and its band (section 3.1)
@@ -193,7 +210,7 @@ class LocalTransformer(nn.Module):
         rope = rope_table(torch.arange(x.shape[1], device=x.device)[None], self.head_dim)
         how = banded, self.window, doc
         if self.window < 0 and len(x) == 1:  # the whole clip is no band
-            how = packed_attention, doc.unique_consecutive(return_counts=True)[1].tolist()
+            how = each_to_itself(x, doc.unique_consecutive(return_counts=True)[1].tolist(), causal=False)
         for layer in self.layers:
             x = layer(x, rope, None, *how)
         return self.norm(x)
@@ -257,10 +274,11 @@ class LLaMA(nn.Module):
             self.args.fits(max(sequences) + (cache.max_new if cache else 0))
             pos = torch.cat([torch.arange(n, device=h.device) for n in sequences])[None]
         rope = rope_table(pos, self.args.head_dim, self.args.rope_theta, self.args.rope_scaling)
+        inside = each_to_itself(h, lens, causal=True)
         for i, layer in enumerate(self.layers):
             # who sees whom: a function, and what it takes beside q, k and v
             if cache is None:
-                how = causal_attention, lens
+                how = inside
             else:
                 how = (cache.read_prefix, i, lens) if lens else (cache.attend, i)
             # after the last attention nobody looks at positions without logits: its feed-forward leaves them out
@@ -280,7 +298,7 @@ class LLaMA(nn.Module):
                 fill(own[name], weight)
                 continue
             must_divide(name, weight, self.bits)
-            for part, value in quantize(weight, self.bits).items():
+            for part, value in quantize(weight.to(own[name].device), self.bits).items():
                 fill(own[name.replace("weight", part)], value)
 
     @classmethod

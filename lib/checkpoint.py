@@ -230,7 +230,8 @@ class Run:
         if "loss" in entry:
             left = (self.stop - entry["step"]) * entry["step_s"]
             said += (" epoch {epoch:.2f} loss {loss:.4f} norm {grad_norm:.3f} lr {lr:.1e} {tokens_per_s} tokens/s "
-                     "{step_s:.3f} s/step").format(**entry) + f", {left:.0f} s left"
+                     "{step_s:.3f} s/step").format(**entry)
+            said += (f" {entry['gpu_gb']:.1f} GB" if "gpu_gb" in entry else "") + f", {left:.0f} s left"
         if "dev_loss" in entry:
             said += f" dev loss {entry['dev_loss']:.4f}"
         if "dev_bleu" in entry:

@@ -82,7 +82,8 @@ def nf4(w):
     blocks = w.float().view(-1, BLOCK)
     largest = blocks.abs().amax(1)
     relative = blocks / largest.clamp_min(1e-30)[:, None]
-    return torch.bucketize(relative, (CODES[1:] + CODES[:-1]) / 2, out_int32=True).to(torch.uint8).flatten(), largest
+    between = ((CODES[1:] + CODES[:-1]) / 2).to(w.device)
+    return torch.bucketize(relative, between, out_int32=True).to(torch.uint8).flatten(), largest
 
 
 def quantize(w, bits):

@@ -105,6 +105,8 @@ def pick_device(device):
         return torch.device("cpu"), "device=cpu"
     why = f"{device}: {processes} process(es), {gpus} GPU(s)"
     if gpus >= processes:
+        # cuDNN's attention makes a plan for every length that it has not met: a second a step, where lengths differ
+        torch.backends.cuda.enable_cudnn_sdp(False)
         return torch.device("cuda", local), why
     if device == "auto":
         return torch.device("cpu"), why
@@ -211,11 +213,12 @@ class Pace(list):
     """(seconds, tokens) of each step since the last line of the log."""
 
     def so_far(self):
-        """-> {"tokens_per_s", "step_s"}, and begins anew."""
+        """-> {"tokens_per_s", "step_s"}, on a GPU "gpu_gb", the most it has held, and begins anew."""
         seconds, tokens = map(sum, zip(*self))
         rates = {"tokens_per_s": round(tokens / max(seconds, 1e-9)), "step_s": round(seconds / len(self), 4)}
         self.clear()
-        return rates
+        held = torch.cuda.max_memory_allocated()  # 0 where nothing runs on a GPU
+        return rates | ({"gpu_gb": round(held / 1e9, 2)} if held else {})
 
 
 class Progress:

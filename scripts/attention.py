@@ -10,7 +10,7 @@ import contextlib
 import torch
 
 from lib.program import BadInput
-from model import Attention, banded, causal_attention, packed_attention, rotate, sees
+from model import Attention, banded, causal_attention, gpu_attention, packed_attention, rotate, sees
 
 
 @contextlib.contextmanager
@@ -23,11 +23,15 @@ def recorded(module):
 
     @torch.no_grad()
     def record(name, part, x, rope, attend, *how):
-        window, doc = how if attend is banded else (-1, None)
-        alone = len(x) == 1 and (doc is None or len(doc.unique()) == 1)
-        if attend is not banded:
-            alone = alone and attend in (causal_attention, packed_attention) and len(how[0] or [0]) == 1
-        if not alone:
+        window, causal, clips = -1, attend is causal_attention, 2
+        if attend is banded:
+            window, doc = how
+            clips = 1 if doc is None else len(doc.unique())
+        elif attend is gpu_attention:
+            clips, causal = len(how[0]) - 1, how[2]
+        elif attend in (causal_attention, packed_attention):
+            clips = len(how[0] or [0])
+        if len(x) * clips != 1:
             raise BadInput("recorded: the attention of one clip at a time, and without a cache")
         # (1, T, dim) -> (T, H, D)
         q, k = (rotate(norm(w(x).unflatten(-1, (-1, part.head_dim))), rope)[0].float()
@@ -35,7 +39,7 @@ def recorded(module):
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # grouped queries share their key
         score = torch.einsum("ihd,jhd->hij", q, k) / part.head_dim**0.5
         i = torch.arange(len(q), device=q.device)
-        seen = i[:, None] >= i if attend is causal_attention else sees(i[:, None], i, window)
+        seen = i[:, None] >= i if causal else sees(i[:, None], i, window)
         weights[name] = score.masked_fill(~seen, float("-inf")).softmax(-1)
 
     hooks = [part.register_forward_pre_hook(lambda part, args, name=name: record(name, part, *args))

@@ -3,6 +3,7 @@ The LLM's part of scripts/bench.py: ours and transformers (+ PEFT) in turn, on t
 Before anything is timed both are shown to give the same result.
 """
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -29,7 +30,7 @@ from lib.configurator import configure
 from lib.features import write_common
 from lib.program import BadInput, join, pick_device, pick_dtype
 from lib.readers import read_gfslt
-from lib.tensors import fill, full, stateless, to_hf
+from lib.tensors import fill, full, init_weight, stateless, to_hf
 from lib.tokenizer import Tokenizer
 from lib.weights import SIZES, ModelArgs, hf_config, open_llm
 from model import Adaptor, LLaMA, LocalTransformer, generate, local_attention, sees
@@ -98,12 +99,12 @@ def clips_like_phoenix(cfg, n, frames=0):
     return [(frames or T, text) for T, text in drawn]
 
 
-def write_llm(folder, size="bench", dtype=torch.float32):
+def write_llm(folder, size="bench", dtype=torch.float32, device="cpu"):
     """Random weights of a size as a Hugging Face folder that both sides read; large enough that logits differ."""
     raw, state = open_llm(f"random:{size}"), {}
-    for name in raw.shapes:
+    for name, shape in raw.shapes.items():
         large = 3.0 if "tok_embeddings" in name or "output" in name else 1.0
-        state[to_hf(name)] = (raw.read(name) * large).to(dtype).contiguous()
+        state[to_hf(name)] = (init_weight(name, shape, 0, device) * large).to(dtype).cpu()
     save_file(state, f"{folder}/model.safetensors", metadata={"format": "pt"})
     with open(f"{folder}/config.json", "w") as f:
         json.dump(hf_config(raw.args, "random:bench", dtype), f)
@@ -232,10 +233,17 @@ class Peer(nn.Module):
 
 def both(cfg, stage, size, dtype, lora_rank=8):
     """Ours and the peer's model of a size, with the same random weights."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_llm(folder, size, dtype)
-        ours = Ours(cfg, folder, stage, dtype, lora_rank)
-        return ours, Peer(ours, folder)
+    folder = llm_of(size, dtype, pick_device(cfg.device)[0]).name
+    ours = Ours(cfg, folder, stage, dtype, lora_rank)
+    return ours, Peer(ours, folder)
+
+
+@functools.cache
+def llm_of(size, dtype, device):
+    """write_llm's folder, once for all that is measured on it: at 7B writing takes longer than measuring."""
+    folder = tempfile.TemporaryDirectory()
+    write_llm(folder.name, size, dtype, device)
+    return folder
 
 
 def train_step(side, module, batches):
@@ -379,17 +387,19 @@ def decode_in(cfg, dtype):
 
 def band(cfg):
     """local_attention against dense attention with a mask, and its growth with T."""
-    figures = []
+    figures, device = [], pick_device(cfg.device)[0]
     # glibc's malloc keeps freed memory up to twice the largest tensor (of 32 MB at most) that a process has freed so
     # far. One that trains or decodes has freed larger ones than the band's. A fresh process would give every page back,
     # and time the faults that fetch it again
     torch.empty(7_500_000)
     for T in (1024, 4096):
-        q, k, v = (torch.randn(1, 8, T, 64, generator=torch.Generator().manual_seed(i)) for i in range(3))
-        mask = sees(torch.arange(T)[:, None], torch.arange(T), 8)
+        q, k, v = (torch.randn(1, 8, T, 64, generator=torch.Generator().manual_seed(i)).to(device) for i in range(3))
+        at = torch.arange(T, device=device)
+        mask = sees(at[:, None], at, 8)
         for dtype in dtypes(cfg):
             cast = [t.to(dtype) for t in (q, k, v)]
-            ours = lambda: local_attention(*(t.float() for t in cast), 8).to(dtype)  # as Attention calls it
+            inside = torch.float32 if device.type == "cpu" else dtype  # as Attention calls it
+            ours = lambda: local_attention(*(t.to(inside) for t in cast), 8).to(dtype)
             dense = lambda: F.scaled_dot_product_attention(*cast, attn_mask=mask)
             apart = (ours() - dense()).abs().max().item()
             found = turns(cfg.repeats, ours=ours, peer=dense)
@@ -397,7 +407,7 @@ def band(cfg):
             figures.append(say(what, found) | {"difference": apart, "dtype": name_of(dtype)})
     print("      T        ms   ns a frame")
     for T in (1024, 4096, 16384, 65536):
-        q, k, v = (torch.randn(1, 8, T, 64) for _ in range(3))
+        q, k, v = (torch.randn(1, 8, T, 64, device=device) for _ in range(3))
         took = turns(cfg.repeats, ours=lambda: local_attention(q, k, v, 8))["ours"]["median"]
         print(f"{T:7} {1000 * took:9.1f} {1e9 * took / T:12.0f}", flush=True)
         figures.append({"T": T, "seconds": took})
@@ -442,18 +452,19 @@ def processes(cfg):
 
 def load(cfg):
     """LLaMA.from_pretrained against transformers' on the same folder."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_llm(folder, "smollm2-135m")
-        import transformers
-        size = os.path.getsize(f"{folder}/model.safetensors")
+    import transformers
+    device, size = pick_device(cfg.device)[0], "smollm2-135m" if cfg.llm == "bench" else cfg.llm
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    folder = llm_of(size, dtype, device).name
+    gb = os.path.getsize(f"{folder}/model.safetensors") / 1e9
 
-        def mine():
-            with quiet():
-                LLaMA.from_pretrained(folder)
+    def mine():
+        with quiet():
+            LLaMA.from_pretrained(folder, dtype, device)
 
-        theirs = lambda: transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        found = turns(cfg.repeats, ours=mine, peer=theirs)
-        return [say(f"loading {size / 1e9:.2f} GB, {size / 1e9 / found['ours']['median']:.2f} GB/s", found)]
+    theirs = lambda: transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    found = turns(cfg.repeats, ours=mine, peer=theirs)
+    return [say(f"loading {gb:.2f} GB, {gb / found['ours']['median']:.2f} GB/s", found)]
 
 
 def scale(cfg):

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import Clips
 from lib.configurator import configure
-from lib.program import Progress, launch
+from lib.program import Progress, launch, pick_device
 from lib.scores import bleu, language_code, rouge
 from lib.tensors import stateless
 from lib.tokenizer import Tokenizer
@@ -50,6 +50,7 @@ lr = 1e-3  # peak, after `warmup` steps
 warmup = 300
 beam = 4  # width of the last decoding; dev is scored greedily on the way
 max_new_tokens = 60
+device = "auto"  # auto, cpu, cuda
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The network
@@ -82,7 +83,7 @@ class EncoderDecoder(nn.Module):
     def decode(self, memory, filling, y):
         """y (B, L) tokens so far -> logits of the next (B, L, vocab)"""
         h = self.words(y) * self.words.embedding_dim ** 0.5 + self.positions[:y.shape[1]]
-        ahead = torch.ones(y.shape[1], y.shape[1], dtype=torch.bool).triu(1)
+        ahead = torch.ones(y.shape[1], y.shape[1], dtype=torch.bool, device=y.device).triu(1)
         h = self.transformer.decoder(self.dropout(h), memory, tgt_mask=ahead, memory_key_padding_mask=filling)
         return self.output(h)
 
@@ -113,10 +114,11 @@ def disturbed(x, cfg, rng):
     return x.index_fill(0, torch.arange(at, at + n), 0.0)
 
 
-def filled(clips):
+def filled(clips, device="cpu"):
     """[(T, width)] -> (B, T, width), and what is filling (B, T)"""
     x = pad_sequence([t.float() for t in clips], batch_first=True)
-    return x, torch.arange(x.shape[1]) >= torch.tensor([len(t) for t in clips])[:, None]
+    filling = torch.arange(x.shape[1]) >= torch.tensor([len(t) for t in clips])[:, None]
+    return x.to(device), filling.to(device)
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -124,16 +126,18 @@ def filled(clips):
 def translate(net, clips, tokenizer, beam, longest):
     """Beam search, the plain way: every step reads all that is written. Length penalty as model.generate's."""
     net.eval()
+    device = net.positions.device
     out, order = [None] * len(clips), sorted(range(len(clips)), key=lambda i: len(clips[i]))
     progress = Progress(f"decoding, beam {beam}", len(order))
     for start in range(0, len(order), 32):
         some = order[start:start + 32]
-        n, rows = len(some), torch.arange(len(some))[:, None]
-        x, filling = filled([clips[i] for i in some])
+        n, rows = len(some), torch.arange(len(some), device=device)[:, None]
+        x, filling = filled([clips[i] for i in some], device)
         memory, filling = net.encode(x, filling).repeat_interleave(beam, 0), filling.repeat_interleave(beam, 0)
-        y = torch.full((n * beam, 1), tokenizer.bos_id)
-        scores = torch.full((n, beam), float("-inf")).index_fill(1, torch.tensor([0]), 0.0)
-        ended = torch.zeros(n * beam, dtype=torch.bool)
+        y = torch.full((n * beam, 1), tokenizer.bos_id, device=device)
+        scores = torch.full((n, beam), float("-inf"), device=device)
+        scores[:, 0] = 0.0  # the beams are one and the same at first
+        ended = torch.zeros(n * beam, dtype=torch.bool, device=device)
         for _ in range(longest):
             p = net.decode(memory, filling, y)[:, -1].log_softmax(-1)
             p[ended] = float("-inf")
@@ -163,7 +167,8 @@ def main():
     splits = {s: Split(train if s == "train" else train.beside(s), mean, std) for s in ("train", "dev", "test")}
     answers = [[pieces.bos_id, *pieces.encode(t), pieces.eos_id] for t in splits["train"].texts]
     torch.manual_seed(cfg.seed)
-    net = EncoderDecoder(train.width, pieces.vocab_size, cfg)
+    device = pick_device(cfg.device)[0]
+    net = EncoderDecoder(train.width, pieces.vocab_size, cfg).to(device)
     print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f}M parameters, all of which learn", flush=True)
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.998), weight_decay=1e-3, fused=True)
     total = cfg.epochs * math.ceil(len(train) / cfg.batch_size)
@@ -175,9 +180,10 @@ def main():
             for some in splits["train"].batches(rng, cfg.batch_size):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, total, cfg)
-                x, filling = filled([disturbed(splits["train"].x[i], cfg, rng) for i in some])
+                x, filling = filled([disturbed(splits["train"].x[i], cfg, rng) for i in some], device)
                 y = pad_sequence([torch.tensor(answers[i]) for i in some], batch_first=True, padding_value=-100)
-                with torch.autocast("cpu", torch.bfloat16):
+                y = y.to(device)
+                with torch.autocast(device.type, torch.bfloat16):
                     logits = net.decode(net.encode(x, filling), filling, y[:, :-1].clamp_min(0))
                 loss = F.cross_entropy(logits.float().flatten(0, 1), y[:, 1:].flatten(), ignore_index=-100,
                                        label_smoothing=cfg.label_smoothing)

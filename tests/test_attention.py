@@ -1,9 +1,22 @@
 """The recorded attention weights, times the values, are what the model's own kernels give."""
+from itertools import accumulate
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.attention.varlen as varlen
 
 from lib.program import BadInput
-from model import Attention, RMSNorm, banded, causal_attention, packed_attention, rope_table
+from model import (
+    Attention,
+    RMSNorm,
+    banded,
+    causal_attention,
+    each_to_itself,
+    gpu_attention,
+    packed_attention,
+    rope_table,
+)
 from scripts.attention import recorded
 
 
@@ -20,6 +33,17 @@ def test_recorded(window, kv, norm):
     torch.manual_seed(0)
     part, x = Attention(32, 4, kv, 8, norm=norm), torch.randn(1, 50, 32)
     attend = {None: (causal_attention, None), 8: (banded, 8, None), -1: (packed_attention, [50])}[window]
+    check_recorded(part, x, kv, attend)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_recorded_of_one_kernel(causal, kernel):
+    torch.manual_seed(0)
+    part, x = Attention(32, 4, 2, 8), torch.randn(1, 50, 32)
+    check_recorded(part, x, 2, (gpu_attention, torch.tensor([0, 50]), 50, causal))
+
+
+def check_recorded(part, x, kv, attend):
     how = rope_table(torch.arange(50)[None], 8), *attend
     with recorded(torch.nn.ModuleDict({"a": part})) as weights, torch.no_grad():
         got = part(x, *how)
@@ -40,8 +64,75 @@ def cached(q, k, v):
 @pytest.mark.parametrize("clips, how", [
     (1, (causal_attention, [20, 30])), (1, (packed_attention, [20, 30])),
     (1, (banded, 8, torch.arange(50)[None] // 25)),
+    (1, (gpu_attention, torch.tensor([0, 20, 50]), 30, True)),
     (2, (causal_attention, None)), (2, (banded, 8, None)), (1, (cached,))])
 def test_several_clips_are_refused(clips, how):
     part = Attention(32, 4, 4, 8)
     with pytest.raises(BadInput, match="one clip"), recorded(torch.nn.ModuleDict({"a": part})):
         part(torch.randn(clips, 50, 32), rope_table(torch.arange(50)[None], 8), *how)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One kernel for all sequences of a stream
+
+
+def plain(q, k, v, ends_q, ends_k, longest_q, longest_k, *, window_size, enable_gqa):
+    """What varlen_attn says that it computes, sequence by sequence: q (N, H, D), k and v (N, Hkv, D) -> (N, H, D)"""
+    assert ends_q.dtype == ends_k.dtype and torch.equal(ends_q, ends_k) and enable_gqa == (q.shape[1] != k.shape[1])
+    assert longest_q == longest_k == ends_q.diff().max()
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    out = []
+    for a, b in zip(ends_q[:-1], ends_q[1:]):
+        score = torch.einsum("ihd,jhd->hij", q[a:b], k[a:b]) / q.shape[2] ** 0.5
+        ahead = torch.ones(b - a, b - a, dtype=torch.bool).triu(1)
+        if window_size == (-1, 0):
+            score = score.masked_fill(ahead, float("-inf"))
+        out.append(torch.einsum("hij,jhd->ihd", score.softmax(-1), v[a:b]))
+    return torch.cat(out)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """The GPU's kernel, as a CPU can compute it."""
+    monkeypatch.setattr(varlen, "varlen_attn", plain)
+
+
+def streams(device, dtype, heads, kv, width):
+    lens = [37, 1, 120, 64]
+    g = torch.Generator().manual_seed(0)
+    make = lambda h: torch.randn(1, sum(lens), h, width, generator=g).to(device, dtype).requires_grad_(True)
+    ends = torch.tensor([0, *accumulate(lens)], dtype=torch.int32, device=device)
+    return lens, ends, [make(heads), make(kv), make(kv)]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kv", [4, 2])
+def test_one_kernel_is_a_call_each(kernel, kv, causal):
+    lens, ends, qkv = streams("cpu", torch.float32, 4, kv, 8)
+    got, want = gpu_attention(*qkv, ends, max(lens), causal), packed_attention(*qkv, lens, causal)
+    assert got.shape == want.shape and torch.allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("heads, kv, width", [(32, 32, 128), (8, 4, 32), (9, 3, 64)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_kernel_itself(heads, kv, width, causal):
+    """Result and gradients in bfloat16 are those of float32, but for rounding."""
+    lens, ends, qkv = streams("cuda", torch.bfloat16, heads, kv, width)
+    exact = [t.detach().float().requires_grad_(True) for t in qkv]
+    got, want = gpu_attention(*qkv, ends, max(lens), causal), packed_attention(*exact, lens, causal)
+    back = torch.randn_like(want)
+    pairs = zip((got, *torch.autograd.grad(got, qkv, back.bfloat16())), (want, *torch.autograd.grad(want, exact, back)))
+    assert all((a.float() - b).norm() < 0.02 * b.norm() for a, b in pairs)
+
+
+def test_where_the_kernel_is_taken():
+    """On a GPU in 16 bits; not in float32, which it cannot, nor where sequences lie side by side."""
+    on = lambda dtype, is_cuda=True: SimpleNamespace(is_cuda=is_cuda, dtype=dtype, device="cpu")
+    for dtype in (torch.bfloat16, torch.float16):
+        attend, ends, *rest = each_to_itself(on(dtype), [2, 3], causal=True)
+        assert attend is gpu_attention and rest == [3, True]
+        assert ends.tolist() == [0, 2, 5] and ends.dtype == torch.int32
+    for x in (on(torch.float32), on(torch.bfloat16, is_cuda=False)):
+        assert each_to_itself(x, [2, 3], causal=True) == (causal_attention, [2, 3])
+        assert each_to_itself(x, [2, 3], causal=False) == (packed_attention, [2, 3])
+    assert each_to_itself(on(torch.bfloat16), None, causal=True) == (causal_attention, None)

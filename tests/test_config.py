@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from lib.configurator import configure, read_literals
 from lib.files import whole
@@ -418,6 +419,12 @@ def test_the_pace_is_that_since_the_last_line():
     assert pace.so_far() == {"tokens_per_s": 100, "step_s": 3.0}
     pace.append((0.5, 10))
     assert pace.so_far() == {"tokens_per_s": 20, "step_s": 0.5}
+
+
+def test_the_pace_says_what_a_gpu_has_held(monkeypatch):
+    pace = Pace([(0.5, 10)])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 15_934_000_000)
+    assert pace.so_far() == {"tokens_per_s": 20, "step_s": 0.5, "gpu_gb": 15.93}
 
 
 def test_progress_of_another_process_is_silent(clock, capsys, monkeypatch):

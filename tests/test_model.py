@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -1042,6 +1043,16 @@ class Devices(torch.utils._python_dispatch.TorchDispatchMode):
                  if isinstance(x, torch.Tensor) and x.dim()}
         assert len(found) < 2 or "copy" in str(func), f"{func} of {found}"
         return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("is_cuda, sizes", [(False, [8, 8, 4]), (True, [20])])
+def test_prefixes_that_are_read_together(is_cuda, sizes):
+    """A CPU saves filling, a GPU starts fewer kernels."""
+    device = SimpleNamespace(is_cuda=is_cuda, device="cpu")
+    model = SimpleNamespace(mean=device, embed=lambda part: part.tokens)
+    parts = list(streams_of(model, [torch.zeros(n, 4) for n in range(1, 21)], ([1], [5, 6])))
+    assert [len(lens) for _, lens in parts] == sizes
+    assert [n for _, lens in parts for n in lens] == list(range(4, 24))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -874,7 +874,7 @@ def torch_saved(zipped):
     (torch_saved(True), "torch.save"), (torch_saved(False), "torch.save"), (b"\x89HDF\r\n\x1a\n" + bytes(99), "HDF5"),
     (b'[{"name": "a", "text": "b"}]', "JSON"), (b'\n{"a": 1}', "JSON"), (b"<!DOCTYPE html><html></html>", "a web page"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer, git lfs pull"),
-    (b"\x93NUMPY\1\0", ".npy")])
+    (b"\x93NUMPY\1\0", ".npy")], ids=lambda value: value if isinstance(value, str) else "")
 def test_files_of_another_kind(tmp_path, content, says):
     """Named for what they are, with the forms that are read, as labels and as features."""
     for name in ("labels.train", "a.npy", "f.safetensors"):

@@ -1358,7 +1358,10 @@ def test_a_gpu_is_taken_where_there_is_one_for_each_process(monkeypatch, gpus, p
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus or 1)  # one that cannot be used is counted too
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setenv("LOCAL_RANK", str(processes - 1))
+    torch.backends.cuda.enable_cudnn_sdp(True)
     assert str(pick_device("auto")[0]) == auto and pick_device("cpu")[0] == torch.device("cpu")
+    # ragged clips: cuDNN's attention would make a plan for every length
+    assert torch.backends.cuda.cudnn_sdp_enabled() == (auto == "cpu")
     if cuda:
         assert str(pick_device("cuda")[0]) == cuda
     else:
