@@ -82,7 +82,7 @@ def test_commands_are_understood(command, monkeypatch):
     words = shlex.split(command)
     at = next(i for i, w in enumerate(words) if w.endswith(".py"))
     args = [w for w in words[at + 1:] if w not in ("merge", "help")]
-    configure(words[at], args, stages=STAGES.get(words[at], ()))
+    configure(words[at], args, stages=STAGES.get(words[at], ()), minus_one=("window",))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The commands of all pages are run, on next to nothing
@@ -111,6 +111,8 @@ RULES = {
     r"scripts\.toy": (["n_train=12", "n_dev=2", "n_test=2", "text_steps=2"], "tiny/toy/test.jsonl", "toy: built in"),
     r"scripts\.report": (["clips=2"], "out/toy/sft/report.html", "report.html"),
     r"scripts\.demo": (["port=0", "browser=false"], "", r"^http://127\.0\.0\.1:\d+ "),  # and it serves nobody
+    r"scripts\.small_llm": (["steps=1", "pieces=400", "batch=4"], "{to}/params.json", "made in"),
+    r"scripts\.encdec": (["epochs=1", "dim=16", "heads=2", "max_new_tokens=8"], "{to}/hyps.test.txt", "^test, beam 4: "),
     r"scripts\.gguf_to_hf": (["file=tiny.gguf"], "{to}/model.safetensors", ""),
 }
 
@@ -204,7 +206,8 @@ def run(command, home, monkeypatch, capsys):
         said = capsys.readouterr().out
     assert re.search(says, said, re.M), said
     if leaves:
-        cfg = configure(str(path), [w for w in words if w != "merge"], stages=STAGES.get(program, ()))
+        args = [w for w in words if w != "merge"]
+        cfg = configure(str(path), args, stages=STAGES.get(program, ()), minus_one=("window",))
         assert (home / leaves.format(**vars(cfg))).exists()
 
 
