@@ -1,6 +1,6 @@
 """
 The full-size stand-in: PHOENIX-2014T's real sentences and, in the place of its videos, features made from
-the states of an HMM (neccam's base annotations, 2 MB). Its scores are not PHOENIX-2014T's: nobody has looked at a video.
+the states of an HMM (neccam's base annotations, 2 MB). Its scores are not the data set's: nobody has looked at a video.
 Not the paper's recipe, which page one has, but what did better here: frames are merged, each sees the whole clip, there
 is dropout, and all of a small LLM learns from nothing. docs/results.md has both, and what each part brings.
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # small shapes: threads cost more than they bring
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and the same for the programs that the tests start
-# many a test compares bits, which are a CPU's (with CUDA_VISIBLE_DEVICES=0 in front tests/test_attention.py asks the GPU)
+# many a test compares bits, which are a CPU's (CUDA_VISIBLE_DEVICES=0 pytest tests/test_attention.py asks the GPU)
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
