@@ -274,7 +274,7 @@ class LLaMA(nn.Module):
             self.args.fits(max(sequences) + (cache.max_new if cache else 0))
             pos = torch.cat([torch.arange(n, device=h.device) for n in sequences])[None]
         rope = rope_table(pos, self.args.head_dim, self.args.rope_theta, self.args.rope_scaling)
-        inside = each_to_itself(h, lens, causal=True)
+        inside = each_to_itself(h, lens, causal=True) if cache is None else None  # the same for all layers
         for i, layer in enumerate(self.layers):
             # who sees whom: a function, and what it takes beside q, k and v
             if cache is None:

@@ -23,7 +23,7 @@ def recorded(module):
 
     @torch.no_grad()
     def record(name, part, x, rope, attend, *how):
-        window, causal, clips = -1, attend is causal_attention, 2
+        window, causal, clips = -1, attend is causal_attention, None  # None: nobody knows
         if attend is banded:
             window, doc = how
             clips = 1 if doc is None else len(doc.unique())
@@ -31,7 +31,7 @@ def recorded(module):
             clips, causal = len(how[0]) - 1, how[2]
         elif attend in (causal_attention, packed_attention):
             clips = len(how[0] or [0])
-        if len(x) * clips != 1:
+        if len(x) != 1 or clips != 1:
             raise BadInput("recorded: the attention of one clip at a time, and without a cache")
         # (1, T, dim) -> (T, H, D)
         q, k = (rotate(norm(w(x).unflatten(-1, (-1, part.head_dim))), rope)[0].float()
