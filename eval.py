@@ -93,7 +93,7 @@ def load_model(ckpt, device="auto", dtype="auto", **overrides):
 
 
 def prefixes(sllama, features, prompt):
-    """What generate reads of clips, a list of (T, D): frames between the prompt's tokens, PART a stream, on a GPU all."""
+    """What generate reads of clips, a list of (T, D): frames between the prompt's tokens, PART a stream or all."""
     size = len(features) if sllama.mean.is_cuda else PART
     for start in range(0, len(features), size):
         part = pack([Sample(f, *prompt, None) for f in features[start:start + size]], sllama.mean.device)
