@@ -117,7 +117,7 @@ FREE = {"resume", "run", "out_dir", "data_dir", "init_from", "device", "dtype", 
         "cpu_offload", "grad_accum", "max_steps", "log_every", "eval_every", "save_every", "keep", "max_skips",
         "tensorboard", "estimate"}
 POSITIVE = ("epochs", "batch_size", "grad_accum", "ltn_layers", "ltn_heads", "beam", "max_skips", "merge")
-TOYS = ("toy", "toy_zh")
+TOYS = ("toy", "toy_zh", "hard", "hard_zh")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is trained

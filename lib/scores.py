@@ -7,6 +7,8 @@ import logging
 import os
 import re
 
+import numpy as np
+
 from lib.files import read_jsonl, read_text
 from lib.program import BadInput
 
@@ -55,6 +57,21 @@ def bleu(hyps, refs, lang):
     """Two lists of sentences -> [BLEU-1, ..., BLEU-4] in percent: sacrebleu's corpus BLEU of maximal order n."""
     _check(hyps, refs)
     return [_metric(lang, n).corpus_score(hyps, [refs]).score for n in (1, 2, 3, 4)]
+
+
+def counts_of(hyps, refs, lang):
+    """What BLEU-4 is made of, sentence by sentence -> (sentences, 10): hits and n-grams of four orders, two lengths."""
+    metric = _metric(lang)
+    metric.effective_order = True  # of a sentence alone; what is counted is the same
+    scores = [metric.sentence_score(hyp, [ref]) for hyp, ref in zip(hyps, refs)]
+    return np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scores])
+
+
+def bleu4_of(counts):
+    """The sum of such rows -> BLEU-4 in percent, as `bleu` has it."""
+    from sacrebleu.metrics import BLEU
+    counts = counts.tolist()
+    return BLEU.compute_bleu(counts[:4], counts[4:8], *counts[8:], smooth_method="exp").score
 
 
 def _lcs(a, b):

@@ -42,6 +42,7 @@ batches = 4  # step: how many
 batch_size = 4  # step: clips in each
 compile = False  # step: torch.compile on ours
 activation_checkpointing = False  # step: both sides recompute their blocks in the backward pass
+llm_bits = 16  # step, decode: of the frozen LLM's matrices, 16, 8 or 4; the peer's are bitsandbytes'
 device = "auto"  # auto, cpu, cuda
 dtypes = ""  # step, decode, band: what both sides compute in, one after the other: float32,bfloat16; "" = as train.py
 out = ""  # also write the figures to this file, as JSON

@@ -2,14 +2,20 @@
 SL-LLaMA's rows of the paper's Tables 1 to 9, each a few variables of train.py: trains what has not been trained yet,
 and writes Markdown and CSV tables.
 
-    python -m scripts.tables                          # all nine in miniature on the toy, a proof that every row works
-    python -m scripts.tables table=3 seeds=3          # one table, mean and deviation over three seeds
+    python -m scripts.tables page=docs/results.md     # all nine in miniature, on the harder toy, trained to the end
+    python -m scripts.tables table=3 seeds=5          # one table, mean and deviation over five seeds
     python -m scripts.tables table=1 setting=paper processes=2 jobs=1    # the paper's own LLMs and data sets
 
 The paper's LLMs are looked for in weights/, its data sets where data.py makes them.
 A row that has been run is not run again; one that was interrupted goes on where it stopped.
+
+A claim of the paper's is judged twice, where both of its rows have several seeds: over clips by a paired bootstrap of
+the mean over seeds (Koehn 2004), over seeds by dealing the runs to the two rows in every way (an exact permutation
+test; of three and three the least p is 0.05). Both must be at 0.05 at most.
 """
 import csv
+import itertools
+import json
 import os
 import shutil
 import statistics
@@ -17,23 +23,30 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
+from lib.checkpoint import read_log
 from lib.configurator import coerce, configure, page_one
 from lib.files import load_json, whole
 from lib.program import ROOT, BadInput, Progress, launch
+from lib.scores import SAMPLES, bleu4_of, counts_of, read_hyps
+from lib.tensors import stateless
 
 table = 0  # 1 to 9, 0 = all
 setting = "toy"  # toy: a miniature on 2 cores; paper: PHOENIX-2014T, CSL-Daily and LLMs of 7B and 13B
-seeds = 1  # runs of each row
+seeds = 0  # runs of each row; 0 = three of the toy's rows of 7B in Tables 3, 4, 6, 8 and 9, else one
 jobs = 2  # runs side by side
 processes = 1  # of each run (torchrun)
 data_dir = "data"  # holds the data sets
 out_dir = "out"  # holds the runs
 to = "out/tables"  # folder of the tables
+page = ""  # a page between whose two marks they are put as well
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper's tables. A row: label | LLM | data set | overrides | ROUGE and BLEU-4, as the paper prints them.
 # peer: a row of another system's, and what its own paper says where that differs; only Tables 1 and 2 have them.
 # claim: what the paper says of its figures | the row that should be the better one > the one that should be the worse
+# One row of Table 4 is ours: there is next to no first stage, and the second is as long as both
 
 PAPER = """
 1: PHOENIX-2014T
@@ -79,8 +92,10 @@ claim | GELU beats no activation (13B) | 5 > 4
 13B, adaptor learns | 13B | PHOENIX-2014T | freeze_llm=true train_embeddings=false | 37.76 16.52
 13B, adaptor and word embeddings | 13B | PHOENIX-2014T | freeze_llm=true | 38.93 16.42
 13B, adaptor, word embeddings, LoRA | 13B | PHOENIX-2014T | | 49.34 23.73
+7B, all of it and the local transformer, after one step of alignment | 7B | PHOENIX-2014T | max_steps=1 train_ltn=true |
 claim | LoRA beats a frozen LLM (7B) | 2 > 1
 claim | LoRA beats a frozen LLM (13B) | 5 > 4
+claim | an alignment stage helps (not in the paper's table) | 2 > 6
 
 5: Visual backbones
 ResNet-34 (the paper: ResNet-32) | 7B | PHOENIX-2014T | backbone=timm/resnet34 | 37.06 16.81
@@ -161,7 +176,8 @@ def read_tables(text):
 
 
 TITLES, ROWS, PEERS, CLAIMS = read_tables(PAPER)
-SFT_ALONE = {"lora_rank", "freeze_llm", "train_embeddings"}  # rows that differ in these share an align run
+SFT_ALONE = {"lora_rank", "freeze_llm", "train_embeddings", "train_ltn"}  # rows that differ in these share an align run
+ALIGN_ALONE = {"max_steps"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the rows are measured on: data set and LLM -> arguments of train.py, for both stages and for each
@@ -180,21 +196,18 @@ LLMS = {name: folders for name, *folders in map(str.split, LLMS.strip().split("\
 SETTINGS = {
     "paper": {"is": "the paper's data sets and LLMs", PHOENIX: ["phoenix14t"], CSL: ["csl_daily"]},
     "toy": {
-        "is": "toy, 500 clips, tiny LLMs",
+        "is": "hard toy, tiny LLMs",
+        "clips": ["n_test=400"],
         # Table 5 is a trial of the path alone: few clips at 5 frames a second, and timm's models with random weights
         "backbones": dict(clips={"train": 12, "dev": 4, "test": 4}, args=["weights=random", "fps=5"]),
-        PHOENIX: ["toy", "dataset=toy"],
-        CSL: ["toy_zh", "dataset=toy_zh", "language=Chinese"],
-        # eval_clips=0: best/ by dev loss, which costs less
-        "align": "max_clips=500 epochs=6 batch_size=8 eval_clips=0".split(),
-        "sft": "max_clips=500 epochs=3 batch_size=8 eval_clips=0 train_embeddings=true".split(),
+        PHOENIX: ["hard", "dataset=hard"],
+        CSL: ["hard_zh", "dataset=hard_zh", "language=Chinese"],
+        "sft": ["train_embeddings=true"],
     },
 }
-
-
 def overrides_of(row, stage):
     """The row's own variables that count in a stage."""
-    return {k: v for k, v in row[3].items() if stage == "sft" or k not in SFT_ALONE}
+    return {k: v for k, v in row[3].items() if k not in (ALIGN_ALONE if stage == "sft" else SFT_ALONE)}
 
 
 def arguments(row, cfg, stage):
@@ -209,6 +222,9 @@ def arguments(row, cfg, stage):
         if "backbone" in overrides:
             name, args = "toy_backbones", ["dataset=toy_backbones", "language=German"]
     args += [f"data_dir={cfg.data_dir}", f"out_dir={cfg.out_dir}", f"llm={folder}", *here.get(stage, [])]
+    if ALIGN_ALONE & overrides.keys() and stage == "sft":
+        both = [configure(f"{ROOT}/train.py", [*args, f"stage={s}"], stages=tuple(STAGES)).epochs for s in STAGES]
+        args.append(f"epochs={sum(both)}")
     return name, args + [f"{k}={v}" for k, v in overrides_of(row, stage).items()]  # the row's own come last and win
 
 
@@ -216,6 +232,15 @@ def key_of(row, stage):
     """What a row's run is called; rows that are the same run have the same name."""
     own = sorted(overrides_of(row, stage).items())
     return ",".join([row[1]] + [f"{k}={v}".replace("/", "_") for k, v in own])
+
+
+REPEATED = {(key_of(row, "sft"), row[2]) for n in (3, 4, 6, 8, 9) for row in ROWS[n] if row[1] == "7B"}
+
+
+def seeds_of(row, cfg):
+    """The seeds of a row's runs."""
+    several = cfg.setting == "toy" and (key_of(row, "sft"), row[2]) in REPEATED
+    return range(1337, 1337 + (cfg.seeds or (3 if several else 1)))
 
 
 def log_of(cfg, *words):
@@ -250,18 +275,24 @@ def run(command, log, cfg, beside=0):
         raise BadInput(f"{' '.join(command)}: ended with exit code {code}, see {log}{last}")
 
 
-def train(row, seed, stage, cfg):
-    """One stage of a row, and after sft its score on test; what is there already is left as it is."""
+def command(row, seed, stage, cfg):
+    """-> (the run's folder, its log, what is given to train.py)"""
     name, args = arguments(row, cfg, stage)
     place = lambda stage: f"tables/{cfg.setting}/{key_of(row, stage)}/{str(seed)}"
-    home = os.path.join(cfg.out_dir, name, place(stage), stage)
-    log = log_of(cfg, name, key_of(row, stage), seed, stage)
+    home = lambda stage: os.path.join(cfg.out_dir, name, place(stage), stage)
     if stage == "sft":
-        args.append(f"init_from={os.path.join(cfg.out_dir, name, place('align'), 'align')}")
+        args.append(f"init_from={home('align')}")
+    log = log_of(cfg, name, key_of(row, stage), seed, stage)
+    return home(stage), log, [*args, f"stage={stage}", f"seed={seed}", f"run={place(stage)}"]
+
+
+def train(row, seed, stage, cfg):
+    """One stage of a row, and after sft its score on test; what is there already is left as it is. -> its folder"""
+    home, log, args = command(row, seed, stage, cfg)
     if not os.path.exists(f"{home}/scores.json"):
-        run(["train.py", *args, f"stage={stage}", f"seed={seed}", f"run={place(stage)}", "resume=true"], log, cfg)
+        run(["train.py", *args, "resume=true"], log, cfg)
         if stage == "sft":
-            run(["eval.py", f"ckpt={home}"], log, cfg)
+            run(["eval.py", f"ckpt={home}", f"data_dir={cfg.data_dir}"], log, cfg)
     return home
 
 
@@ -272,6 +303,7 @@ def prepare(rows, cfg):
 
     def build(pair):
         args = [f"data_dir={cfg.data_dir}", f"name={pair[0]}", f"llm={pair[1]}", f"threads={cores_for(cfg.jobs)}"]
+        args += SETTINGS["toy"]["clips"]
         run(["-m", "scripts.toy", *args], log_of(cfg, *pair), cfg)
 
     show, done = Progress("toys", len(pairs)), 0
@@ -283,7 +315,7 @@ def prepare(rows, cfg):
     few, root = SETTINGS["toy"]["backbones"], os.path.join(cfg.data_dir, "toy_backbones", "clips")
     backbones = sorted({row[3]["backbone"] for row in rows if "backbone" in row[3]})
     if backbones and not os.path.exists(f"{root}/clips.tsv"):
-        few_clips(os.path.join(cfg.data_dir, "toy", "clips"), root, few["clips"])
+        few_clips(os.path.join(cfg.data_dir, SETTINGS["toy"][PHOENIX][0], "clips"), root, few["clips"])
     show = Progress("features", len(backbones))
     for done, backbone in enumerate(backbones, 1):
         args = ["dataset=toy_backbones", "reader=clips", f"root={root}", f"data_dir={cfg.data_dir}", *few["args"]]
@@ -304,51 +336,94 @@ def few_clips(source, root, counts):
         f.write("\n".join([header, *chosen]) + "\n")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What came out
+
 def mean(values):
     """95.1 or, of several runs, 95.1 ± 0.4"""
     return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
+def judge(better, worse, lang):
+    """
+    Two rows' runs, each a list of {clip: (hypothesis, reference)}; where one has fewer, as many of the other count.
+    -> (difference of the mean BLEU-4, p over clips, p over seeds or 1 where there is one), both p one-sided
+    """
+    n = min(len(better), len(worse))
+    runs = [*better[:n], *worse[:n]]
+    names = sorted(runs[0])
+    counts = np.stack([counts_of(*zip(*(run[name] for name in names)), lang) for run in runs])  # (2n, clips, 10)
+    gap = lambda scores: np.mean(scores[:n]) - np.mean(scores[n:])
+    scores = np.array([bleu4_of(of.sum(0)) for of in counts])
+    found, rng = gap(scores), stateless(0, "tables", "bootstrap")
+    drawn = rng.integers(len(names), size=(SAMPLES, len(names)))
+    sampled = np.array([gap([bleu4_of(of[some].sum(0)) for of in counts]) for some in drawn])
+    dealt = [gap(np.concatenate([scores[list(hand)], np.delete(scores, hand)]))
+             for hand in itertools.combinations(range(2 * n), n)]
+    over_seeds = np.mean([np.sign(found) * d >= abs(found) - 1e-9 for d in dealt]) if n > 1 else None
+    return found, np.mean(np.sign(found) * sampled <= 0), over_seeds
+
+
+def verdict(found, over_clips, over_seeds):
+    """In words, with its p."""
+    sure = max(over_clips, over_seeds or 0) <= 0.05
+    word = "cannot be told" if not sure else "agrees" if found > 0 else "disagrees"
+    seeds = "one seed" if over_seeds is None else f"{over_seeds:.2f} over seeds"
+    return f"{word} ({found:+.2f}, p = {over_clips:.3f} over clips, {seeds})"
+
+
 def row_of(row, found, cfg):
     """A row's cells: label, the paper's ROUGE and BLEU-4, our ROUGE and BLEU-1 to 4, number of runs, measured on."""
-    label, _, data, overrides, paper = row
+    label, _, data, _, paper = row
     where = SETTINGS[cfg.setting]["is"]
     if cfg.setting == "toy":
         where = where.replace("toy", "Chinese toy") if data == CSL else where
-        where += ", 12 clips and random weights: shows that it runs, no more" if "backbone" in overrides else ""
     ours = ["failed"] * 5
     if found:
         ours = [mean([s["rouge"] for s in found]), *(mean([s["bleu"][n] for s in found]) for n in range(4))]
-    return [label, *paper, *ours, len(found or ()), where]
+    return [label, *(paper or ("", "")), *ours, len(found or ()), where]
 
 
-def write(number, scores, cfg):
+def claims_of(number, homes, cfg):
+    """The lines that say what has become of the paper's claims in a table."""
+    lines = []
+    for claim, better, worse in CLAIMS[number]:
+        if homes[better] and homes[worse]:
+            lang = load_json(f"{homes[better][0]}/scores.json")["lang"]
+            runs = ([read_hyps(f"{home}/hyps.jsonl") for home in homes[i]] for i in (better, worse))
+            of_paper = [ROWS[number][i][4] for i in (better, worse)]
+            said = "paper {} against {}, ".format(*(f[1] for f in of_paper)) if all(of_paper) else ""
+            lines.append(f"- {claim}: {said}here {verdict(*judge(*runs, lang))}")
+    return lines
+
+
+def write(number, homes, cfg):
     """
     Table `number` as Markdown and CSV. -> the Markdown
-    scores: for each row the scores.json of its seeds, or None where it failed.
+    homes: for each row the folders of its seeds' runs, or None where one failed.
     """
-    lines = [f"## Table {number}: {TITLES[number]}", "",
-             "| | paper: ROUGE | BLEU-4 | ours: ROUGE | BLEU-4 | measured on |", "|---|---|---|---|---|---|"]
+    claims = claims_of(number, homes, cfg)
+    lines = [f"## Table {number}: {TITLES[number]}", ""]
+    ran_alone = cfg.setting == "toy" and number == 5
+    if ran_alone:
+        lines += ["Backbones with random weights, 12 clips to learn from: that each row runs, no more.", ""]
+    elif claims and not any(" agrees " in line or " disagrees " in line for line in claims):
+        lines += ["**Nothing here can be told from chance.**", ""]
+    lines += ["| | paper: ROUGE | BLEU-4 | ours: ROUGE | BLEU-4 | measured on |", "|---|---|---|---|---|---|"]
     cells = ["row,paper_rouge,paper_bleu4,rouge,bleu1,bleu2,bleu3,bleu4,runs,measured_on".split(",")]
     for name, rouge, bleu4 in PEERS[number]:
         lines.append(f"| {name} | {rouge} | {bleu4} | | | |")
         cells.append([name, rouge.strip("-"), bleu4] + [""] * 7)
-    for row, found in zip(ROWS[number], scores):
+    for row, of_row in zip(ROWS[number], homes):
+        found = [load_json(f"{home}/scores.json") for home in of_row or ()]
         cells.append(row_of(row, found, cfg))
+        if found and ran_alone:
+            cells[-1][3:8] = ["ran"] + [""] * 4
         label, *paper, rouge, _, _, _, bleu4, _, where = cells[-1]
-        bleu4 = f"**{bleu4}**" if found else bleu4
+        bleu4 = f"**{bleu4}**" if found and bleu4 else bleu4
         lines.append(f"| {label} | {paper[0]} | {paper[1]} | {rouge} | {bleu4} | {where} |")
-    lines.append("")
-    for claim, better, worse in CLAIMS[number]:
-        if scores[better] and scores[worse]:
-            a, b = (statistics.mean(s["bleu"][3] for s in scores[i]) for i in (better, worse))
-            verdict = "no difference (below 0.5)"
-            if abs(a - b) >= 0.5:
-                verdict = "agrees" if a > b else "disagrees"
-            paper = [ROWS[number][i][4][1] for i in (better, worse)]
-            lines.append(f"- {claim}: paper {paper[0]} against {paper[1]}, here {a:.2f} against {b:.2f}: {verdict}")
+    text = "\n".join([*lines, "", *claims]).rstrip() + "\n"
     os.makedirs(cfg.to, exist_ok=True)
-    text = "\n".join(lines).rstrip() + "\n"
     with whole(f"{cfg.to}/table{number}.md") as f:
         f.write(text)
     with whole(f"{cfg.to}/table{number}.csv") as f:
@@ -356,18 +431,49 @@ def write(number, scores, cfg):
     return text
 
 
+def write_runs(done, cfg):
+    """Every run in one CSV: its command, minutes of training, dev BLEU-4 by step, and what came out."""
+    head = "table,row,seed,stage,minutes,dev_bleu4,bleu4,rouge,command".split(",")
+    lines = []
+    for number, row, seed, stage in done:
+        home, _, args = command(row, seed, stage, cfg)
+        log = list(map(json.loads, read_log(f"{home}/log.jsonl")))
+        steps = [0] + [e["step"] for e in log if "step_s" in e]
+        took = sum((b - a) * e["step_s"] for a, b, e in zip(steps, steps[1:], (e for e in log if "step_s" in e)))
+        curve = " ".join(f"{e['step']}:{e['dev_bleu'][3]:.2f}" for e in log if "dev_bleu" in e)
+        scores = load_json(f"{home}/scores.json") if os.path.exists(f"{home}/scores.json") else None
+        lines.append([number, row[0], seed, stage, f"{took / 60:.1f}", curve, *(
+            (f"{scores['bleu'][3]:.2f}", f"{scores['rouge']:.2f}") if scores else ("", "")),
+            " ".join(["train.py", *args])])
+    with whole(f"{cfg.to}/runs.csv") as f:
+        csv.writer(f).writerows([head, *lines])
+
+
+MARKS = "<!-- tables: written by scripts.tables -->", "<!-- end of the tables -->"
+
+
+def put_into(page, text):
+    """Replace what stands between the two marks of a page."""
+    with open(page, encoding="utf-8") as f:
+        before, mark, rest = f.read().partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not end:
+        raise BadInput(f"{page}: has no lines {MARKS[0]} and {MARKS[1]}, between which the tables go")
+    with whole(page) as f:
+        f.write(f"{before}{mark}\n\n{text}\n{end}{after}")
+
+
 def main():
     cfg = configure(__file__, choices={"table": tuple(range(10)), "setting": tuple(SETTINGS)},
-                    positive=("seeds", "jobs", "processes"))
+                    positive=("jobs", "processes"))
     numbers = [cfg.table] if cfg.table else sorted(ROWS)
     rows = [row for n in numbers for row in ROWS[n]]
     if cfg.setting == "toy":
         prepare(rows, cfg)
     homes, failed = {}, {}  # key of a run -> its folder, or what went wrong
     key = lambda row, seed, stage: (arguments(row, cfg, stage)[0], key_of(row, stage), seed, stage)
-    seeds = range(1337, 1337 + cfg.seeds)
-    for stage in ("align", "sft"):
-        todo = {key(row, seed, stage): (row, seed) for row in rows for seed in seeds}
+    for stage in STAGES:
+        todo = {key(row, seed, stage): (row, seed) for row in rows for seed in seeds_of(row, cfg)}
         show = Progress(f"{stage} runs", len(todo))
 
         def one(item):
@@ -382,17 +488,19 @@ def main():
                 show(done, unit="runs")
     pages = []
     for n in numbers:
-        scores = []
-        for row in ROWS[n]:
-            found = [homes.get(key(row, seed, "sft")) for seed in seeds]
-            scores.append([load_json(f"{home}/scores.json") for home in found] if all(found) else None)
-        pages.append(write(n, scores, cfg))
+        found = [[homes.get(key(row, seed, "sft")) for seed in seeds_of(row, cfg)] for row in ROWS[n]]
+        pages.append(write(n, [some if all(some) else None for some in found], cfg))
         print("\n" + pages[-1], flush=True)
+    text = "\n".join(pages)
     with whole(f"{cfg.to}/tables.md") as f:
-        f.write("\n".join(pages))
-    print(f"written to {cfg.to}: tables.md, and a .md and a .csv of each")
+        f.write(text)
+    write_runs([(n, row, seed, stage) for n in numbers for row in ROWS[n] for seed in seeds_of(row, cfg)
+                for stage in STAGES if key(row, seed, stage) in homes], cfg)
+    print(f"written to {cfg.to}: tables.md, a .md and a .csv of each, runs.csv")
     if failed:
         raise BadInput(f"{len(failed)} runs failed: {'; '.join(failed.values())}")
+    if cfg.page:
+        put_into(cfg.page, text)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ The embedded default: a small sign language as real video files, and a tiny LLaM
 
     python -m scripts.toy                # clips, tokenizer, LLaMA and features into data/toy; train.py runs this itself
     python -m scripts.toy name=toy_zh    # another sign language with Chinese sentences, the stand-in for CSL-Daily
+    python -m scripts.toy name=hard      # harder to read, and by people never seen; hard_zh too
     python -m scripts.toy llm=llm_qwen2  # another tiny LLM beside the LLaMA, in another format: stand-ins for Table 7
 
 A stick figure signs weather sentences: one handshape, place and movement a sign, in an order unlike German's. A head
@@ -18,6 +19,7 @@ import os
 import re
 import shutil
 import time
+from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 
@@ -34,7 +36,7 @@ from lib.tensors import stateless
 from scripts.small_llm import train_llama, written
 
 data_dir = "data"  # the toy goes to data_dir/NAME
-name = "toy"  # toy (German) or toy_zh (Chinese)
+name = "toy"  # toy (German) or toy_zh (Chinese), or the harder hard and hard_zh
 llm = "llm"  # which tiny LLM: llm, llm_13b, llm_vicuna, llm_mistral, llm_qwen2, llm_deepseek, llm_chinese
 seed = 1337  # everything follows from it: sentences, signs, clips, tokenizer, LLaMA
 n_train = 1000  # clips to learn from
@@ -47,7 +49,8 @@ threads = 0  # of that training, 0 = all cores that are free
 # ---------------------------------------------------------------------------------------------------------------------
 # The languages
 
-LANGUAGE = {"toy": "German", "toy_zh": "Chinese"}  # name of the data set -> what its sentences are written in
+# name of the data set -> what its sentences are written in
+LANGUAGE = {"toy": "German", "toy_zh": "Chinese", "hard": "German", "hard_zh": "Chinese"}
 # Signs and their words, in groups: time, place, weather, manner, degrees. Of weather: as it is and as it is not,
 # with room for place and manner
 LEXICON = """
@@ -119,16 +122,33 @@ def sentences(seed, n, language="German"):
 SIZE = 64  # pixels
 HEAD, NECK, HIP = (0.0, -0.62), (0.0, -0.38), (0.0, 0.75)  # the figure's own units: 1 is half its height, y down
 SHOULDERS, REST = ((-0.30, -0.34), (0.30, -0.34)), ((-0.34, 0.55), (0.34, 0.55))
+# how somebody signs, ranges that a clip's own values come from: speed, frames a sign at speed 1, size of the figure,
+# its width to its size, noise of the camera
+Signer = namedtuple("Signer", "speed frames size width noise")
+ANYBODY = Signer((0.8, 1.3), (6, 8), (0.85, 1.1), 1.0, 0.03)
+N_SIGNERS = 22  # of a hard toy; the last two sign what is selected and reported on, the others what is learnt from
 
 
-def sign_table(seed):
-    """sign -> (place, movement, fingers, what the other hand does). Any two differ in two of the four at least."""
+def signer(seed, number):
+    """One of a hard toy's signers: a pace and a build of their own, in a noisier picture."""
+    speed, size, width = stateless(seed, "signer", number).uniform((0.8, 0.85, 0.85), (1.3, 1.1, 1.15))
+    return Signer((0.95 * speed, 1.05 * speed), (5, 7), (0.98 * size, 1.02 * size), width, 0.04)
+
+
+def sign_table(seed, pairs=False):
+    """
+    sign -> (place, movement, fingers, what the other hand does). Any two differ in two of the four at least.
+    pairs: but for two of four, which differ in their movement alone (HEUTE and MORGEN, SONNE and WIND).
+    """
     places = [(-0.30, -0.75), (0.32, -0.72), (0.0, -0.30), (-0.42, -0.05), (0.45, -0.05), (0.0, 0.25)]
     forms = list(itertools.product(range(len(places)), range(8), (0, 1, 3, 5), range(3)))
     chosen = []
     for i in stateless(seed, "signs").permutation(len(forms)):
-        if all(sum(a != b for a, b in zip(forms[i], other)) >= 2 for other in chosen):
-            chosen.append(forms[i])
+        new, (place, kind, *hands) = [forms[i]], forms[i]
+        if pairs and len(chosen) % 4 == 0:
+            new.append((place, kind ^ 1, *hands))  # across and up, one turn and the other, ...
+        if all(sum(a != b for a, b in zip(form, other)) >= 2 for other in chosen for form in new):
+            chosen += new
     return {sign: (places[form[0]],) + form[1:] for sign, form in zip(SIGNS, chosen)}
 
 
@@ -141,13 +161,13 @@ def movement(kind, t):
     return np.stack(paths[kind], -1)
 
 
-def choreography(signs, shaken, table, rng):
+def choreography(signs, shaken, table, rng, who=ANYBODY):
     """Signs -> right hand (T, 2), left hand (T, 2), fingers of both (T, 2), turn of the head (T,)."""
-    speed = rng.uniform(0.8, 1.3)
+    speed = rng.uniform(*who.speed)
     right, left, fingers = [np.array([REST[1]])], [np.array([REST[0]])], [np.zeros((1, 2))]
     for number, sign in enumerate(signs):
         place, kind, shape, other = table[sign]
-        n = max(4, round(rng.uniform(6, 8) / speed))
+        n = max(4, round(rng.uniform(*who.frames) / speed))
         path = np.array(place) + movement(kind, np.linspace(0, 1, n)) + rng.normal(0, 0.015, (n, 2))
         # the other hand rests, does the same, or is held still before the body
         mirror = (np.tile([REST[0]], (n, 1)), path * (-1, 1), np.tile([(-0.25, 0.15)], (n, 1)))[other]
@@ -168,9 +188,9 @@ def choreography(signs, shaken, table, rng):
     return right, left, fingers, head
 
 
-def render(signs, shaken, table, rng):
+def render(signs, shaken, table, rng, who=ANYBODY):
     """Signs -> frames (T, SIZE, SIZE, 3) uint8."""
-    right, left, fingers, head = choreography(signs, shaken, table, rng)
+    right, left, fingers, head = choreography(signs, shaken, table, rng, who)
     T = len(right)
     fixed = lambda p: np.tile(np.array([p], float), (T, 1))
     face = fixed(HEAD) + head[:, None] * (1, 0)
@@ -185,11 +205,11 @@ def render(signs, shaken, table, rng):
         for f in range(int(number.max())):  # a finger that a sign does not show has no length
             angle = -np.pi / 2 + side * (f - 2) * 0.45
             lines.append((hand, hand + 0.19 * (f < number)[:, None] * (np.cos(angle), np.sin(angle)), 0.025, 1.0))
-    scale = rng.uniform(0.85, 1.1) * SIZE * 0.46
+    scale = rng.uniform(*who.size) * SIZE * 0.46
     shift = SIZE / 2 + rng.uniform(-4, 4, 2)
     image = np.full((T, SIZE, SIZE), rng.uniform(0.05, 0.25), np.float32)
     for a, b, thick, bright in lines:
-        a, b = (p * scale + shift for p in (a, b))  # (T, 2) pixels
+        a, b = (p * (scale * who.width, scale) + shift for p in (a, b))  # (T, 2) pixels
         thick = thick * scale + 0.5
         ends = np.concatenate([a, b])
         x0, y0 = np.clip(ends.min(0) - thick, 0, SIZE).astype(int)  # the part of the picture that the line can touch
@@ -201,7 +221,7 @@ def render(signs, shaken, table, rng):
         distance = np.sqrt((px - along * dx) ** 2 + (py - along * dy) ** 2)  # pixels from the line, (T, rows, columns)
         part = image[:, y0:y1, x0:x1]
         part += np.clip(thick - distance, 0, 1) * (bright - part)  # smooth edges
-    image = image * rng.uniform(0.8, 1.1) + 0.03 * rng.standard_normal(image.shape, np.float32)
+    image = image * rng.uniform(0.8, 1.1) + who.noise * rng.standard_normal(image.shape, np.float32)
     grey = (np.clip(image, 0, 1) * 255).astype(np.uint8).reshape(T, SIZE, SIZE, 1)
     return np.repeat(grey, 3, 3)
 
@@ -218,11 +238,12 @@ def write_mp4(path, video, fps=25, codec="h264", pix_fmt="yuv420p"):
 
 
 def make_clip(job):
-    path, signs, shaken, seed, number = job
-    write_mp4(path, render(signs, shaken, sign_table(seed), stateless(seed, "clip", number)))
+    path, signs, shaken, seed, number, by = job
+    who = ANYBODY if by is None else signer(seed, by)
+    write_mp4(path, render(signs, shaken, sign_table(seed, pairs=by is not None), stateless(seed, "clip", number), who))
 
 
-def make_clips(root, seed, language, counts, workers, show):
+def make_clips(root, seed, language, counts, workers, show, hard=False):
     """
     Render the clips and write root/clips.tsv, the form of anybody's own clips.
     A kill leaves no table, so the next run starts over.
@@ -231,7 +252,8 @@ def make_clips(root, seed, language, counts, workers, show):
     os.makedirs(root)
     chosen = sentences(seed, sum(counts.values()), language)
     split = [s for s, n in counts.items() for _ in range(n)]
-    jobs = [(f"{root}/{i:05d}.mp4", *signed, seed, i) for i, (*signed, _) in enumerate(chosen)]
+    by = lambda i: None if not hard else i % (N_SIGNERS - 2) if split[i] == "train" else N_SIGNERS - 2 + i % 2
+    jobs = [(f"{root}/{i:05d}.mp4", *signed, seed, i, by(i)) for i, (*signed, _) in enumerate(chosen)]
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         for done, _ in enumerate(pool.map(make_clip, jobs, chunksize=10), 1):
             show(done)
@@ -291,7 +313,7 @@ def build(data_dir, name="toy", llm="llm", threads=0, **asked):
                 # one line of progress at a time
                 show = (lambda done: None) if no_llm else Progress("clips", sum(counts.values()))
                 workers = max(1, cores - half) if no_llm else cores
-                clips = beside.submit(make_clips, root, begin, language, counts, workers, show)
+                clips = beside.submit(make_clips, root, begin, language, counts, workers, show, name.startswith("hard"))
             if no_llm:
                 torch.set_num_threads(half)  # torchrun gives each process one; the others are waiting at the barrier
                 every = [words for *_, words in sentences(begin, None, language)]

@@ -3,6 +3,7 @@ The embedded default: its sentences, its signs, its clips and its tiny LLaMA.
 
     python -m pytest tests/test_toy.py
 """
+import itertools
 import json
 import os
 import re
@@ -47,7 +48,7 @@ def test_sentences_follow_from_the_seed(every):
 def test_what_is_tested_was_never_read(monkeypatch, tmp_path, every):
     """Neither the train clips nor the LLaMA's text hold a dev or a test sentence."""
     seen = {}
-    clips = lambda root, seed, language, counts, workers, show: seen.update(
+    clips = lambda root, seed, language, counts, workers, show, hard: seen.update(
         clips=toy.sentences(seed, sum(counts.values())), counts=counts)
     monkeypatch.setattr(toy, "make_clips", clips)
     monkeypatch.setattr(toy, "train_llama", lambda folder, texts, *_, **sizes: seen.update(texts=texts))
@@ -79,6 +80,40 @@ def test_sign_table():
     forms = [tuple(map(str, form)) for form in table.values()]
     for i, a in enumerate(forms):
         assert all(sum(x != y for x, y in zip(a, b)) >= 2 for b in forms[:i])  # no two are hard to tell apart
+
+
+def test_the_pairs_of_a_hard_toy():
+    """Seven pairs of signs of one group differ in their movement alone; any others in two things at least, as ever."""
+    table = toy.sign_table(1337, pairs=True)
+    forms = {sign: tuple(map(str, form)) for sign, form in table.items()}
+    apart = lambda a, b: [i for i, (x, y) in enumerate(zip(forms[a], forms[b])) if x != y]
+    pairs = [(a, b) for a, b in itertools.combinations(toy.SIGNS, 2) if len(apart(a, b)) < 2]
+    assert pairs == [("HEUTE", "MORGEN"), ("MONTAG", "MITTWOCH"), ("NORD", "SUED"), ("RHEIN", "INSEL"),
+                     ("SONNE", "WIND"), ("SPAETER", "LANGE"), ("NULL", "FUENF")]
+    assert all(apart(*pair) == [1] for pair in pairs) and table.keys() == set(toy.SIGNS)
+
+
+def test_nobody_who_is_tested_on_has_been_learnt_from(tmp_path, monkeypatch):
+    """A hard toy's clips: twenty sign those of train, two others those of dev and test, each at a pace of their own."""
+    jobs = []
+    monkeypatch.setattr(toy, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(toy, "make_clip", jobs.append)
+    counts = {"train": 45, "dev": 4, "test": 5}
+    toy.make_clips(str(tmp_path / "clips"), 1337, "German", counts, 1, lambda done: None, hard=True)
+    by = [number for *_, number in sorted(jobs)]
+    assert set(by[:45]) == set(range(20)) and set(by[45:49]) == set(by[49:]) == {20, 21}
+    signers = [toy.signer(1337, number) for number in range(22)]
+    assert len(set(signers)) == 22 and signers == [toy.signer(1337, number) for number in range(22)]
+    for who in signers:
+        assert 0.76 <= who.speed[0] < who.speed[1] <= 1.365 and who.speed[1] - who.speed[0] < 0.14
+        assert 0.83 <= who.size[0] < who.size[1] <= 1.13 and 0.85 <= who.width <= 1.15 and who.noise == 0.04
+    slow, fast = (min(signers, key=lambda who: sign * who.speed[0]) for sign in (1, -1))
+    length = lambda who: np.mean([len(toy.render(SIGNS, -1, toy.sign_table(1), stateless(i), who)) for i in range(5)])
+    assert length(slow) > 1.2 * length(fast)
+    # who signs is seen: the body is as broad as theirs
+    wide, slim = (toy.ANYBODY._replace(width=w) for w in (1.15, 0.85))
+    broad = lambda who: (toy.render(SIGNS, -1, toy.sign_table(1), stateless(0), who)[0].mean(-1) > 110).any(0).sum()
+    assert broad(wide) > broad(slim)
 
 
 # ---- the figure
@@ -124,7 +159,7 @@ def test_mp4_holds_every_frame(tmp_path):
     toy.write_mp4(path, clip)
     back = read_video(path)
     assert back.shape == clip.shape and abs(back.astype(int) - clip.astype(int)).mean() < 6
-    toy.make_clip((path, SIGNS, -1, 1337, 0))
+    toy.make_clip((path, SIGNS, -1, 1337, 0, None))
     assert len(read_video(path)) == len(toy.render(SIGNS, -1, toy.sign_table(1337), stateless(1337, "clip", 0)))
 
 
