@@ -275,7 +275,7 @@ def run(command, log, cfg, beside=0):
         raise BadInput(f"{' '.join(command)}: ended with exit code {code}, see {log}{last}")
 
 
-def command(row, seed, stage, cfg):
+def run_of(row, seed, stage, cfg):
     """-> (the run's folder, its log, what is given to train.py)"""
     name, args = arguments(row, cfg, stage)
     place = lambda stage: f"tables/{cfg.setting}/{key_of(row, stage)}/{str(seed)}"
@@ -288,7 +288,7 @@ def command(row, seed, stage, cfg):
 
 def train(row, seed, stage, cfg):
     """One stage of a row, and after sft its score on test; what is there already is left as it is. -> its folder"""
-    home, log, args = command(row, seed, stage, cfg)
+    home, log, args = run_of(row, seed, stage, cfg)
     if not os.path.exists(f"{home}/scores.json"):
         run(["train.py", *args, "resume=true"], log, cfg)
         if stage == "sft":
@@ -347,7 +347,7 @@ def mean(values):
 def judge(better, worse, lang):
     """
     Two rows' runs, each a list of {clip: (hypothesis, reference)}; where one has fewer, as many of the other count.
-    -> (difference of the mean BLEU-4, p over clips, p over seeds or 1 where there is one), both p one-sided
+    -> (difference of the mean BLEU-4, p over clips, p over seeds or None where one has a single run), each one-sided
     """
     n = min(len(better), len(worse))
     runs = [*better[:n], *worse[:n]]
@@ -436,7 +436,7 @@ def write_runs(done, cfg):
     head = "table,row,seed,stage,minutes,dev_bleu4,bleu4,rouge,command".split(",")
     lines = []
     for number, row, seed, stage in done:
-        home, _, args = command(row, seed, stage, cfg)
+        home, _, args = run_of(row, seed, stage, cfg)
         log = list(map(json.loads, read_log(f"{home}/log.jsonl")))
         steps = [0] + [e["step"] for e in log if "step_s" in e]
         took = sum((b - a) * e["step_s"] for a, b, e in zip(steps, steps[1:], (e for e in log if "step_s" in e)))
