@@ -210,7 +210,7 @@ class LocalTransformer(nn.Module):
         rope = rope_table(torch.arange(x.shape[1], device=x.device)[None], self.head_dim)
         how = banded, self.window, doc
         if self.window < 0 and len(x) == 1:  # the whole clip is no band
-            how = each_to_itself(x, doc.unique_consecutive(return_counts=True)[1].tolist(), causal=False)
+            how = each_to_itself(x, doc.unique_consecutive(return_counts=True)[1].tolist(), causal=not self.reach[1])
         for layer in self.layers:
             x = layer(x, rope, None, *how)
         return self.norm(x)

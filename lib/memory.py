@@ -63,7 +63,7 @@ def estimate(cfg, model, clips, micro, prompt, tokenizer, dtype, device):
     # q, k, v, their output, in fp32 on a CPU, a log-sum a row
     kept += N * 2 * (wide + args.n_kv_heads * args.head_dim) * attends + N * args.n_heads * 4
     blocks = args.n_layers * N * dim * s + kept if cfg.activation_checkpointing else args.n_layers * kept
-    # of the adaptor: W1 x, GELU of it, and what the frames are in the LLM's stream
+    # of the adaptor: W1 x, GELU of it, and the frames as they stand in the LLM's stream
     vision = F * dim * s * {"mlp": 3, "mlp_noact": 2, "linear": 1}[cfg.adaptor]
     if cfg.ltn and cfg.train_ltn:  # a block of 32 queries sees so many keys, and its weights are not kept
         w, seen = model.adaptor.w1.in_features, 32 + sum(model.ltn.reach) if cfg.window >= 0 else 0

@@ -23,7 +23,7 @@ def recorded(module):
 
     @torch.no_grad()
     def record(name, part, x, rope, attend, *how):
-        window, causal, clips = -1, attend is causal_attention, None  # None: nobody knows
+        window, causal, clips = None, attend is causal_attention, None  # None: no band, and nobody knows
         if attend is banded:
             window, doc = how
             clips = 1 if doc is None else len(doc.unique())
@@ -39,7 +39,8 @@ def recorded(module):
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # grouped queries share their key
         score = torch.einsum("ihd,jhd->hij", q, k) / part.head_dim**0.5
         i = torch.arange(len(q), device=q.device)
-        seen = i[:, None] >= i if causal else sees(i[:, None], i, window)
+        seen = i[:, None] >= i if causal else torch.ones_like(score[0], dtype=torch.bool)
+        seen = seen if window is None else sees(i[:, None], i, window)
         weights[name] = score.masked_fill(~seen, float("-inf")).softmax(-1)
 
     hooks = [part.register_forward_pre_hook(lambda part, args, name=name: record(name, part, *args))

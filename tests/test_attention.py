@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.attention.varlen as varlen
 
+import model
 from lib.program import BadInput
 from model import (
     Attention,
@@ -136,3 +137,17 @@ def test_where_the_kernel_is_taken():
         assert each_to_itself(x, [2, 3], causal=True) == (causal_attention, [2, 3])
         assert each_to_itself(x, [2, 3], causal=False) == (packed_attention, [2, 3])
     assert each_to_itself(on(torch.bfloat16), None, causal=True) == (causal_attention, None)
+
+
+@pytest.mark.parametrize("window", [8, -1])
+def test_one_definition_of_who_is_seen(monkeypatch, window):
+    """`reach` changed as README has it: bands and whole clips look back alone, and so does what is recorded of them."""
+    monkeypatch.setattr(model, "reach", lambda window: (window, 0) if window >= 0 else (2**31, 0))
+    ltn, x = model.LocalTransformer(16, 1, 2, window).eval(), torch.randn(1, 30, 16, requires_grad=True)
+    with recorded(ltn) as weights:
+        out = ltn(x, torch.zeros(1, 30, dtype=torch.long))
+    out[0, 20].sum().backward()
+    seen = x.grad[0].abs().sum(1).nonzero().flatten().tolist()
+    assert seen == list(range(12 if window == 8 else 0, 21))
+    (w,) = weights.values()
+    assert (w[:, 20] > 0).all(0).nonzero().flatten().tolist() == seen

@@ -211,7 +211,8 @@ def is_as_by_hand(run, stage, hand):
     """
     Losses to 1e-6. Norms, moments and the way that weights have gone to a few 1e-5, summed over a tensor: train.py
     computes in float32, and Adam makes of a gradient that all but cancels a step as long as any, so that a single
-    weight may be off by more than its rounding.
+    weight may be off by more than its rounding. Another network may be off by three to ten times as much from the
+    second step on: where the first one agrees, that is rounding and no mistake.
     """
     _, start, (lines, weights, *moments) = hand[stage]
     off = lambda x, right, size: (x - right).abs().sum() / size.abs().sum()

@@ -16,6 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import train
 from lib.memory import estimate
 from lib.weights import ModelArgs
+from model import ADAPTORS, Adaptor
 
 # no two sizes alike, so that none can stand for another; heads together are wider than the model
 DIM, LAYERS, HEADS, KV, HEAD, HIDDEN, VOCAB, FEATURES, LTN = 12, 3, 4, 2, 10, 28, 51, 18, 16
@@ -141,6 +142,33 @@ def test_every_row(processes, monkeypatch, case, device):
         assert [size for _, size in rows] == pytest.approx(by_hand), [what for what, _ in rows]
         away = [what for what, _ in rows if "on the CPU" in what]
         assert away == [what for what, _ in rows[:3]] * (cfg.cpu_offload and device == "cuda")
+
+
+@pytest.mark.parametrize("kind", ADAPTORS)
+def test_what_autograd_keeps_of_an_adaptor(kind):
+    """The bytes of `estimate` are those of the tensors that PyTorch really keeps, and of the frames in the stream."""
+    kept, adaptor = {}, Adaptor(LTN, DIM, kind)
+    own = {p.data_ptr() for p in adaptor.parameters()}
+
+    def keep(x):
+        if x.data_ptr() not in own:
+            kept[x.data_ptr()] = x
+        return x
+
+    x = torch.randn(100, LTN)  # the local transformer's own, in its row
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        in_stream = adaptor(x)
+    kept.pop(x.data_ptr())
+    estimated = []
+    for frames in (0, 100):
+        cfg = page(**CFG | dict(adaptor=kind, frame_drop=0.0, ltn=False))
+        model = train.build(cfg, ARGS, FEATURES, torch.device("cpu"), torch.float32)
+        clip = SimpleNamespace(lengths=[1 + frames], rows=[{"text": "a"}])
+        rows = estimate(cfg, model, clip, [[0]], ([], []), WORDS, torch.float32, torch.device("cpu"))[1]
+        estimated.append(dict(rows)["kept for the backward pass"])
+    of_a_frame = LAYERS * (4 * 2 * DIM + 4 * 3 * HIDDEN + 4 * 2 * (Q + K) + 4 * HEADS)  # in the LLM's blocks
+    of_the_adaptor = sum(x.nbytes for x in [*kept.values(), in_stream])
+    assert estimated[1] - estimated[0] == 100 * of_a_frame + of_the_adaptor
 
 
 def test_each_maximum_is_reached_from_both_sides():

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import struct
 import subprocess
@@ -1004,6 +1005,10 @@ def test_states_need_alignments(tmp_path, monkeypatch):
 
 def test_every_reader_is_there():
     assert sorted(READERS) == sorted("phoenix14t csl_daily how2sign openasl clips gfslt slt".split())
+    line = next(line for line in (ROOT / "data.py").read_text().splitlines() if line.startswith("reader = "))
+    page = (ROOT / "docs" / "datasets.md").read_text()
+    for name in READERS:  # and is named where its user looks
+        assert name in re.split(r"\W+", line) and f"`{name}`" in page
 
 
 # ---------------------------------------------------------------------------------------------------------------------

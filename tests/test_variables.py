@@ -84,7 +84,7 @@ def world(home):
     """
     Beside the toy of 20 train, 4 dev and 4 test clips: the data set `mine`, which lacks the first 7 train and the first
     test clip; a folder `other` whose toy lacks the first 13 and 2; features `loud`, twice as large as toycnn's; an LLM
-    `llm2` of twice the weights, whose output is surer.
+    `llm2` of twice the weights, whose output is surer, and so wrong that a target's probability is 0.
     """
     toy = home / "data" / "toy"
     shutil.copytree(toy, home / "data" / "mine")
