@@ -209,10 +209,9 @@ def hand(home):
 
 def is_as_by_hand(run, stage, hand):
     """
-    Losses to 1e-6. Norms, moments and the way that weights have gone to a few 1e-5, summed over a tensor: train.py
-    computes in float32, and Adam makes of a gradient that all but cancels a step as long as any, so that a single
-    weight may be off by more than its rounding. Another network may be off by three to ten times as much from the
-    second step on: where the first one agrees, that is rounding and no mistake.
+    The first step's loss to 1e-6 and its norm to 2e-5, later ones to ten times as much, moments and the way that weights
+    have gone to a few 1e-4, summed over a tensor: train.py computes in float32, and Adam makes of a gradient that all
+    but cancels a step as long as any. As the code is, all are within a tenth of that.
     """
     _, start, (lines, weights, *moments) = hand[stage]
     off = lambda x, right, size: (x - right).abs().sum() / size.abs().sum()
@@ -220,16 +219,17 @@ def is_as_by_hand(run, stage, hand):
         paces = {"tokens_per_s", "step_s"} if "loss" in line else set()  # scores of dev have none
         assert said.keys() == line.keys() - {"tokens"} | paces
         assert (said["step"], said.get("epoch")) == (line["step"], line.get("epoch"))
-        for key, rel in {"loss": 1e-6, "dev_loss": 1e-6, "grad_norm": 2e-5, "lr": 1e-12}.items():
+        later = 1 if line["step"] == 1 else 10
+        for key, rel in {"loss": 1e-6 * later, "dev_loss": 1e-5, "grad_norm": 2e-5 * later, "lr": 1e-12}.items():
             assert key not in line or said[key] == pytest.approx(line[key], rel=rel), (key, line["step"])
         if paces and line["step"] % 4:  # where a process has run out of clips, it reads one that does not count
             assert said["tokens_per_s"] * said["step_s"] == pytest.approx(line["tokens"], rel=0.01)
     now, kept = saved(run, stage), load_file(run / FOLDER[stage] / "last" / "optimizer.safetensors")
     assert kept.keys() == {f"{key}.{name}" for key in ("exp_avg", "exp_avg_sq") for name in weights}
     for name, x in weights.items():
-        assert off(now[name], x, x - start[name]) < 5e-5, name
+        assert off(now[name], x, x - start[name]) < 5e-4, name
         for key, moment in zip(("exp_avg", "exp_avg_sq"), moments):
-            assert off(kept[f"{key}.{name}"], moment[name], moment[name]) < 5e-5, (key, name)
+            assert off(kept[f"{key}.{name}"], moment[name], moment[name]) < 5e-4, (key, name)
     for name in now.keys() - weights.keys():
         assert torch.equal(now[name], start[name]), name
 
