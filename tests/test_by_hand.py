@@ -209,9 +209,9 @@ def hand(home):
 
 def is_as_by_hand(run, stage, hand):
     """
-    The first step's loss to 1e-6 and its norm to 2e-5, later ones to ten times as much, moments and the way that weights
-    have gone to a few 1e-4, summed over a tensor: train.py computes in float32, and Adam makes of a gradient that all
-    but cancels a step as long as any. As the code is, all are within a tenth of that.
+    The first step's loss to 1e-6 and its norm to 2e-5, later ones to ten times as much. Moments and the way that
+    weights have gone to a few 1e-4, summed over a tensor: train.py computes in float32, and Adam makes of a gradient
+    that all but cancels a step as long as any. As the code is, all are within a tenth of that.
     """
     _, start, (lines, weights, *moments) = hand[stage]
     off = lambda x, right, size: (x - right).abs().sum() / size.abs().sum()
