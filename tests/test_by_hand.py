@@ -209,21 +209,26 @@ def hand(home):
 
 def is_as_by_hand(run, stage, hand):
     """
-    The first step's loss to 1e-6 and its norm to 2e-5, later ones to ten times as much. Moments and the way that
-    weights have gone to a few 1e-4, summed over a tensor: train.py computes in float32, and Adam makes of a gradient
-    that all but cancels a step as long as any. As the code is, all are within a tenth of that.
+    The first step's loss to 1e-6 and its norm to 2e-5, later ones to 3e-5 and 2e-4. Moments and the way that weights
+    have gone to 5e-4, summed over a tensor: train.py computes in float32, and Adam makes of a gradient that all but
+    cancels a step as long as any. As the code is, all are within a tenth of that; another network may come near it.
+    What is off is shown step by step: rounding grows slowly from a first step that agrees, a mistake does not.
     """
     _, start, (lines, weights, *moments) = hand[stage]
     off = lambda x, right, size: (x - right).abs().sum() / size.abs().sum()
+    wrong = []
     for said, line in zip(log(run, stage), lines, strict=True):
         paces = {"tokens_per_s", "step_s"} if "loss" in line else set()  # scores of dev have none
         assert said.keys() == line.keys() - {"tokens"} | paces
         assert (said["step"], said.get("epoch")) == (line["step"], line.get("epoch"))
-        later = 1 if line["step"] == 1 else 10
-        for key, rel in {"loss": 1e-6 * later, "dev_loss": 1e-5, "grad_norm": 2e-5 * later, "lr": 1e-12}.items():
-            assert key not in line or said[key] == pytest.approx(line[key], rel=rel), (key, line["step"])
+        first = line["step"] == 1
+        for key, rel in {"loss": 1e-6 if first else 3e-5, "dev_loss": 3e-5, "grad_norm": 2e-5 if first else 2e-4,
+                         "lr": 1e-12}.items():
+            if key in line and said[key] != pytest.approx(line[key], rel=rel):
+                wrong.append(f"step {line['step']}: {key} {said[key]} is {said[key] / line[key] - 1:.1e} off")
         if paces and line["step"] % 4:  # where a process has run out of clips, it reads one that does not count
             assert said["tokens_per_s"] * said["step_s"] == pytest.approx(line["tokens"], rel=0.01)
+    assert not wrong, "\n".join(wrong)
     now, kept = saved(run, stage), load_file(run / FOLDER[stage] / "last" / "optimizer.safetensors")
     assert kept.keys() == {f"{key}.{name}" for key in ("exp_avg", "exp_avg_sq") for name in weights}
     for name, x in weights.items():
