@@ -64,18 +64,18 @@ def prompt_in(language):
     return [part.strip() for part in PROMPT.replace("{language}", language).split("{clip}")]
 
 
-def train_tokenizer(folder, texts, pieces):
-    """A SentencePiece model with LLaMA's own settings: BPE, byte fallback, no normalisation."""
+def train_tokenizer(folder, texts, pieces, longest=16):
+    """A SentencePiece model with LLaMA's own settings: BPE, byte fallback, no normalisation. longest: characters."""
     import sentencepiece
     with open(f"{folder}/tokenizer.model", "wb") as f:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts), model_writer=f, model_type="bpe", vocab_size=pieces, byte_fallback=True,
             split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-            character_coverage=1.0, hard_vocab_limit=False, minloglevel=2)
+            character_coverage=1.0, hard_vocab_limit=False, max_sentencepiece_length=longest, minloglevel=2)
 
 
-def train_tokenizer_json(folder, texts, pieces, bos):
-    """A byte-level BPE in tokenizer.json, as Qwen2's (no BOS) and DeepSeek's."""
+def train_tokenizer_json(folder, texts, pieces, bos, longest=None):
+    """A byte-level BPE in tokenizer.json, as Qwen2's (no BOS) and DeepSeek's. longest: bytes, None = any."""
     try:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError:
@@ -85,7 +85,8 @@ def train_tokenizer_json(folder, texts, pieces, bos):
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=pieces, special_tokens=["<s>", "</s>"],
-                                                       show_progress=False, initial_alphabet=alphabet))
+                                                       show_progress=False, initial_alphabet=alphabet,
+                                                       max_token_length=longest))
     tok.save(f"{folder}/tokenizer.json")
     with open(f"{folder}/tokenizer_config.json", "w") as f:
         json.dump({"bos_token": "<s>" if bos else None, "eos_token": "</s>", "add_bos_token": bos}, f)
@@ -142,10 +143,12 @@ def train_llama(folder, texts, seed, steps, batch, language="German", layout="me
         corpus = [written(t, language) for t in texts[:2000]]
         # the prompt weighs as much as the rest, so that it too is a piece a word
         corpus += prompt_in(language) * len(corpus)
+        # without spaces a piece would be several words, of which each combination had to be learnt
+        longest = {"longest": 3 if tokenizer == "sp" else 9} if language == "Chinese" else {}
         if tokenizer == "sp":
-            train_tokenizer(words, corpus, pieces)
+            train_tokenizer(words, corpus, pieces, **longest)
         else:
-            train_tokenizer_json(words, corpus, pieces, bos=sizes.get("model_type") != "qwen2")
+            train_tokenizer_json(words, corpus, pieces, bos=sizes.get("model_type") != "qwen2", **longest)
         tokenizer = Tokenizer(words)
         small = dict(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=352, head_dim=32)
         args = ModelArgs(**small | sizes, vocab_size=tokenizer.vocab_size)
