@@ -368,8 +368,9 @@ def verdict(found, over_clips, over_seeds):
     """In words, with its p."""
     sure = max(over_clips, over_seeds or 0) <= 0.05
     word = "cannot be told" if not sure else "agrees" if found > 0 else "disagrees"
-    seeds = "one seed" if over_seeds is None else f"{over_seeds:.2f} over seeds"
-    return f"{word} ({found:+.2f}, p = {over_clips:.3f} over clips, {seeds})"
+    if over_seeds is None:  # another might say otherwise
+        return f"with one seed {word} ({found:+.2f}, p = {over_clips:.3f} over clips)"
+    return f"{word} ({found:+.2f}, p = {over_clips:.3f} over clips, {over_seeds:.2f} over seeds)"
 
 
 def row_of(row, found, cfg):

@@ -114,10 +114,10 @@ def test_write(tmp_path):
     assert "| 7B, linear | 40.63 | 18.48 | 50.00 ± 0.00 | **61.00 ± 1.41** | hard toy" in text
     assert "| 13B, linear | 41.59 | 20.42 | failed | failed |" in text
     lines = [line for line in text.splitlines() if line.startswith("- ")]
-    assert re.fullmatch(r"- GELU beats a linear layer \(7B\): paper 20.86 against 18.48, here agrees "
-                        r"\(\+\d+.\d\d, p = 0.000 over clips, one seed\)", lines[0])
+    assert re.fullmatch(r"- GELU beats a linear layer \(7B\): paper 20.86 against 18.48, here with one seed agrees "
+                        r"\(\+\d+.\d\d, p = 0.000 over clips\)", lines[0])
     # nothing between them, and a row that failed proves nothing
-    assert "here cannot be told (+0.00" in lines[1] and "cannot be told" in lines[2] and len(lines) == 3
+    assert "here with one seed cannot be told (+0.00" in lines[1] and "cannot be told" in lines[2] and len(lines) == 3
     rows = list(csv.DictReader(open(tmp_path / "table3.csv")))
     assert rows[2]["bleu1"] == "93.00" and rows[3]["bleu4"] == "failed" and (tmp_path / "table3.md").read_text() == text
     assert "published: ROUGE 48.90, BLEU-4 22.52" in tables.write(1, [[home(1)], [home(2)]], cfg)
@@ -164,7 +164,7 @@ def test_every_claim_compares_the_rows_that_it_names(tmp_path, monkeypatch, numb
     text = tables.write(number, homes, SimpleNamespace(setting="paper", to=str(tmp_path / "tables")))
     claimed = CLAIMED[number] + ([("7B, adaptor, word embeddings, LoRA", labels[6])] if number == 4 else [])
     assert seen == [row[:2] for row in claimed]
-    found = re.findall(r"^- .*: paper ([\d.]+) against ([\d.]+), here agrees ", text, re.M)
+    found = re.findall(r"^- .*: paper ([\d.]+) against ([\d.]+), here with one seed agrees ", text, re.M)
     assert [tuple(map(float, line)) for line in found] == [row[2:] for row in claimed if len(row) > 2]
 
 
@@ -180,14 +180,14 @@ def test_judged_over_clips():
     gap = 100 - bleu(*texts(some), "de")[3]
     found, over_clips, over_seeds = tables.judge([perfect], [some], "de")
     assert found == pytest.approx(gap) and over_clips == 0 and over_seeds is None
-    assert tables.verdict(found, over_clips, over_seeds).startswith("agrees")
+    assert tables.verdict(found, over_clips, over_seeds).startswith("with one seed agrees")
     found, over_clips, _ = tables.judge([some], [perfect], "de")
     assert found == pytest.approx(-gap) and over_clips == 0
-    assert tables.verdict(found, over_clips, None).startswith("disagrees")
+    assert tables.verdict(found, over_clips, None).startswith("with one seed disagrees")
     assert tables.judge([some], [some], "de")[1] == 1
     found, over_clips, _ = tables.judge([perfect], [one], "de")  # it is not drawn in (59/60)^60 of the samples
     assert found > 0 and over_clips == pytest.approx(0.365, abs=0.05)
-    assert tables.verdict(found, over_clips, None).startswith("cannot be told")
+    assert tables.verdict(found, over_clips, None).startswith("with one seed cannot be told")
 
 
 def test_judged_over_seeds():
