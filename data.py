@@ -210,12 +210,12 @@ def main():
     form = cfg.reader or (cfg.dataset if cfg.dataset in READERS else "clips")
     splits, has_splits = READERS[form](cfg.root)
     rows = [row for split in SPLITS for row in splits[split]]
-    none = f"{form}: says no splits" + " (clips.tsv: no column split)" * (form == "clips")
+    no_splits = f"{form}: says no splits" + " (clips.tsv: no column split)" * (form == "clips")
     if not has_splits and len(rows) >= 20:
         splits = deal_out(rows, cfg.ratio)
-        print0(f"{none}, so train, dev, test by ratio={cfg.ratio}")
+        print0(f"{no_splits}, so train, dev, test by ratio={cfg.ratio}")
     elif not has_splits:
-        print0(f"{none}, and {len(rows)} clips are too few to hold some out: all go to train")
+        print0(f"{no_splits}, and {len(rows)} clips are too few to hold some out: all go to train")
 
     # where ready features lie, if there are any
     states = cfg.features == "states"

@@ -39,8 +39,7 @@ def recorded(module):
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # grouped queries share their key
         score = torch.einsum("ihd,jhd->hij", q, k) / part.head_dim**0.5
         i = torch.arange(len(q), device=q.device)
-        seen = i[:, None] >= i if causal else torch.ones_like(score[0], dtype=torch.bool)
-        seen = seen if window is None else sees(i[:, None], i, window)
+        seen = (i[:, None] >= i) | (not causal) if window is None else sees(i[:, None], i, window)
         weights[name] = score.masked_fill(~seen, float("-inf")).softmax(-1)
 
     hooks = [part.register_forward_pre_hook(lambda part, args, name=name: record(name, part, *args))

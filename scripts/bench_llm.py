@@ -174,9 +174,11 @@ class Peer(nn.Module):
         try:
             import peft
             import transformers
+            if ours.cfg.llm_bits < 16:
+                import bitsandbytes  # noqa: F401
         except ImportError as e:
-            raise BadInput("the peer is made of transformers and peft, "
-                           f"pip install transformers peft ({e})") from None
+            raise BadInput("the peer is made of transformers and peft, in 8 and 4 bits of bitsandbytes too, "
+                           f"pip install transformers peft bitsandbytes ({e})") from None
         self.device, c, adapter = ours.device, ours.cfg, f"{folder}/lora"
         quantized = {} if c.llm_bits == 16 else {"quantization_config": transformers.BitsAndBytesConfig(
             load_in_8bit=c.llm_bits == 8, load_in_4bit=c.llm_bits == 4, bnb_4bit_quant_type="nf4",

@@ -252,8 +252,8 @@ def make_clips(root, seed, language, counts, workers, show, hard=False):
     os.makedirs(root)
     chosen = sentences(seed, sum(counts.values()), language)
     split = [s for s, n in counts.items() for _ in range(n)]
-    by = lambda i: None if not hard else i % (N_SIGNERS - 2) if split[i] == "train" else N_SIGNERS - 2 + i % 2
-    jobs = [(f"{root}/{i:05d}.mp4", *signed, seed, i, by(i)) for i, (*signed, _) in enumerate(chosen)]
+    by = [i % (N_SIGNERS - 2) if s == "train" else N_SIGNERS - 2 + i % 2 for i, s in enumerate(split)]
+    jobs = [(f"{root}/{i:05d}.mp4", *signed, seed, i, by[i] if hard else None) for i, (*signed, _) in enumerate(chosen)]
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         for done, _ in enumerate(pool.map(make_clip, jobs, chunksize=10), 1):
             show(done)

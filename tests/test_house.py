@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 # at most so many lines; none may lean on cutting shapes and reasons out of comments
-FIVE = {"train": 445, "model": 550, "lora": 160, "data": 280, "eval": 300}
+FIVE = {"train": 430, "model": 540, "lora": 155, "data": 270, "eval": 292}
 MAY = {"model": set(), "lora": set(), "data": set(), "eval": {"model", "lora", "data"},
        "train": {"eval", "model", "lora", "data"}}
 FOLDERS = (".", "lib", "scripts", "config", "tests")

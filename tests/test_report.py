@@ -167,11 +167,10 @@ def test_the_look_of_a_frame_that_sees_its_whole_clip(run):
     sllama, tokenizer, _ = report.load_model(str(run), "cpu")
     sllama.ltn.window, sllama.ltn.reach = -1, reach(-1)
     band = report.look(sllama, tokenizer, torch.randn(11, 16), "am abend", "de")[2]
-    before, after = report.reach_in(sllama.ltn, 11)
-    assert band.shape == (11, before + 1 + after) and before == 10
+    assert band.shape == (11, 21) and report.reach_in(sllama.ltn, 11) == [10, 10]
     assert torch.allclose(band.sum(1), torch.ones(11))
-    for t, row in enumerate(band):  # frame t - before to t + after, those that are there
-        assert (row > 0).tolist() == [0 <= t + k - before < 11 for k in range(before + 1 + after)]
+    for t, row in enumerate(band):  # frame t - 10 to t + 10, those that are there
+        assert (row > 0).tolist() == [0 <= t + k - 10 < 11 for k in range(21)]
 
 
 def test_the_look_is_that_of_the_model(run):
