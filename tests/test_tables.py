@@ -302,6 +302,19 @@ def test_a_row_that_fails_loses_no_other(recorded, tmp_path):
     assert cells == ["**1.00**", "**1.00**", "failed", "**1.00**"]
 
 
+def test_the_page_of_the_tables(recorded, tmp_path):
+    """All nine between its marks; where a row fails the page stays as it was."""
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(("before", *tables.MARKS, "after")))
+    recorded(f"page={page}", "setting=paper")
+    text = page.read_text()
+    assert re.findall(r"^## Table (\d)", text, re.M) == list("123456789") and "| window 8 | " in text
+    assert text.startswith("before\n") and text.endswith("\nafter")
+    with pytest.raises(BadInput, match="runs failed"):
+        recorded(f"page={page}", "setting=paper", "table=9", f"out_dir={tmp_path}/again", fails="window=16")
+    assert page.read_text() == text
+
+
 @pytest.mark.long
 def test_end_to_end(home, tmp_path, monkeypatch, capsys):
     """
