@@ -416,22 +416,22 @@ class Cache:
             self.written[layer] = [t.new_empty(*t.shape[:3], self.max_new, t.shape[3]) for t in (k, v)]
         for new, written in zip((k, v), self.written[layer]):
             written[:, :, :, self.step] = new
-        # (n, beams, heads, D) -> (n, H, beams, heads per key, D)
-        q = (q / q.shape[-1] ** 0.5).unflatten(2, (k.shape[2], -1)).transpose(1, 2)
-        kw, vw = (t[:, :, :, :self.step + 1].transpose(1, 2) for t in self.written[layer])  # (n, H, beams, S, D)
+        # (n, beams, heads, D) -> (n, beams, H, heads per key, D)
+        q = (q / q.shape[-1] ** 0.5).unflatten(2, (k.shape[2], -1))
+        kw, vw = (t[:, :, :, :self.step + 1] for t in self.written[layer])  # (n, beams, H, S, D), where they lie
         sizes = [len(kp) for kp, _, _ in self.prefix[layer]]
         parts = zip(self.prefix[layer], *(t.split(sizes) for t in (q, kw, vw)))
-        o = torch.cat([self.attend_part(*prefix, *rest) for prefix, *rest in parts])
-        return o.transpose(1, 2).flatten(2)  # (n, H, beams, heads per key, D) -> (n, beams, heads * D)
+        return torch.cat([self.attend_part(*prefix, *rest) for prefix, *rest in parts]).flatten(2)
 
     @staticmethod
     def attend_part(kp, vp, filling, q, kw, vw):
         """The clips of one part: one softmax over the prefix, which the beams share, and what each has written."""
-        old = (q.flatten(2, 3) @ kp).masked_fill_(filling, float("-inf"))  # (part, H, beams * heads per key, L)
-        new = (q @ kw.mT).flatten(2, 3)  # (part, H, beams * heads per key, S)
+        old = (q.transpose(1, 2).flatten(2, 3) @ kp).masked_fill_(filling, float("-inf"))
+        new = (q @ kw.mT).transpose(1, 2).flatten(2, 3)  # (part, H, beams * heads per key, S), as `old` with L
         p = torch.cat([old, new], -1).float().softmax(-1).type_as(q)
         old, new = p.split([old.shape[-1], new.shape[-1]], -1)
-        return (old @ vp).view_as(q) + new.unflatten(2, q.shape[2:4]) @ vw
+        each = lambda t: t.unflatten(2, (q.shape[1], -1)).transpose(1, 2)  # -> (part, beams, H, heads per key, ...)
+        return each(old @ vp) + each(new) @ vw
 
     def reorder(self, source):
         """Beam b of clip i goes on from what its beam source[i, b] has written; the prefix stays where it is."""
