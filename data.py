@@ -110,9 +110,11 @@ class Clips:
             x = x[torch.from_numpy(keep)] if keep.any() else x[:1]
         return x
 
-    def sample(self, i, prompt, tokenizer, drop=0.0, key=()):
-        answer = tokenizer.encode(self.rows[i]["text"]) + [tokenizer.eos_id]
-        return Sample(self.features(i, drop, key), *prompt, answer)
+    def sample(self, i, prompt, tokenizer, drop=0.0, key=(), concat=0.0):
+        rng = stateless(*key, "concat", self.rows[i]["name"])
+        some = [i] + [int(rng.integers(len(self)))] * (rng.random() < concat)  # another and its sentence may follow
+        answer = tokenizer.encode(" ".join(self.rows[j]["text"] for j in some)) + [tokenizer.eos_id]
+        return Sample(torch.cat([self.features(j, drop, key) for j in some]), *prompt, answer)
 
     def statistics(self):
         """Mean and deviation (D,) of the features, from some 200 clips spread over the split."""
@@ -194,9 +196,9 @@ def my_part(indices, lengths, grad_accum=1):
     return deal(indices, lengths, world() * grad_accum)[rank() * grad_accum:(rank() + 1) * grad_accum]
 
 
-def micro_batch(clips, indices, prompt, tokenizer, device, drop=0.0, key=()):
+def micro_batch(clips, indices, prompt, tokenizer, device, drop=0.0, key=(), concat=0.0):
     """A packed batch of these clips. With none left for this process, one clip without targets: all must compute."""
-    return pack([clips.sample(i, prompt, tokenizer, drop, key) for i in indices or [0]], device, bool(indices))
+    return pack([clips.sample(i, prompt, tokenizer, drop, key, concat) for i in indices or [0]], device, bool(indices))
 
 # ---------------------------------------------------------------------------------------------------------------------
 

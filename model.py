@@ -286,7 +286,10 @@ class LLaMA(nn.Module):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 layer = partial(checkpoint, layer, use_reentrant=False)
             h = layer(h, rope, wanted, *how)
-        h = self.norm(h)
+        return self.head(self.norm(h))
+
+    def head(self, h):
+        """States behind the last norm (..., dim) -> logits (..., vocab). lib/neighbours.py may stand in its place."""
         return F.linear(h, self.tok_embeddings.weight.to(h.dtype)) if self.output is None else self.output(h)
 
     @torch.no_grad()

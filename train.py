@@ -63,11 +63,13 @@ lora_targets = "wq,wk,wv,wo"  # of wq,wk,wv,wo,w1,w2,w3 (paper: each attention w
 max_clips = 0  # learn from so many train clips, spread over the set; 0 = all
 max_frames = 0  # longer clips are thinned out evenly to so many, 0 = no limit (paper: silent)
 merge = 1  # frames whose mean is one token (paper: 1)
+concat = 0.0  # chance that another train clip, and its sentence, follow a clip (Kondo et al. 2021; paper: 0)
 language = "German"  # its name goes into the prompt
 lang = ""  # its code, which picks BLEU's tokens; "" = by language: German, English, Chinese
 label_smoothing = 0.0  # (paper: silent)
 # the optimizer; epochs, batch_size and lr differ between the stages, see below
 grad_accum = 1  # micro-batches a step and process (paper: silent)
+beta2 = 0.95  # of AdamW (paper: silent)
 weight_decay = 0.01  # of AdamW, on matrices alone (paper: silent)
 warmup = 30  # steps of linear warm-up, then cosine to a tenth (paper: silent)
 grad_clip = 1.0  # largest norm of the gradient, 0 = any (paper: silent)
@@ -116,6 +118,7 @@ SHAPE = ("merge", "ltn", "ltn_dim", "ltn_layers", "ltn_heads", "window", "adapto
 FREE = {"resume", "run", "out_dir", "data_dir", "init_from", "device", "dtype", "compile", "activation_checkpointing",
         "cpu_offload", "grad_accum", "max_steps", "log_every", "eval_every", "save_every", "keep", "max_skips",
         "tensorboard", "estimate"}
+SHARES = ("frame_drop", "dropout", "llm_dropout", "lora_dropout", "label_smoothing", "concat", "beta2")
 POSITIVE = ("epochs", "batch_size", "grad_accum", "ltn_layers", "ltn_heads", "beam", "max_skips", "merge")
 TOYS = ("toy", "toy_zh", "hard", "hard_zh")
 
@@ -124,9 +127,8 @@ TOYS = ("toy", "toy_zh", "hard", "hard_zh")
 
 def configuration():
     """Page one, config files and command line. Values that no run could make sense of end it with exit code 2."""
-    cfg = configure(__file__, stages=("align", "sft"), positive=POSITIVE,
+    cfg = configure(__file__, stages=("align", "sft"), positive=POSITIVE, shares=SHARES,
                     minus_one=("window", "log_every", "eval_every", "save_every"),
-                    shares=("frame_drop", "dropout", "llm_dropout", "lora_dropout", "label_smoothing"),
                     choices={"stage": ("align", "sft"), "adaptor": ADAPTORS, "llm_bits": (16, 8, 4)})
     for target in cfg.lora_targets.split(","):
         if target not in TARGETS:
@@ -327,7 +329,7 @@ def main():
     # the optimizer and its schedule
     matrices, vectors = ([p for p in learning.values() if (p.dim() > 1) == many] for many in (True, False))
     kinds = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(kinds, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(kinds, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     if start.resuming:
         load_moments(start.folder, model, optimizer, at.step - at.skipped)
     per_epoch = math.ceil(len(clips) / cfg.batch_size)
@@ -367,8 +369,8 @@ def main():
         signals.check_torchrun()
         step_began = time.time()
         epoch, chosen = clips_of_step(len(clips), at.step, cfg.batch_size, cfg.seed)
-        batches = [micro_batch(clips, part, prompt, tokenizer, device, cfg.frame_drop, (cfg.seed, "drop", epoch))
-                   for part in my_part(chosen, clips.lengths, cfg.grad_accum)]
+        batches = [micro_batch(clips, part, prompt, tokenizer, device, cfg.frame_drop, (cfg.seed, "drop", epoch),
+                               cfg.concat) for part in my_part(chosen, clips.lengths, cfg.grad_accum)]
         n_targets, n_tokens, asked = summed(device, sum(len(b.targets) for b in batches),
                                             sum(len(b.tokens) for b in batches), len(signals))
         if asked:

@@ -50,7 +50,7 @@ def estimate(cfg, model, clips, micro, prompt, tokenizer, dtype, device):
 
     # the longest micro-batch: F frames, N tokens, M of them targets
     frames = lambda i: max(1, round(clips.lengths[i] * (1 - cfg.frame_drop)))
-    longest = max(micro, key=lambda m: sum(map(frames, m)))
+    longest = max(micro, key=lambda m: sum(map(frames, m))) * (2 if cfg.concat else 1)  # where each is followed
     answers = [len(tokenizer.encode(clips.rows[i]["text"])) + 1 for i in longest]
     lens = [len(prompt[0]) + frames(i) + len(prompt[1]) + n - 1 for i, n in zip(longest, answers)]
     F, N, M = sum(map(frames, longest)), sum(lens), sum(answers)

@@ -428,6 +428,42 @@ def test_neighbours_are_merged_in_train_and_dev_alike(run, world, tokenizer):
     assert {len(x) for x in frames_of(run("max_steps=1", "max_frames=12", "frame_drop=0").batches)} == {4}
 
 
+@does("train.py", "concat=0.5")
+def test_another_clip_and_its_sentence_follow_half_of_them(run, world, tokenizer):
+    """Frames and words of both, the same other clip on any machine and another one in each epoch; never on dev."""
+    train, dev = ({row["text"]: features(world, split)[row["name"]] for row in rows(world / f"data/toy/{split}.jsonl")}
+                  for split in ("train", "dev"))
+    how = ["batch_size=20", "epochs=4", "max_frames=0"]
+    saw = run(*how, "eval_every=0")
+    assert len(saw.batches) == 4
+    epochs = []
+    for batch in saw.batches:
+        followers = {}
+        for said, frames in zip(clips_of([batch], tokenizer), frames_of([batch])):
+            first = max((text for text in train if said.startswith(text)), key=len)
+            second = said.removeprefix(first).removeprefix(" ")
+            assert torch.equal(frames, torch.cat([train[text] for text in (first, second) if text]))
+            followers[first] = second
+        assert followers.keys() == train.keys()
+        epochs.append(followers)
+    assert 25 < sum(bool(second) for followers in epochs for second in followers.values()) < 55  # of 80
+    assert len({tuple(followers.values()) for followers in epochs}) == 4
+    assert sorted(set(clips_of(saw.dev, tokenizer))) == sorted(dev)
+    again = run(*how, "grad_accum=2", "batch_size=10", "epochs=1")
+    assert sorted(clips_of(again.batches, tokenizer)) == sorted(clips_of(saw.batches[:1], tokenizer))
+    assert sorted(clips_of(run(*how, "concat=0", "epochs=1").batches, tokenizer)) == sorted(train)
+
+
+@does("train.py", "beta2=0.5")
+def test_the_second_moment_is_a_mean_with_beta2(run):
+    """After one step it is (1 - beta2) g^2, the first (1 - 0.9) g."""
+    for words, beta2 in (([], 0.5), (["beta2=0.98"], 0.98)):
+        moments = run("max_steps=1", *words).moments
+        for name in (k.removeprefix("exp_avg.") for k in moments if k.startswith("exp_avg.")):
+            g = moments["exp_avg." + name] / (1 - 0.9)
+            assert torch.allclose(moments["exp_avg_sq." + name], (1 - beta2) * g.square(), rtol=1e-4, atol=1e-12), name
+
+
 @does("train.py", "max_clips=7")
 def test_learns_from_so_many_clips_spread_over_the_set(run, world, tokenizer):
     every = texts(world / "data" / "toy", "train")
@@ -754,7 +790,8 @@ CHANGES = dict(
     device="cpu", dtype="bfloat16", compile="true", activation_checkpointing="true", cpu_offload="true",
     log_every="2", eval_every="2", eval_clips="1", beam="2", save_every="2", keep="2", max_skips="3", epochs="3",
     tensorboard="true", batch_size="5", lr="1e-4", frame_drop="0.2", prompt="im {clip}", train_ltn="false",
-    freeze_llm="false", train_embeddings="true", llm_bits="8", merge="2", dropout="0.1", llm_dropout="0.1")
+    freeze_llm="false", train_embeddings="true", llm_bits="8", merge="2", dropout="0.1", llm_dropout="0.1",
+    concat="0.5", beta2="0.99")
 # the same run, moved
 PLACES = {"out_dir", "run", "data_dir", "init_from", "resume"}
 # what carries it
@@ -959,6 +996,23 @@ def test_beams_and_penalties_are_chosen_on_dev(score, result, world):
     assert [(c["beam"], c["length_penalty"]) for c in calls] == [(1, 1), (2, 1), (1, 1)]  # equally good: the first
     calls = score("beams=", "beam=3", answer=answer).calls
     assert [(c["beam"], c["length_penalty"]) for c in calls] == [(3, 0), (3, 3), (3, 0)]
+
+
+@does("eval.py", "neighbours=1", "split=train")
+def test_words_of_training_vote(score, result, tokenizer, monkeypatch):
+    """Where they alone have a say each train clip gets its own sentence: there is no nearer state than its own."""
+    monkeypatch.setattr("lib.neighbours.SHARE", 1.0)
+    saw = score("max_new_tokens=60")
+    assert [len(s.lens) for s in saw.streams][:2] == [16, 4]  # of train, 20 clips
+    scores, lines = result(".train")
+    assert [r["hyp"] for r in lines] == [" ".join(r["ref"].split()) for r in lines] and scores["neighbours"] == 1
+    assert saw.sllama.llm.head.k == 1
+    words = [i for r in lines for i in [*tokenizer.encode(r["ref"]), tokenizer.eos_id]]
+    assert saw.sllama.llm.head.words.tolist() == words
+    score("neighbours=0", "max_new_tokens=60")
+    assert not any(r["hyp"] == r["ref"] for r in result(".train")[1])
+    saw = score("video=HOME/data/toy/clips/00000.mp4", "max_new_tokens=60")
+    assert saw.out.strip() == " ".join(lines[0]["ref"].split())
 
 
 @does("eval.py", "control=all", "seed=5")
@@ -1304,12 +1358,13 @@ def test_the_rate_of_folders_of_frames_is_the_data_set_s(make, tmp_path, reader,
 NEUTRAL = {
     "train.py": dict(
         llm="", run="", init_from="", resume=False, estimate=False, bos_id=-1, eos_id=-1, ltn=True, lora_dropout=0,
-        max_clips=0, max_frames=0, lang="", label_smoothing=0, grad_accum=1, max_steps=-1, device="auto",
+        max_clips=0, max_frames=0, concat=0, lang="", label_smoothing=0, grad_accum=1, max_steps=-1, device="auto",
         dtype="auto", compile=False, activation_checkpointing=False, cpu_offload=False, eval_every=0, eval_clips=-1,
         save_every=0, keep=1, stage="align", window=8, adaptor="mlp", lora_rank=8, lora_targets="wq,wk,wv,wo"),
     "eval.py": dict(
-        ckpt="", split="test", beams="", length_penalties="", control="none", video="", videos="", hyps="",
-        refs="", against="", lang="", dataset="", data_dir="", backbone="", weights="", llm="", bos_id=-1, eos_id=-1,
+        ckpt="", split="test", neighbours=0, beams="", length_penalties="", control="none", video="", videos="",
+        hyps="", refs="", against="", lang="", dataset="", data_dir="", backbone="", weights="", llm="", bos_id=-1,
+        eos_id=-1,
         dtype="auto", device="auto"),
     "data.py": dict(
         dataset="", root="", reader="", strict=True, backbone="", weights="", fps=0, ratio="0.8,0.1,0.1",
