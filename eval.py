@@ -12,6 +12,7 @@ Beam search stands in model.py, BLEU and ROUGE in lib/scores.py, the controls in
 """
 import glob
 import itertools
+import json
 import os
 import sys
 import time
@@ -19,16 +20,15 @@ from types import SimpleNamespace
 
 import torch
 
-from data import Clips, Sample, micro_batch, pack, prompt_ids, thin
+from data import Clips, Sample, pack, prompt_ids, thin
 from lib.checkpoint import find_checkpoint, home_of, newest_run, read_checkpoint, say_if_other_code
 from lib.configurator import configure, numbers, usage_error
 from lib.controls import CONTROLS, baselines, controlled
 from lib.extract import open_extractor
-from lib.files import sha256
-from lib.neighbours import Neighbours
+from lib.files import sha256, whole
 from lib.program import BadInput, Progress, gathered, join, launch, leave, pick_device, pick_dtype, print0, rank, world
 from lib.readers import SPLITS
-from lib.scores import bleu, language_code, print_scores, report, say_if_unspaced, score_files, write_scored
+from lib.scores import bleu, language_code, print_scores, report, say_if_unspaced, score_files
 from lib.tokenizer import Tokenizer
 from lib.video import other_rate, visible
 from lib.weights import open_llm
@@ -41,7 +41,6 @@ split = "test"  # train, dev or test
 beam = 4  # beam width, 1 = greedy (paper: silent; the field: 4 to 10)
 length_penalty = 1.0  # exponent of ((5+len)/6), 0 = none (paper: silent)
 max_new_tokens = 200  # an answer that has not ended by then is cut, and counted on screen
-neighbours = 0  # words of the train clips that vote on each word, see lib/neighbours.py; 0 = none (paper: none)
 beams = ""  # e.g. 1,4,8: each is tried on dev with each of length_penalties, the best dev BLEU-4 decodes the split
 length_penalties = ""  # e.g. 0,1,2
 control = "none"  # shuffle (another clip's features), blank, noise: what it scores without the right clip; all: each
@@ -233,11 +232,6 @@ def main():
     say(trained.said)
     say(f"{folder}: {trained.stage} run on {trained.dataset}, step {state['step']}; "
         f"{sllama.size() / 1e6:.2f}M parameters in all, on {sllama.mean.device}")
-    if cfg.neighbours:
-        train, prompt, size = Clips(trained, "train"), prompt_ids(sllama.prompt, tokenizer), cfg.batch_size
-        batches = (micro_batch(train, range(len(train))[i:i + size], prompt, tokenizer, sllama.mean.device)
-                   for i in range(0, len(train), size))
-        Neighbours(sllama, batches, cfg.neighbours, Progress("what was said in training", len(train)))
     how = {key: getattr(cfg, key) for key in ("beam", "length_penalty", "max_new_tokens", "batch_size")}
     if cfg.video or cfg.videos:
         return translate_videos(cfg, sllama, tokenizer, trained, how, say)
@@ -265,13 +259,13 @@ def main():
     learnt = glob.glob(glob.escape(folder) + "/*.safetensors")
     files = [clips.path, clips.store.path, *sorted(f for f in learnt if not f.endswith("optimizer.safetensors"))]
     facts = {"split": cfg.split, "dataset": trained.dataset, "checkpoint": folder, "step": state["step"],
-             "llm": trained.said, "decoding": how, "neighbours": cfg.neighbours, "sweep": tried,
-             "standin": clips.store.settings.get("standin"),
+             "llm": trained.said, "decoding": how, "sweep": tried, "standin": clips.store.settings.get("standin"),
              "seconds": round(time.time() - began, 1), "references": f"{clips.path}, untouched",
              "sha256": {os.path.basename(f): sha256(f) for f in files}}
     scores = {c: report(h, refs, lang) | {"control": c} | facts for c, h in found.items()}
     rows = {"model" if c == "none" else f"CONTROL {c}": s for c, s in scores.items()}
-    if "none" in found and (train := clips.beside("train")):
+    train = clips.beside("train")
+    if "none" in found and train:
         simple = {name: report(h, refs, lang) for name, h in baselines(clips, train, mean, std).items()}
         scores["none"]["baselines"] = {n: {k: s[k] for k in ("bleu", "rouge", "chrf")} for n, s in simple.items()}
         rows |= simple
@@ -285,7 +279,12 @@ def main():
     home, other = home_of(folder), cfg.dataset not in ("", state["config"]["dataset"])
     for control in controls:
         marks = [cfg.dataset] * other + [cfg.split] * (cfg.split != "test") + [control] * (control != "none")
-        write_scored(home, "".join("." + mark for mark in marks), clips.rows, found[control], scores[control])
+        suffix = "".join("." + mark for mark in marks)
+        lines = [{"name": r["name"], "hyp": h, "ref": r["text"]} for r, h in zip(clips.rows, found[control])]
+        for name, some in ((f"hyps{suffix}.jsonl", lines), (f"scores{suffix}.json", [scores[control]])):
+            with whole(f"{home}/{name}") as f:
+                f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in some)
+        print(f"written to {home}/hyps{suffix}.jsonl and scores{suffix}.json")
 
 
 if __name__ == "__main__":

@@ -286,10 +286,7 @@ class LLaMA(nn.Module):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 layer = partial(checkpoint, layer, use_reentrant=False)
             h = layer(h, rope, wanted, *how)
-        return self.head(self.norm(h))
-
-    def head(self, h):
-        """States behind the last norm (..., dim) -> logits (..., vocab). lib/neighbours.py may stand in its place."""
+        h = self.norm(h)
         return F.linear(h, self.tok_embeddings.weight.to(h.dtype)) if self.output is None else self.output(h)
 
     @torch.no_grad()

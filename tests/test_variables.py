@@ -998,23 +998,6 @@ def test_beams_and_penalties_are_chosen_on_dev(score, result, world):
     assert [(c["beam"], c["length_penalty"]) for c in calls] == [(3, 0), (3, 3), (3, 0)]
 
 
-@does("eval.py", "neighbours=1", "split=train")
-def test_words_of_training_vote(score, result, tokenizer, monkeypatch):
-    """Where they alone have a say each train clip gets its own sentence: there is no nearer state than its own."""
-    monkeypatch.setattr("lib.neighbours.SHARE", 1.0)
-    saw = score("max_new_tokens=60")
-    assert [len(s.lens) for s in saw.streams][:2] == [16, 4]  # of train, 20 clips
-    scores, lines = result(".train")
-    assert [r["hyp"] for r in lines] == [" ".join(r["ref"].split()) for r in lines] and scores["neighbours"] == 1
-    assert saw.sllama.llm.head.k == 1
-    words = [i for r in lines for i in [*tokenizer.encode(r["ref"]), tokenizer.eos_id]]
-    assert saw.sllama.llm.head.words.tolist() == words
-    score("neighbours=0", "max_new_tokens=60")
-    assert not any(r["hyp"] == r["ref"] for r in result(".train")[1])
-    saw = score("video=HOME/data/toy/clips/00000.mp4", "max_new_tokens=60")
-    assert saw.out.strip() == " ".join(lines[0]["ref"].split())
-
-
 @does("eval.py", "control=all", "seed=5")
 def test_controls(score, result):
     saw = score()
@@ -1362,9 +1345,8 @@ NEUTRAL = {
         dtype="auto", compile=False, activation_checkpointing=False, cpu_offload=False, eval_every=0, eval_clips=-1,
         save_every=0, keep=1, stage="align", window=8, adaptor="mlp", lora_rank=8, lora_targets="wq,wk,wv,wo"),
     "eval.py": dict(
-        ckpt="", split="test", neighbours=0, beams="", length_penalties="", control="none", video="", videos="",
-        hyps="", refs="", against="", lang="", dataset="", data_dir="", backbone="", weights="", llm="", bos_id=-1,
-        eos_id=-1,
+        ckpt="", split="test", beams="", length_penalties="", control="none", video="", videos="", hyps="",
+        refs="", against="", lang="", dataset="", data_dir="", backbone="", weights="", llm="", bos_id=-1, eos_id=-1,
         dtype="auto", device="auto"),
     "data.py": dict(
         dataset="", root="", reader="", strict=True, backbone="", weights="", fps=0, ratio="0.8,0.1,0.1",
