@@ -28,8 +28,7 @@ from lib.weights import open_llm
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        # sums in fp32, whatever the dtype
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)  # sums in fp32
 
 
 class FeedForward(nn.Module):
@@ -88,9 +87,7 @@ class Attention(nn.Module):
     def forward(self, x, rope, attend, *how):
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # -> (B, T, H, D)
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
-        # on a CPU attention in bfloat16 is up to four times slower than in fp32 (docs/speed.md)
-        dtype = torch.float32 if x.device.type == "cpu" else x.dtype
-        return self.wo(attend(*(t.to(dtype) for t in (q, k, v)), *how).to(x.dtype))
+        return self.wo(attend(q.type_as(v), k.type_as(v), v, *how))
 
 
 class Block(nn.Module):
@@ -109,15 +106,24 @@ class Block(nn.Module):
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
 
 
+def attention_by_products(q, k, v, is_causal, enable_gqa):
+    """F.scaled_dot_product_attention, q (B, H, T, D), where that is slow: bfloat16 on a CPU (docs/speed.md)."""
+    T, D = q.shape[2:]
+    q = (q / D ** 0.5).unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # -> (B, Hkv, heads per key * T, D)
+    scores = (q @ k.mT).unflatten(2, (-1, T))  # (B, Hkv, heads per key, T, T)
+    scores = scores + scores.new_full((T, T), float("-inf")).triu(1) if is_causal else scores
+    return (scores.softmax(-1).flatten(2, 3) @ v).unflatten(2, (-1, T)).flatten(1, 2)
+
+
 def packed_attention(q, k, v, lens=None, causal=False):
     """
     q (B, T, H, D), k, v (B, T, Hkv, D) -> (B, T, H*D). lens: lengths of sequences packed in a stream (B == 1), or None.
     Each attends to itself alone, in a call of its own: the fused kernel then needs no mask, and there is no filling,
     whose cost would grow with the square of the longest.
     """
+    attend = F.scaled_dot_product_attention if q.is_cuda or q.dtype == torch.float32 else attention_by_products
     cut = lambda t: [part.transpose(1, 2) for part in t.split(lens or t.shape[1], 1)]  # -> (B, H, length, D) each
-    o = [F.scaled_dot_product_attention(*one, is_causal=causal, enable_gqa=q.shape[2] != k.shape[2])
-         for one in zip(cut(q), cut(k), cut(v))]
+    o = [attend(*one, is_causal=causal, enable_gqa=q.shape[2] != k.shape[2]) for one in zip(cut(q), cut(k), cut(v))]
     return torch.cat(o, 2).transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H*D)
 
 
@@ -276,10 +282,8 @@ class LLaMA(nn.Module):
         rope = rope_table(pos, self.args.head_dim, self.args.rope_theta, self.args.rope_scaling)
         inside = each_to_itself(h, lens, causal=True) if cache is None else None  # the same for all layers
         for i, layer in enumerate(self.layers):
-            # who sees whom: a function, and what it takes beside q, k and v
-            if cache is None:
-                how = inside
-            else:
+            how = inside  # who sees whom: a function, and what it takes beside q, k and v
+            if cache is not None:
                 how = (cache.read_prefix, i, lens) if lens else (cache.attend, i)
             # after the last attention nobody looks at positions without logits: its feed-forward leaves them out
             wanted = at if layer is self.layers[-1] else None

@@ -57,18 +57,21 @@ def estimate(cfg, model, clips, micro, prompt, tokenizer, dtype, device):
 
     # what autograd keeps of a block. A frozen matrix keeps nothing of its input, one that learns all of it
     s, dim, hidden, wide = dtype.itemsize, args.dim, args.hidden_dim, args.n_heads * args.head_dim
-    attends = 4 if device.type == "cpu" else s
     kept = N * (2 * dim * 4 + 3 * hidden * s)  # both norms' inputs in fp32; w1 x, silu(w1 x), w3 x
     kept += N * lora_inputs(cfg, dim, hidden, wide) * (s + (cfg.lora_dropout > 0))  # with dropout's mask
-    # q, k, v, their output, in fp32 on a CPU, a log-sum a row
-    kept += N * 2 * (wide + args.n_kv_heads * args.head_dim) * attends + N * args.n_heads * 4
+    # q, k, v, their output, and a log-sum a row; attention_by_products keeps all of its weights
+    by_products = device.type == "cpu" and s < 4
+    weights = lambda some: s * sum(n * n for n in some) if by_products else 4 * sum(some)
+    kept += N * 2 * (wide + args.n_kv_heads * args.head_dim) * s + args.n_heads * weights(lens)
     blocks = args.n_layers * N * dim * s + kept if cfg.activation_checkpointing else args.n_layers * kept
     # of the adaptor: W1 x, GELU of it, and the frames as they stand in the LLM's stream
     vision = F * dim * s * {"mlp": 3, "mlp_noact": 2, "linear": 1}[cfg.adaptor]
     if cfg.ltn and cfg.train_ltn:  # a block of 32 queries sees so many keys, and its weights are not kept
         w, seen = model.adaptor.w1.in_features, 32 + sum(model.ltn.reach) if cfg.window >= 0 else 0
-        inside = s * (7 * w + 4 * (8 * w // 3)) + attends * (4 * w + 2 * w * seen // 32)
+        inside = s * (11 * w + 4 * (8 * w // 3) + 2 * w * seen // 32)
         vision += cfg.ltn_layers * F * inside + F * seen
+        if cfg.window < 0:
+            vision += cfg.ltn_layers * cfg.ltn_heads * weights([frames(i) for i in longest])
     if s < 4:  # what learns is cast for each use, but for word embeddings, which are looked up
         vision += s * (n_learning - cfg.train_embeddings * args.vocab_size * dim)
     # log-softmax and two gradients of it, or the gradients inside a block, beside them a matrix that is dequantised

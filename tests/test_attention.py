@@ -11,6 +11,7 @@ from lib.program import BadInput
 from model import (
     Attention,
     RMSNorm,
+    attention_by_products,
     banded,
     causal_attention,
     each_to_itself,
@@ -124,6 +125,36 @@ def test_the_kernel_itself(heads, kv, width, causal):
     back = torch.randn_like(want)
     pairs = zip((got, *torch.autograd.grad(got, qkv, back.bfloat16())), (want, *torch.autograd.grad(want, exact, back)))
     assert all((a.float() - b).norm() < 0.02 * b.norm() for a, b in pairs)
+
+
+@pytest.mark.parametrize("B, heads, kv, width", [(1, 4, 4, 8), (1, 6, 2, 10), (3, 4, 2, 16)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_plain_products_are_the_kernel(B, heads, kv, width, causal):
+    """scaled_dot_product_attention and its gradients, in float64."""
+    g = torch.Generator().manual_seed(0)
+    make = lambda h: torch.randn(B, h, 37, width, generator=g, dtype=torch.float64).requires_grad_(True)
+    qkv = make(heads), make(kv), make(kv)
+    how = dict(is_causal=causal, enable_gqa=heads != kv)
+    got, want = attention_by_products(*qkv, **how), torch.nn.functional.scaled_dot_product_attention(*qkv, **how)
+    back = torch.randn_like(want)
+    pairs = zip((got, *torch.autograd.grad(got, qkv, back)), (want, *torch.autograd.grad(want, qkv, back)))
+    assert all(a.shape == b.shape and torch.allclose(a, b, atol=1e-12) for a, b in pairs)
+
+
+@pytest.mark.parametrize("dtype, taken", [(torch.bfloat16, True), (torch.float16, True), (torch.float32, False)])
+def test_where_plain_products_are_taken(monkeypatch, dtype, taken):
+    """In 16 bits on a CPU, for each sequence of a stream; the result is float32's, but for rounding."""
+    calls = []
+
+    def counted(*qkv, **how):
+        calls.append(qkv[0].shape[2])
+        return attention_by_products(*qkv, **how)
+
+    monkeypatch.setattr(model, "attention_by_products", counted)
+    lens, _, qkv = streams("cpu", dtype, 4, 2, 16)
+    got, want = causal_attention(*qkv, lens), causal_attention(*(t.float() for t in qkv), lens)
+    assert got.dtype == dtype and calls == (lens if taken else [])
+    assert (got.float() - want).norm() < 0.01 * want.norm()
 
 
 def test_where_the_kernel_is_taken():

@@ -69,9 +69,8 @@ def counted(cfg, n, frames, answers, prompt, s, cuda):
     F, M = sum(frames), sum(answers)
     N = F + M + (prompt - 1) * len(frames)  # the last of an answer's tokens is never read
     # what a block keeps for a token: what goes into the two norms, in fp32; SwiGLU's three parts;
-    # queries, keys, values and what attention makes of them, in fp32 on a CPU; a log-sum for each head
-    attends = s if cuda else 4
-    row = 4 * (DIM + DIM) + s * 3 * HIDDEN + attends * (Q + K + K + Q) + 4 * HEADS
+    # queries, keys, values and what attention makes of them
+    row = 4 * (DIM + DIM) + s * 3 * HIDDEN + s * (Q + K + K + Q)
     if not cfg.freeze_llm:
         inputs = {"wq": "x", "wk": "x", "wv": "x", "wo": "o", "w1": "y", "w3": "y", "w2": "z"}
         if cfg.lora_dropout:  # each has dropped out other numbers, and keeps its mask
@@ -79,14 +78,22 @@ def counted(cfg, n, frames, answers, prompt, s, cuda):
         else:
             targets = cfg.lora_targets.split(",") if cfg.lora_rank else MATRICES
             row += sum({inputs[t]: MATRICES[t][1] * s for t in targets}.values())
-    kept = LAYERS * N * row
+    inside = N * row
+    # and for each head a log-sum of each row, or, in bfloat16 on a CPU, what each token gives each of its sequence
+    lens = [prompt + f + m - 1 for f, m in zip(frames, answers)]
+    by_products = s < 4 and not cuda
+    inside += HEADS * (s * sum(n * n for n in lens) if by_products else 4 * N)
+    kept = LAYERS * inside
     if cfg.activation_checkpointing:
-        kept = LAYERS * N * DIM * s + N * row  # the input of each block, and the inside of one
+        kept = LAYERS * N * DIM * s + inside  # the input of each block, and the inside of one
     kept += F * DIM * s * {"mlp": 3, "mlp_noact": 2, "linear": 1}[cfg.adaptor]
     if cfg.ltn and cfg.train_ltn:
         seen = 32 + cfg.window if cfg.window >= 0 else 0  # keys that a block of 32 queries meets, copied for it
-        inside = s * (7 * LTN + 4 * 42) + attends * (4 * LTN + 2 * LTN * seen / 32)
+        inside = s * (7 * LTN + 4 * 42 + 4 * LTN + 2 * LTN * seen / 32)
         kept += cfg.ltn_layers * F * inside + F * seen
+        if cfg.window < 0:  # no band: as in the LLM
+            weights = s * sum(n * n for n in frames) if by_products else 4 * F
+            kept += cfg.ltn_layers * cfg.ltn_heads * weights
     back = max(3 * 4 * M * VOCAB, s * N * (3 * HIDDEN + 2 * DIM))
     learnt = numbers([t for t in everything if t[1]])
     if s < 4:  # cast for each use; word embeddings are looked up
