@@ -406,8 +406,7 @@ def band(cfg):
         mask = sees(at[:, None], at, 8)
         for dtype in dtypes(cfg):
             cast = [t.to(dtype) for t in (q, k, v)]
-            inside = torch.float32 if device.type == "cpu" else dtype  # as Attention calls it
-            ours = lambda: local_attention(*(t.to(inside) for t in cast), 8).to(dtype)
+            ours = lambda: local_attention(*cast, 8)
             dense = lambda: F.scaled_dot_product_attention(*cast, attn_mask=mask)
             apart = (ours() - dense()).abs().max().item()
             found = turns(cfg.repeats, ours=ours, peer=dense)
