@@ -432,7 +432,7 @@ class Cache:
         """The clips of one part: one softmax over the prefix, which the beams share, and what each has written."""
         old = (q.transpose(1, 2).flatten(2, 3) @ kp).masked_fill_(filling, float("-inf"))
         new = (q @ kw.mT).transpose(1, 2).flatten(2, 3)  # (part, H, beams * heads per key, S), as `old` with L
-        p = torch.cat([old, new], -1).float().softmax(-1).type_as(q)
+        p = torch.cat([old, new], -1).softmax(-1)
         old, new = p.split([old.shape[-1], new.shape[-1]], -1)
         each = lambda t: t.unflatten(2, (q.shape[1], -1)).transpose(1, 2)  # -> (part, beams, H, heads per key, ...)
         return each(old @ vp) + each(new) @ vw
@@ -463,10 +463,9 @@ def widen(scores, logits, most):
     The best continuations of each clip's beams. scores (n, beams), logits (n, beams, V)
     -> their scores, the beams they come from, their tokens: (n, most) each, the best first.
     """
-    top, token = logits.topk(min(most, logits.shape[-1]))  # (n, beams, k): no sum over the whole vocabulary is kept
-    top = scores[..., None] + top.float() - logits.float().logsumexp(-1, keepdim=True)
+    top, token = logits.log_softmax(-1, dtype=torch.float32).topk(min(most, logits.shape[-1]))  # (n, beams, k)
     k = top.shape[-1]
-    top, flat = top.flatten(1).topk(min(most, top[0].numel()))
+    top, flat = (scores[..., None] + top).flatten(1).topk(min(most, top[0].numel()))
     return top, flat // k, token.flatten(1).gather(1, flat)
 
 
