@@ -50,10 +50,12 @@ def estimate(cfg, model, clips, micro, prompt, tokenizer, dtype, device):
 
     # the longest micro-batch: F frames, N tokens, M of them targets
     frames = lambda i: max(1, round(clips.lengths[i] * (1 - cfg.frame_drop)))
-    longest = max(micro, key=lambda m: sum(map(frames, m))) * (2 if cfg.concat else 1)  # where each is followed
-    answers = [len(tokenizer.encode(clips.rows[i]["text"])) + 1 for i in longest]
-    lens = [len(prompt[0]) + frames(i) + len(prompt[1]) + n - 1 for i, n in zip(longest, answers)]
-    F, N, M = sum(map(frames, longest)), sum(lens), sum(answers)
+    longest = max(micro, key=lambda m: sum(map(frames, m)))
+    joined = 2 if cfg.concat else 1  # each of them may be followed by one like it, in the same sequence
+    shown = [joined * frames(i) for i in longest]
+    answers = [joined * len(tokenizer.encode(clips.rows[i]["text"])) + 1 for i in longest]
+    lens = [len(prompt[0]) + f + len(prompt[1]) + n - 1 for f, n in zip(shown, answers)]
+    F, N, M = sum(shown), sum(lens), sum(answers)
 
     # what autograd keeps of a block. A frozen matrix keeps nothing of its input, one that learns all of it
     s, dim, hidden, wide = dtype.itemsize, args.dim, args.hidden_dim, args.n_heads * args.head_dim
@@ -71,7 +73,7 @@ def estimate(cfg, model, clips, micro, prompt, tokenizer, dtype, device):
         inside = s * (11 * w + 4 * (8 * w // 3) + 2 * w * seen // 32)
         vision += cfg.ltn_layers * F * inside + F * seen
         if cfg.window < 0:
-            vision += cfg.ltn_layers * cfg.ltn_heads * weights([frames(i) for i in longest])
+            vision += cfg.ltn_layers * cfg.ltn_heads * weights(shown)
     if s < 4:  # what learns is cast for each use, but for word embeddings, which are looked up
         vision += s * (n_learning - cfg.train_embeddings * args.vocab_size * dim)
     # log-softmax and two gradients of it, or the gradients inside a block, beside them a matrix that is dequantised

@@ -151,6 +151,19 @@ def test_every_row(processes, monkeypatch, case, device):
         assert away == [what for what, _ in rows[:3]] * (cfg.cpu_offload and device == "cuda")
 
 
+@pytest.mark.parametrize("window", [8, -1])
+def test_joined_clips_are_one_sequence(monkeypatch, window):
+    """concat: a clip and the one that follows it attend to each other, which costs more than either alone."""
+    cfg = page(**CFG | dict(concat=0.3, window=window))
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
+    micro, frames, answers = MICRO[0]
+    model = make(cfg, 1, torch.bfloat16, None)
+    longest, rows = estimate(cfg, model, CLIPS, micro, ([1, 7, 8], [9, 9]), WORDS, torch.bfloat16, torch.device("cpu"))
+    frames, answers = [2 * f for f in frames], [2 * (n - 1) + 1 for n in answers]  # one EOS for both
+    assert longest == f"2 clips of {sum(frames)} frames, {sum(frames) + sum(answers) + 4 * 2} tokens"
+    assert [size for _, size in rows] == pytest.approx(counted(cfg, 1, frames, answers, 5, 2, cuda=False))
+
+
 @pytest.mark.parametrize("kind", ADAPTORS)
 def test_what_autograd_keeps_of_an_adaptor(kind):
     """The bytes of `estimate` are those of the tensors that PyTorch really keeps, and of the frames in the stream."""
