@@ -12,7 +12,6 @@ Beam search stands in model.py, BLEU and ROUGE in lib/scores.py, the controls in
 """
 import glob
 import itertools
-import json
 import os
 import sys
 import time
@@ -25,10 +24,10 @@ from lib.checkpoint import find_checkpoint, home_of, newest_run, read_checkpoint
 from lib.configurator import configure, numbers, usage_error
 from lib.controls import CONTROLS, baselines, controlled
 from lib.extract import open_extractor
-from lib.files import sha256, whole
+from lib.files import sha256
 from lib.program import BadInput, Progress, gathered, join, launch, leave, pick_device, pick_dtype, print0, rank, world
 from lib.readers import SPLITS
-from lib.scores import bleu, language_code, print_scores, report, say_if_unspaced, score_files
+from lib.scores import bleu, language_code, print_scores, report, say_if_unspaced, score_files, write_scored
 from lib.tokenizer import Tokenizer
 from lib.video import other_rate, visible
 from lib.weights import open_llm
@@ -264,8 +263,7 @@ def main():
              "sha256": {os.path.basename(f): sha256(f) for f in files}}
     scores = {c: report(h, refs, lang) | {"control": c} | facts for c, h in found.items()}
     rows = {"model" if c == "none" else f"CONTROL {c}": s for c, s in scores.items()}
-    train = clips.beside("train")
-    if "none" in found and train:
+    if "none" in found and (train := clips.beside("train")):
         simple = {name: report(h, refs, lang) for name, h in baselines(clips, train, mean, std).items()}
         scores["none"]["baselines"] = {n: {k: s[k] for k in ("bleu", "rouge", "chrf")} for n, s in simple.items()}
         rows |= simple
@@ -279,12 +277,7 @@ def main():
     home, other = home_of(folder), cfg.dataset not in ("", state["config"]["dataset"])
     for control in controls:
         marks = [cfg.dataset] * other + [cfg.split] * (cfg.split != "test") + [control] * (control != "none")
-        suffix = "".join("." + mark for mark in marks)
-        lines = [{"name": r["name"], "hyp": h, "ref": r["text"]} for r, h in zip(clips.rows, found[control])]
-        for name, some in ((f"hyps{suffix}.jsonl", lines), (f"scores{suffix}.json", [scores[control]])):
-            with whole(f"{home}/{name}") as f:
-                f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in some)
-        print(f"written to {home}/hyps{suffix}.jsonl and scores{suffix}.json")
+        write_scored(home, "".join("." + mark for mark in marks), clips.rows, found[control], scores[control])
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ from lib.weights import open_llm
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)  # sums in fp32
+        # sums in fp32, whatever the dtype
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class FeedForward(nn.Module):

@@ -3,13 +3,14 @@ BLEU and ROUGE by one fixed protocol: text in, numbers out.
 sacrebleu is imported where it is used, since `help` waits for every import up there.
 """
 import io
+import json
 import logging
 import os
 import re
 
 import numpy as np
 
-from lib.files import read_jsonl, read_text
+from lib.files import read_jsonl, read_text, whole
 from lib.program import BadInput
 
 # codes of what is written without spaces between words, those of ISO 639-3 and their like behind them
@@ -149,6 +150,15 @@ def print_scores(title, rows):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files of hypotheses
+
+def write_scored(home, suffix, rows, hyps, scores):
+    """A split's sentences beside their references, and its scores -> home/hyps{suffix}.jsonl, scores{suffix}.json."""
+    lines = [{"name": r["name"], "hyp": h, "ref": r["text"]} for r, h in zip(rows, hyps)]
+    for name, some in ((f"hyps{suffix}.jsonl", lines), (f"scores{suffix}.json", [scores])):
+        with whole(f"{home}/{name}") as f:
+            f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in some)
+    print(f"written to {home}/hyps{suffix}.jsonl and scores{suffix}.json")
+
 
 def read_hyps(path, refs=""):
     """A file of lines {"name","hyp","ref"}, or two of texts line by line -> {name or line: (hyp, ref)}."""
