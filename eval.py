@@ -25,6 +25,7 @@ from lib.configurator import configure, numbers, usage_error
 from lib.controls import CONTROLS, baselines, controlled
 from lib.extract import open_extractor
 from lib.files import sha256
+from lib.memory import DECODING_LOWERS, explained
 from lib.program import BadInput, Progress, gathered, join, launch, leave, pick_device, pick_dtype, print0, rank, world
 from lib.readers import SPLITS
 from lib.scores import bleu, language_code, print_scores, report, say_if_unspaced, score_files, write_scored
@@ -58,7 +59,7 @@ llm_bits = ""  # 16, 8 or 4, of its matrices; "" = the run's
 bos_id = -1  # -1 = the run's
 eos_id = -1  # -1 = the run's
 batch_size = 16  # clips decoded together
-dtype = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, bfloat16, float16
+dtype = "auto"  # auto (bfloat16 where it is fast, see docs/speed.md, else float32), float32, bfloat16, float16
 device = "auto"  # auto, cpu, cuda
 seed = 1337  # of the shuffle and noise controls
 
@@ -87,7 +88,7 @@ def load_model(ckpt, device="auto", dtype="auto", **overrides):
     for name, b in sllama.named_buffers():
         setattr(sllama, name, b.float())  # statistics of the features, not weights
     sllama.requires_grad_(False).load(raw, device, 0, checkpoint.tensors)
-    trained.said = raw.describe(dtype)
+    trained.said = raw.describe(dtype, trained.llm_bits)
     return sllama.eval(), tokenizer, trained
 
 
@@ -114,7 +115,8 @@ def translate(sllama, features, tokenizer, beam=4, length_penalty=1.0, max_new_t
             break
         chosen = order[start:start + batch_size]
         streams = prefixes(sllama, [features[i] for i in chosen], prompt)
-        answers = generate(sllama.llm, streams, tokenizer.eos_ids, beam, length_penalty, max_new_tokens, watch)
+        with explained("decoding", f"{len(chosen)} clips of up to {len(features[chosen[-1]])} frames", DECODING_LOWERS):
+            answers = generate(sllama.llm, streams, tokenizer.eos_ids, beam, length_penalty, max_new_tokens, watch)
         for i, (ids, ended) in zip(chosen, answers):
             out[i] = tokenizer.decode(ids).strip()
             cut += not ended
@@ -135,14 +137,19 @@ def decode(sllama, features, tokenizer, what, how):
     return [out[i] for i in range(len(features))]
 
 
+def fitting(clips, trained):
+    """Clips whose features are as wide as those that the run was trained on, else BadInput."""
+    dim_in = trained.checkpoint.state["dim_in"]
+    if clips and clips.width != dim_in:
+        raise BadInput(f"{clips.store.path}: features of width {clips.width}, the run was trained on {dim_in}")
+    return clips
+
+
 def read_split(trained, split):
     """A split of the run's data set -> (Clips, their features, their sentences)."""
-    clips = Clips(trained, split)
+    clips = fitting(Clips(trained, split), trained)
     if clips.too_long:
         print0(clips.describe().splitlines()[-1])
-    dim_in = trained.checkpoint.state["dim_in"]
-    if clips.width != dim_in:
-        raise BadInput(f"{clips.store.path}: features of width {clips.width}, the run was trained on {dim_in}")
     return clips, [clips.features(i) for i in range(len(clips))], [row["text"] for row in clips.rows]
 
 
@@ -196,14 +203,13 @@ def translate_videos(cfg, sllama, tokenizer, trained, how, say):
             say(f"{path}: passed over, its ending is none of {' '.join(endings)}")
             continue
         try:
-            features = read(path)
+            (sentence,) = translate(sllama, [read(path)], tokenizer, **how)
         except BadInput as e:
             if cfg.video:
                 raise
             failed += 1
             say(f"eval.py: {e}")  # the other clips of the folder are fine
             continue
-        (sentence,) = translate(sllama, [features], tokenizer, **how)
         sentence = " ".join(sentence.split())
         print(sentence if cfg.video else f"{os.path.basename(path)}\t{sentence}", flush=True)
     if failed:
@@ -245,6 +251,7 @@ def main():
         how |= {"beam": best["beam"], "length_penalty": best["length_penalty"]}
     clips, features, refs = read_split(trained, cfg.split)
     controls = [c for c in ("none", *CONTROLS) if cfg.control in (c, "all")]
+    train = fitting(clips.beside("train"), trained) if "none" in controls else None  # opened before hours of decoding
     mean, std, found, began = sllama.mean.cpu(), sllama.std.cpu(), {}, time.time()
     for control in controls:
         what = f"decoding {cfg.split}" + (f", control {control}" if control != "none" else "")
@@ -263,7 +270,7 @@ def main():
              "sha256": {os.path.basename(f): sha256(f) for f in files}}
     scores = {c: report(h, refs, lang) | {"control": c} | facts for c, h in found.items()}
     rows = {"model" if c == "none" else f"CONTROL {c}": s for c, s in scores.items()}
-    if "none" in found and (train := clips.beside("train")):
+    if train:
         simple = {name: report(h, refs, lang) for name, h in baselines(clips, train, mean, std).items()}
         scores["none"]["baselines"] = {n: {k: s[k] for k in ("bleu", "rouge", "chrf")} for n, s in simple.items()}
         rows |= simple
@@ -273,11 +280,12 @@ def main():
     if facts["standin"]:
         print(f"NOT a score of the data set: {facts['standin']}")
 
-    # and their files, in the run's folder. Nothing but its own data set and test split may go by the plain name
-    home, other = home_of(folder), cfg.dataset not in ("", state["config"]["dataset"])
+    # and their files, in the run's folder. Only its own data set, features, bits and test split go by the plain name
+    marks = {"dataset": cfg.dataset, "backbone": cfg.backbone.replace("/", "_"), "llm_bits": f"{cfg.llm_bits}bits"}
+    other = [mark for key, mark in marks.items() if replace[key] not in ("", -1, trained.checkpoint.config[key])]
     for control in controls:
-        marks = [cfg.dataset] * other + [cfg.split] * (cfg.split != "test") + [control] * (control != "none")
-        write_scored(home, "".join("." + mark for mark in marks), clips.rows, found[control], scores[control])
+        end = other + [cfg.split] * (cfg.split != "test") + [control] * (control != "none")
+        write_scored(home_of(folder), "".join("." + mark for mark in end), clips.rows, found[control], scores[control])
 
 
 if __name__ == "__main__":

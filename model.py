@@ -141,7 +141,8 @@ def gpu_attention(q, k, v, ends, longest, causal):
 
 def each_to_itself(x, lens, causal):
     """Who sees whom in a stream x, as Attention takes it: the function, and what it is given beside q, k, v."""
-    if lens and x.is_cuda and x.dtype != torch.float32:
+    # Ampere is the first that has the kernel
+    if lens and x.is_cuda and x.dtype != torch.float32 and torch.cuda.get_device_capability(x.device) >= (8, 0):
         return gpu_attention, torch.tensor([0, *accumulate(lens)], dtype=torch.int32).to(x.device), max(lens), causal
     return causal_attention if causal else packed_attention, lens
 
@@ -216,7 +217,7 @@ class LocalTransformer(nn.Module):
         # the band is relative, and so are rotary positions: they may run on over the clips of a stream
         rope = rope_table(torch.arange(x.shape[1], device=x.device)[None], self.head_dim)
         how = banded, self.window, doc
-        if self.window < 0 and len(x) == 1:  # the whole clip is no band
+        if self.window < 0 and doc is not None and len(doc) == 1:  # the whole clip is no band
             how = each_to_itself(x, doc.unique_consecutive(return_counts=True)[1].tolist(), causal=not self.reach[1])
         for layer in self.layers:
             x = layer(x, rope, None, *how)
@@ -241,9 +242,7 @@ class Adaptor(nn.Module):
 
     def forward(self, x):
         x = self.w1(x)
-        if self.kind == "linear":
-            return x
-        return self.w2(F.gelu(x) if self.kind == "mlp" else x)
+        return x if self.w2 is None else self.w2(F.gelu(x) if self.kind == "mlp" else x)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # LLaMA
@@ -328,8 +327,7 @@ class SLLaMA(nn.Module):
     def __init__(self, llm_args, dim_in, cfg):
         super().__init__()
         width = (cfg.ltn_dim or dim_in) if cfg.ltn else dim_in
-        # Where the paper is silent: features are standardised with the training set's statistics,
-        # so that one learning rate fits all backbones ...
+        # Where the paper is silent: features are standardised, so that one learning rate fits all backbones ...
         self.register_buffer("mean", torch.zeros(dim_in))
         self.register_buffer("std", torch.ones(dim_in))
         # ... and frames enter the LLM at the size of its words: LLaMA-2's embeddings have a deviation of 0.02, not 1
@@ -341,6 +339,7 @@ class SLLaMA(nn.Module):
         self.dropout, self.word_dropout = nn.Dropout(cfg.dropout), nn.Dropout(cfg.llm_dropout)
         self.prompt = cfg.prompt.replace("{language}", cfg.language)  # holds {clip} where the frames go
         self.label_smoothing = cfg.label_smoothing
+        self.given = ()  # names of all that a checkpoint has given, see load
 
     def embed(self, batch):
         """The stream that the LLM reads: embeddings of its tokens, each clip's frames in their place. -> (1, N, dim)"""
@@ -370,6 +369,7 @@ class SLLaMA(nn.Module):
         self.to_empty(device=device)
         self.llm.fill(raw)
         own = dict(self.named_parameters())  # to_empty has made new ones
+        self.given = state.keys()
         for name in {*learnt} | state.keys() & own.keys():
             fill(own[name], state[name] if name in state else init_weight(name, own[name].shape, seed))
         for name, b in self.named_buffers():
@@ -386,9 +386,9 @@ class SLLaMA(nn.Module):
                                           if not name.startswith("llm.") or "lora_" in name)
 
     def vision_state(self):
-        """What a checkpoint's vision.safetensors holds: all but the LLM, and what of it learns beside LoRA."""
-        return {name: v for name, v in [*self.named_parameters(), *self.named_buffers()]
-                if not name.startswith("llm.") or (v.requires_grad and "lora_" not in name)}
+        """What a checkpoint's vision.safetensors holds: all but LoRA and what of the LLM is still as it was raw."""
+        return {name: v for name, v in [*self.named_parameters(), *self.named_buffers()] if "lora_" not in name
+                and (not name.startswith("llm.") or v.requires_grad or name in self.given)}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding
@@ -403,7 +403,7 @@ class Cache:
     def __init__(self, max_new):
         self.max_new = max_new  # tokens that a beam may write
         self.prefix = defaultdict(list)  # layer -> (keys, values, what is filling) of each part
-        self.written = {}  # layer -> keys and values (n, beams, H, max_new, D)
+        self.written = {}  # layer -> keys and values (n, beams, H, step + 1 and room for more, D)
         self.step = -1  # index of the token being read, counted from the end of the prefix
 
     def read_prefix(self, q, k, v, layer, lens):
@@ -417,8 +417,9 @@ class Cache:
 
     def attend(self, q, k, v, layer):
         """One token a beam: q (n, beams, heads, D), k and v (n, beams, H, D) -> (n, beams, heads*D)."""
-        if layer not in self.written:
-            self.written[layer] = [t.new_empty(*t.shape[:3], self.max_new, t.shape[3]) for t in (k, v)]
+        if self.step % 32 == 0:  # room for 32 more: most answers end long before max_new
+            have = self.written.get(layer) or [t.new_empty(*t.shape[:3], 0, t.shape[3]) for t in (k, v)]
+            self.written[layer] = [F.pad(t, (0, 0, 0, 32)) for t in have]
         for new, written in zip((k, v), self.written[layer]):
             written[:, :, :, self.step] = new
         # (n, beams, heads, D) -> (n, beams, H, heads per key, D)
@@ -501,7 +502,6 @@ def generate(llm, streams, eos_ids, beam=1, length_penalty=1.0, max_new_tokens=2
     sum(log p) / ((5+len)/6)**length_penalty (Wu et al. 2016, eq. 14); a sequence is done once `beam` of its hypotheses
     have ended. Every step is one cached forward of n x beam tokens. watch: called at each with what keep_best is given.
     """
-    # the prefixes, once
     cache = Cache(max_new_tokens)
     logits, lens = read_prefixes(llm, streams, cache)
     n, device = len(lens), logits.device

@@ -21,7 +21,7 @@ from lib.adapter import TARGETS
 from lib.checkpoint import Run, load_moments
 from lib.configurator import configure, usage_error
 from lib.features import only_backbone
-from lib.memory import explained, print_estimate
+from lib.memory import at_once, print_estimate, step_explained
 from lib.program import (BadInput, Pace, Signals, barrier, gathered, join, launch, leave, pick_device, pick_dtype,
                          print0, rank, run_program, summed, world)
 from lib.scores import bleu, language_code, rouge
@@ -55,7 +55,7 @@ window = 8  # frames that each sees beside itself, see model.reach, -1 = all (pa
 adaptor = "mlp"  # mlp, mlp_noact, linear (paper: mlp; Table 3)
 dropout = 0.0  # of what goes into local transformer and LLM, and in the local transformer's blocks (paper: silent)
 llm_dropout = 0.0  # of word embeddings, and in the LLM's blocks (paper: silent)
-lora_rank = 8  # 0 = the whole LLM learns instead (paper: 8; Table 8: 4, 8, 16, 32)
+lora_rank = 8  # 0 = the LLM's matrices learn instead (paper: 8; Table 8: 4, 8, 16, 32)
 lora_alpha = 16.0  # the update is scaled by alpha/rank (paper: silent)
 lora_dropout = 0.0  # (paper: silent)
 lora_targets = "wq,wk,wv,wo"  # of wq,wk,wv,wo,w1,w2,w3 (paper: each attention weight)
@@ -81,7 +81,7 @@ compile = False  # torch.compile on each block
 activation_checkpointing = False  # recompute the LLM's blocks in the backward pass
 cpu_offload = False  # keep the sharded parameters and the optimizer in the CPU's memory
 # looking at it
-log_every = 20  # steps, 0 = once an epoch, -1 = never
+log_every = 20  # steps, 0 = once an epoch, -1 = only where dev is scored
 eval_every = 0  # steps between dev losses and dev BLEU, 0 = once an epoch, -1 = never
 eval_clips = -1  # dev clips decoded for BLEU, spread over the set, -1 = all, 0 = none: best/ by dev loss
 beam = 1  # beam width of that decoding
@@ -242,19 +242,19 @@ def evaluate(model, dev, prompt, tokenizer, device, lang, cfg, signals):
     chosen, loss, targets = spread(len(dev), n_decoded), 0.0, 0
     # a process without clips decodes clip 0 for nothing: FSDP2's next backward hangs unless all have computed
     mine = chosen[rank()::world()] or [0]
-    # who has not learnt to end need not babble on
-    longest = max(len(tokenizer.encode(row["text"])) for row in dev.rows)
+    longest = max(len(tokenizer.encode(row["text"])) for row in dev.rows)  # who cannot end yet need not babble on
     # compiled blocks would be compiled anew for these numbers of clips, and for every length of the cache
     eager = torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext()
     with eager, gathered_weights(model):
-        for start in range(0, len(dev), 16 * world()):
+        some = at_once(cfg) * world()
+        for start in range(0, len(dev), some):
             if signals:
                 break
-            part = range(start, min(start + 16 * world(), len(dev)))
+            part = range(start, min(start + some, len(dev)))
             part_loss, n = model(micro_batch(dev, my_part(part, dev.lengths)[0], prompt, tokenizer, device))
             loss, targets = loss + part_loss.item(), targets + n
         if chosen and not signals:
-            answers = translate(model, [dev.features(i) for i in mine], tokenizer, cfg.beam,
+            answers = translate(model, [dev.features(i) for i in mine], tokenizer, cfg.beam, batch_size=at_once(cfg),
                                 max_new_tokens=2 * longest, warn=False, stop=signals)
     model.train()
     loss, targets, asked = summed(device, loss, targets, len(signals))
@@ -305,7 +305,7 @@ def main():
     # the model: its structure on the meta device, sharded, then filled tensor by tensor
     raw = open_llm(cfg.llm)
     dtype, dtype_why = pick_dtype(cfg.dtype, device, raw.args.size())
-    print0(raw.describe(dtype))
+    print0(raw.describe(dtype, cfg.llm_bits))
     model = build(cfg, raw.args, clips.width, device, dtype)
     prompt = prompt_ids(model.prompt, tokenizer.fit(raw.args.vocab_size))
     if cfg.estimate:
@@ -385,7 +385,7 @@ def main():
         for i, batch in enumerate(batches):
             for m in groups(model):
                 m.set_requires_gradient_sync(i == len(batches) - 1, recurse=False)
-            with explained(at.step, batch):
+            with step_explained(at.step, batch):
                 part_loss, _ = model(batch)
                 (part_loss * (scale / n_targets)).backward()
             loss += part_loss.detach() / n_targets

@@ -5,7 +5,7 @@ A run's folder, written and read: its checkpoints, its log, and what a run goes 
         config.json  log.jsonl  last/  best/  and the older last.1/, last.2/, ... of keep=
         hyps.jsonl   scores.json                        by eval.py
     a checkpoint folder
-        vision.safetensors                              all that has learnt but LoRA
+        vision.safetensors                              all that has learnt, in this stage or before, but LoRA
         adapter_model.safetensors  adapter_config.json  LoRA, as PEFT writes it
         optimizer.safetensors  state.json               what a resumed run needs
 """
@@ -169,7 +169,8 @@ class Run:
             start.folder = find_checkpoint(cfg.init_from or f"{self.parent}/align")
         if start.folder:
             checkpoint = read_checkpoint(start.folder)
-            self.compare(checkpoint, sorted(vars(cfg).keys() - free) if start.resuming else [*shape, "llm"])
+            must_agree = [*shape, "llm", *["lora_alpha"] * (checkpoint.lora is not None)]
+            self.compare(checkpoint, sorted(vars(cfg).keys() - free) if start.resuming else must_agree)
             say_if_other_code(checkpoint)
             if checkpoint.config["llm_bits"] != cfg.llm_bits:
                 warn(f"{start.folder}: has learnt beside an LLM in {checkpoint.config['llm_bits']} bits, this run's "

@@ -2,6 +2,7 @@
 The memory that a run will need, counted before anything is loaded, and what to say where it was too little.
 """
 import contextlib
+import math
 import os
 
 import torch
@@ -11,17 +12,28 @@ from lib.program import BadInput, print0, world
 
 LOWERS = ("grad_accum= (more micro-batches of fewer clips), batch_size=, activation_checkpointing=true, max_frames=, "
           "cpu_offload=true, more processes")
+DECODING_LOWERS = "batch_size=, beam=, max_new_tokens=, llm_bits=; in training eval_every=-1, which scores no dev clips"
 
 
 @contextlib.contextmanager
-def explained(step, batch):
-    """Out of memory in here is an error that says with what, and what lowers it."""
+def explained(doing, held, lowers):
+    """Out of memory in here is an error that says at what, with what, and what lowers it."""
     try:
         yield
     except torch.OutOfMemoryError as e:
-        raise BadInput(f"step {step + 1}: out of memory with {len(batch.lens)} clips of {len(batch.features)} frames, "
-                       f"{len(batch.tokens)} tokens in a micro-batch; what lowers it: {LOWERS}; estimate=true says how "
-                       f"much ({str(e).splitlines()[0]})") from None
+        said = str(e).splitlines()[0]
+        raise BadInput(f"{doing}: out of memory with {held}; what lowers it: {lowers} ({said})") from None
+
+
+def step_explained(step, batch):
+    """`explained` for a step of training."""
+    return explained(f"step {step + 1}", f"{len(batch.lens)} clips of {len(batch.features)} frames, "
+                     f"{len(batch.tokens)} tokens in a micro-batch", LOWERS + "; estimate=true says how much")
+
+
+def at_once(cfg):
+    """Clips of dev that a process decodes together: as many as a micro-batch has, at least 8."""
+    return max(8, cfg.batch_size // (world() * cfg.grad_accum))
 
 
 def print_estimate(*what):
@@ -89,10 +101,30 @@ def estimate(cfg, model, clips, micro, prompt, tokenizer, dtype, device):
         ("gathered: two blocks and what is no block", root + 2 * block if sharded else 0),
         ("kept for the backward pass", blocks + vision), ("logits or a block's gradients", back),
         ("gradients, copies for a save, where larger", max(0, after - blocks - vision - back))]
+    beside = sum(size for _, size in rows[3:])
+    rows.append(("dev scores, where larger", max(0, dev_scores(cfg, model, clips, prompt, tokenizer, dtype) - beside)))
     if device.type == "cpu" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         # measured: 1 to 23 % more on LLMs of 62 to 271 million parameters; MALLOC_MMAP_THRESHOLD_=131072 stops that
         rows.append(("free, but kept by glibc's allocator", 0.12 * sum(size for _, size in rows)))
     return f"{len(lens)} clips of {F} frames, {N} tokens", rows
+
+
+def dev_scores(cfg, model, clips, prompt, tokenizer, dtype):
+    """
+    Bytes that `train.evaluate` takes beside a process's share of the weights: all of them where they are sharded, keys
+    and values of the clips that are decoded together, a block's inside. Dev's clips may be as long as the longest here.
+    """
+    if cfg.eval_every < 0:
+        return 0
+    args, s = model.llm.args, dtype.itemsize
+    frames = sorted(clips.lengths)[-at_once(cfg):]
+    prefix = sum(frames) + len(frames) * sum(map(len, prompt))
+    longest = 2 * max(len(tokenizer.encode(row["text"])) for row in clips.rows)
+    written = len(frames) * cfg.beam * 32 * math.ceil(longest / 32)  # as model.Cache makes room
+    kept = args.n_layers * 2 * args.n_kv_heads * args.head_dim * s * (prefix + written)
+    inside = prefix * 3 * args.hidden_dim * s + (args.dim * args.hidden_dim * (s + 2) if cfg.llm_bits < 16 else 0)
+    gathered = sum(p.nbytes for p in model.parameters()) if hasattr(next(model.parameters()), "_local_tensor") else 0
+    return gathered + kept + inside
 
 
 def lora_inputs(cfg, dim, hidden, wide):

@@ -89,6 +89,9 @@ def check_fit(state, own, needed):
     needed: what it must hold. The LoRA of a stage that only now begins is the one thing that may be new.
     """
     for name, value in state.items():
+        if name in own and value.is_floating_point() != own[name].is_floating_point():
+            raise BadInput(f"checkpoint does not fit: its LLM has learnt itself, {name} among others, and 8 or 4 bits "
+                           "would undo that: llm_bits=16")
         if name not in own or own[name].shape != value.shape:
             want = f"the model's is {tuple(own[name].shape)}" if name in own else "the model has no such tensor"
             raise BadInput(f"checkpoint does not fit: {name} is {tuple(value.shape)}, {want}")

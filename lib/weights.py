@@ -98,13 +98,15 @@ class RawLLM:
     shapes: dict  # name -> shape of its weights
     read: Callable  # name -> one whole tensor, read when it is asked for
 
-    def describe(self, dtype):
-        """One line: type, sizes, parameters and bytes."""
+    def describe(self, dtype, bits=16):
+        """One line: type, sizes, parameters and bytes; bits: of the blocks' matrices."""
         a = self.args
-        n = a.size()
+        n, name = a.size(), str(dtype).removeprefix("torch.")
+        lies = (f"{n * dtype.itemsize / 1e9:.3f} GB in {name}" if bits == 16 else
+                f"the blocks' matrices in {bits} bits, the rest in {name}")
         return (f"LLM: {self.path}: {a.model_type}, {a.n_layers} layers of width {a.dim}, {a.n_heads} heads "
                 f"({a.n_kv_heads} of keys) of {a.head_dim}, SwiGLU {a.hidden_dim}, {a.vocab_size} tokens; "
-                f"{n / 1e6:.2f}M parameters, {n * dtype.itemsize / 1e9:.3f} GB in {str(dtype).removeprefix('torch.')}")
+                f"{n / 1e6:.2f}M parameters, {lies}")
 
     def tensors(self):
         """Yield (name, whole tensor), all that args name, so that one alone need be in memory; shows GB/s."""

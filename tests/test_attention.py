@@ -157,8 +157,9 @@ def test_where_plain_products_are_taken(monkeypatch, dtype, taken):
     assert (got.float() - want).norm() < 0.01 * want.norm()
 
 
-def test_where_the_kernel_is_taken():
-    """On a GPU in 16 bits; not in float32, which it cannot, nor where sequences lie side by side."""
+def test_where_the_kernel_is_taken(monkeypatch):
+    """On a GPU in 16 bits; not in float32, nor on an old one, which cannot, nor where sequences lie side by side."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     on = lambda dtype, is_cuda=True: SimpleNamespace(is_cuda=is_cuda, dtype=dtype, device="cpu")
     for dtype in (torch.bfloat16, torch.float16):
         attend, ends, *rest = each_to_itself(on(dtype), [2, 3], causal=True)
@@ -168,6 +169,8 @@ def test_where_the_kernel_is_taken():
         assert each_to_itself(x, [2, 3], causal=True) == (causal_attention, [2, 3])
         assert each_to_itself(x, [2, 3], causal=False) == (packed_attention, [2, 3])
     assert each_to_itself(on(torch.bfloat16), None, causal=True) == (causal_attention, None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert each_to_itself(on(torch.float16), [2, 3], causal=True) == (causal_attention, [2, 3])
 
 
 @pytest.mark.parametrize("window", [8, -1])

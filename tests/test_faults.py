@@ -22,6 +22,7 @@ import torch
 from conftest import ROOT, SMALL
 from safetensors.torch import load_file, save_file
 
+import eval as evaluation
 import train
 from eval import load_model
 from lib import checkpoint
@@ -527,6 +528,15 @@ def test_out_of_memory_says_what_lowers_it(run, monkeypatch):
             "activation_checkpointing=true.*max_frames=")
     with pytest.raises(BadInput, match=said):
         run("memory")
+
+
+def test_out_of_memory_on_dev_says_what_lowers_it(run, monkeypatch):
+    def generate(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(evaluation, "generate", generate)
+    with pytest.raises(BadInput, match=r"decoding: out of memory with \d clips of up to \d+ frames.*eval_every=-1"):
+        run("memory", "max_steps=1", "eval_every=1")
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ def tensors(cfg):
 
 def counted(cfg, n, frames, answers, prompt, s, cuda):
     """
-    The seven rows in bytes, of the first of n processes. frames, answers: how many each clip of the longest micro-batch
+    The eight rows in bytes, of the first of n processes. frames, answers: how many each clip of the longest micro-batch
     has; prompt: tokens of the prompt; s: bytes of a number that is computed with.
     """
     block, rest = tensors(cfg)
@@ -101,7 +101,12 @@ def counted(cfg, n, frames, answers, prompt, s, cuda):
     after = learnt * (s + 4) if cuda else 3 * learnt * 4
     size = lambda some: sum(math.prod(shape) * (4 if learns else s) for shape, learns in some)
     gathered = size(rest) + 2 * size(block) if sharded else 0
-    return [frozen, learning, 2 * learning, gathered, kept, back, max(0, after - kept - back)]
+    beside = gathered + kept + back + max(0, after - kept - back)
+    # dev's five clips, decoded together: all of their frames, and 16 tokens at most, which lie in a room for 32
+    read = sum(CLIPS.lengths) + prompt * 5
+    dev = s * LAYERS * (K + K) * (read + 5 * 32 * cfg.beam) + s * read * 3 * HIDDEN + sharded * size(everything)
+    return [frozen, learning, 2 * learning, gathered, kept, back, max(0, after - kept - back),
+            max(0, dev - beside) if cfg.eval_every >= 0 else 0]
 
 
 CASES = {
@@ -117,6 +122,8 @@ CASES = {
     "one process in bfloat16": ({}, 1, torch.bfloat16),
     "the whole LLM, the whole clip": (dict(freeze_llm=False, lora_rank=0, window=-1), 1, torch.bfloat16),
     "offloaded": (dict(cpu_offload=True, train_embeddings=True), 1, torch.float32),
+    "a wide beam on dev": (dict(beam=16), 1, torch.float32),
+    "no dev scores": (dict(beam=16, eval_every=-1), 1, torch.float32),
 }
 # Six tenths of the frames are left out, but never all of a clip. The longest micro-batch is the one of most frames.
 # -> micro-batches, then how many frames and target tokens the clips of the longest have; the second has few frames,
@@ -192,12 +199,13 @@ def test_what_autograd_keeps_of_an_adaptor(kind):
 
 
 def test_each_maximum_is_reached_from_both_sides():
-    logits, after = set(), set()
+    logits, after, dev = set(), set(), set()
     for (changes, n, dtype), (_, frames, answers) in itertools.product(CASES.values(), MICRO):
         cfg = page(**CFG | changes)
         rows = counted(cfg, n, frames, answers, 5, dtype.itemsize, False)
         logits.add(rows[5] == 12 * sum(answers) * VOCAB), after.add(rows[6] > 0)
-    assert logits == after == {True, False}
+        dev.add(rows[7] > 0)
+    assert logits == after == dev == {True, False}
 
 
 def test_what_glibc_keeps(processes, monkeypatch):
@@ -207,4 +215,4 @@ def test_what_glibc_keeps(processes, monkeypatch):
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
     rows = lambda device: estimate(cfg, model, CLIPS, [[2]], ([1], []), WORDS, torch.float32, torch.device(device))[1]
     cpu, cuda = ([size for _, size in rows(device)] for device in ("cpu", "cuda"))
-    assert len(cuda) == 7 and len(cpu) == 8 and cpu[7] == pytest.approx(0.12 * sum(cpu[:7]))
+    assert len(cuda) == 8 and len(cpu) == 9 and cpu[8] == pytest.approx(0.12 * sum(cpu[:8]))

@@ -212,6 +212,23 @@ def test_variants_of_the_model_train_and_load_again(train_here):
         assert evaluation.translate(sllama, [torch.randn(9, 1024)], tokenizer, max_new_tokens=3)[0] is not None
 
 
+@pytest.mark.long
+def test_what_align_has_taught_the_llm_lasts(train_here):
+    """An sft stage that leaves it alone computes with it, so its checkpoint holds it, in 16 bits."""
+    train_here("taught", "stage=align", "max_steps=1", "train_embeddings=true", "freeze_llm=false", "lora_rank=0")
+    run = train_here("taught", "stage=sft", "max_steps=1", "train_embeddings=false")
+    align, sft = weights(run, "align"), weights(run, "sft")
+    taught = [name for name in align if name.startswith("llm.")]
+    assert len(taught) == 2 + 7 * len({name.split(".")[2] for name in taught if ".layers." in name})
+    own = evaluation.load_model(str(run / "sft"))[0].state_dict()
+    assert all(torch.equal(sft[name], align[name]) and torch.equal(own[name], align[name]) for name in taught)
+    for bits in (8, 4):
+        with pytest.raises(BadInput, match="llm_bits=16"):
+            evaluation.load_model(str(run / "sft"), llm_bits=bits)
+    with pytest.raises(BadInput, match="lora_alpha=16"):
+        train_here("taught", "stage=sft", f"init_from={run}/sft", "lora_alpha=8")
+
+
 def test_an_earlier_run_is_moved_aside(train_here):
     run = train_here("again", "max_steps=1")
     first = weights(run, "align")
