@@ -8,7 +8,7 @@ Own clips, ten to a few thousand, on a real LLM.
 """
 dataset = "mine"
 backbone = ""  # the features that data.py has made, whichever it chose
-language = "English"  # of the sentences; it stands in the prompt: language=Turkish
+language = "English"  # of the sentences; it stands in the prompt: language=Turkish lang=tr
 max_frames = 512  # 20 s at 25 frames a second; a long clip from a phone is thinned out, so that it fits beside the LLM
 lora_dropout = 0.05  # few clips are soon known by heart
 label_smoothing = 0.1  # for the same reason

@@ -6,6 +6,8 @@ import glob
 import json
 import math
 import os
+import tokenize
+import zipfile
 
 import numpy as np
 from safetensors import safe_open
@@ -14,6 +16,9 @@ from lib.files import fingerprint, kind_of, read_jsonl, whole
 from lib.pickles import Array, numpy_of, outline, read_pickle
 from lib.program import BadInput, print0
 from lib.readers import SPLITS, VAL, entries, first, forms
+
+# what numpy raises of a file that is no array, or no longer; AttributeError: an .npz
+NO_ARRAY = ValueError, EOFError, AttributeError, zipfile.BadZipFile, tokenize.TokenError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Ours
@@ -186,8 +191,10 @@ def open_array(file):
     """What a source has of a clip, from its .npy file."""
     try:
         shape = np.load(file, mmap_mode="r", allow_pickle=False).shape
-    except (ValueError, EOFError, OSError, AttributeError):  # AttributeError: an .npz
-        shape = f"{os.path.basename(file)} cannot be read as an array: it is {kind_of(file) or 'no .npy of numbers'}"
+    except (*NO_ARRAY, OSError):
+        is_npy = open(file, "rb").read(6) == b"\x93NUMPY"
+        said = "cut off or damaged" if is_npy else f"it is {kind_of(file) or 'no .npy of numbers'}"
+        shape = f"{os.path.basename(file)} cannot be read as an array: {said}"
     return shape, functools.partial(np.load, file, allow_pickle=False)
 
 

@@ -11,7 +11,7 @@ import struct
 
 import numpy as np
 
-from lib.features import files_of, half
+from lib.features import NO_ARRAY, files_of, half
 from lib.files import load_json
 from lib.program import BadInput
 from lib.video import MAX_FRAMES, other_rate, resampled, visible
@@ -97,7 +97,7 @@ def read_npy(path):
     """A .npy file of the shape (frames, all points of a layout, 3), in pixels."""
     try:
         x = np.load(path, allow_pickle=False).astype(float)
-    except (ValueError, EOFError, AttributeError):
+    except NO_ARRAY:
         raise BadInput(f"{path}: cannot be read as an array of numbers") from None
     sizes = {sum(n for n, _ in layout.values()): layout for layout in LAYOUTS.values()}
     if x.ndim != 3 or x.shape[1] not in sizes or x.shape[2] != 3:

@@ -50,6 +50,10 @@ def read_table(path, *columns):
         raise BadInput(f"{line}: {len(cells)} columns, the header has {len(header)}") from None
     if cells:
         raise BadInput(f"{line}: a cell that begins with a quote has no end")
+    for row in rows:
+        if any(part.count(sep) >= len(header) - 1 > 0 for cell in row.values() for part in cell.splitlines()[1:]):
+            raise BadInput(f"{row['line']}: a cell holds a whole row behind a line break: a quote before it has no "
+                           "end, or stands for itself and must be written twice, in quotes")
     if not rows:
         raise BadInput(f"{path}: lists no clips")
     return rows

@@ -28,9 +28,14 @@ def plain_code(lang):
     return plain
 
 
+def unspaced(sentences):
+    """Whether any of them is written without spaces between words."""
+    return any(re.search("[\u0e00-\u0e7f\u3040-\u9fff]{4}", sentence) for sentence in sentences)
+
+
 def say_if_unspaced(refs, lang):
     """A line where sentences without spaces are about to be cut at spaces."""
-    if lang not in UNSPACED and any(re.search("[\u0e00-\u0e7f\u3040-\u9fff]{4}", ref) for ref in refs):
+    if lang not in UNSPACED and unspaced(refs):
         print(f"lang={lang}: but the sentences are written without spaces; zh, ja and th are scored by characters")
 
 

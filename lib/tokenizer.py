@@ -21,7 +21,8 @@ def nothing_in(path, wanted):
     """The error for a path without the files of an LLM that are wanted: what it is, and what to do."""
     cached = [f for depth in ("", "*/") for f in glob.glob(depth + "snapshots/*", root_dir=path)]
     if path.endswith(".gguf") or glob.glob("*.gguf", root_dir=path):
-        wanted = "is GGUF; python -m scripts.gguf_to_hf file=MODEL.gguf to=FOLDER makes a folder of it"
+        wanted = ("is GGUF; take its Hugging Face folder, or make one: python -m scripts.gguf_to_hf file=MODEL.gguf "
+                  "to=FOLDER, which reads SmolLM's")
     elif not os.path.isdir(path):
         wanted = "is no folder; one from the hub comes with: hf download NAME --local-dir FOLDER"
     elif os.path.exists(f"{path}/adapter_config.json"):

@@ -193,7 +193,7 @@ def frames(path, size=None, interpolation="BILINEAR", fps=0.0, rate=0.0):
     """
     from av.video.reformatter import VideoReformatter
     clip = timed(path, rate or 1.0)
-    if other_rate(rate_of(path, rate or fps), fps):
+    if fps and other_rate(rate_of(path, rate or fps), fps):  # to count all frames of a clip takes a moment
         clip = resampled(clip, fps, path)
     shape = size and (size, size)
     reformat = VideoReformatter().reformat

@@ -48,19 +48,6 @@ dtypes = ""  # step, decode, band: what both sides compute in, one after the oth
 out = ""  # also write the figures to this file, as JSON
 table = ""  # all: a page that has the table of processors; this one's row is put into it
 
-# the paper's Table 5: its CNNs beside GoogLeNet, as timm names them, and the width of their features
-TABLE5 = """
-ResNet-34 timm/resnet34 512
-ResNet-50 timm/resnet50 2048
-EfficientNet-B3 timm/efficientnet_b3 1536
-EfficientNet-B7 timm/tf_efficientnet_b7 2560
-ViT-B/16 timm/vit_base_patch16_224 768
-Swin-S timm/swin_small_patch4_window7_224 768
-Swin-B timm/swin_base_patch4_window7_224 1024
-Inception-v4 timm/inception_v4 1536
-"""
-TABLE5 = {label: (name, int(width)) for label, name, width in map(str.split, TABLE5.strip().split("\n"))}
-
 
 def make_clips(folder, n, length):
     """n clips of a soft patch that moves before a soft background, 210x260 at 25 frames a second. -> their rows"""

@@ -12,6 +12,7 @@ import html
 import json
 import os
 import re
+import shutil
 import tempfile
 import threading
 import urllib.parse
@@ -76,7 +77,8 @@ class Translator:
         """Yield what is unlike training in a clip's features (T, D)."""
         low, high = min(self.train.lengths), max(self.train.lengths)
         if not low <= len(features) <= high:
-            yield f"{len(features)} frames: the clips of training have {low} to {high}"
+            low, own, high = (n * self.run.merge for n in (low, len(features), high))
+            yield f"{own} frames: the clips of training have {low} to {high}"
         own = averages([features], self.sllama.mean.cpu(), self.sllama.std.cpu())
         far = torch.cdist(own, self.known).min() / self.usual
         if far > 1:
@@ -112,11 +114,14 @@ class Translator:
             picture, ratio = strip(path, tiles, self.side)
         tell(sentence=sentence, more=more, answers=sorted(found.items(), key=lambda pair: -pair[1]),
              words=[[word[0], part, [round(v, 4) for v in row]] for word, part, row in rows],
-             frames=len(features), tiles=tiles, picture=picture, ratio=ratio)
+             frames=len(features), merge=self.run.merge, tiles=tiles, picture=picture, ratio=ratio)
 
 
-def handler(model, page, cfg):
-    """-> the class that answers a browser: GET gives the page, POST /NAME takes a clip and tells what becomes of it."""
+def handler(model, page, cfg, films):
+    """
+    -> the class that answers a browser: GET gives the page, POST /NAME takes a clip and tells what becomes of it.
+    films: folder in which a clip lies meanwhile.
+    """
     turn = threading.Lock()  # one clip at a time
 
     class Handler(BaseHTTPRequestHandler):
@@ -148,7 +153,7 @@ def handler(model, page, cfg):
             tell = lambda **what: self.wfile.write(json.dumps(what).encode() + b"\n")
             if not self.begin("application/x-ndjson"):
                 return
-            with contextlib.suppress(ConnectionError, TimeoutError), tempfile.TemporaryDirectory() as folder:
+            with contextlib.suppress(ConnectionError, TimeoutError), tempfile.TemporaryDirectory(dir=films) as folder:
                 path = os.path.join(folder, name or "clip")
                 say = lambda what: what.replace(folder + os.sep, "")
                 try:
@@ -182,15 +187,21 @@ def main():
         "style": re.search(r"<style>(.*?)</style>", report, re.S)[1], "lang": model.lang, "max_mb": str(cfg.max_mb),
         "title": html.escape(f"{model.run.dataset}, {model.run.language}"),
         "run": html.escape(f"{folder}, step {state['step']}"), "fps": f"{state['extractor'].get('fps', 0):g}"})
+    films = tempfile.mkdtemp()
     try:
-        server = ThreadingHTTPServer((cfg.host, cfg.port), handler(model, page.encode(), cfg))
+        server = ThreadingHTTPServer((cfg.host, cfg.port), handler(model, page.encode(), cfg, films))
     except OSError as e:
+        os.rmdir(films)
         raise BadInput(f"host={cfg.host} port={cfg.port}: {e.strerror}") from None
     address = f"http://{cfg.host}:{server.server_port}"
     print0(f"{address} (Ctrl-C ends it)")
     if cfg.browser:
         webbrowser.open(address)
-    server.serve_forever()
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        shutil.rmtree(films, ignore_errors=True)  # a clip that is being translated goes too
+        raise
 
 
 if __name__ == "__main__":

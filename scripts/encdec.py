@@ -3,7 +3,7 @@ A peer to compare with: a plain encoder-decoder Transformer (torch.nn.Transforme
 from nothing on the same features and sentences. It shows what the features hold without an LLM.
 
     python -m scripts.encdec dataset=standin backbone=standin tokenizer=weights/standin
-    python eval.py hyps=out/standin/encdec/hyps.test.txt refs=out/standin/encdec/refs.test.txt
+    python eval.py hyps=out/standin/encdec/hyps.test.txt refs=out/standin/encdec/refs.test.txt lang=de
 
 Means of 3 frames, frames left out, one span masked, dropout, label smoothing. The epoch that is best on dev is kept;
 test is decoded once, at the end. Writes to/{log.jsonl,hyps.SPLIT.txt,refs.SPLIT.txt}.
@@ -21,7 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import Clips
 from lib.configurator import configure
-from lib.program import Progress, launch, pick_device
+from lib.program import BadInput, Progress, launch, pick_device
+from lib.readers import SPLITS
 from lib.scores import bleu, language_code, rouge
 from lib.tensors import stateless
 from lib.tokenizer import Tokenizer
@@ -52,6 +53,8 @@ beam = 4  # width of the last decoding; dev is scored greedily on the way
 max_new_tokens = 60
 device = "auto"  # auto, cpu, cuda
 
+LONGEST = 2048  # tokens of a clip or a sentence
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The network
 
@@ -73,7 +76,7 @@ class EncoderDecoder(nn.Module):
             self.transformer = nn.Transformer(cfg.dim, cfg.heads, cfg.layers, cfg.layers, 4 * cfg.dim, cfg.dropout,
                                               batch_first=True, norm_first=True)
         self.output = nn.Linear(cfg.dim, vocab)
-        self.register_buffer("positions", angles(2048, cfg.dim))
+        self.register_buffer("positions", angles(LONGEST, cfg.dim))
 
     def encode(self, x, filling):
         """x (B, T, width), filling (B, T) -> (B, T, dim)"""
@@ -105,6 +108,23 @@ class Split:
         return [batches[i] for i in rng.permutation(len(batches))]
 
 
+def first_token(tokenizer):
+    """What the decoder reads before a sentence: BOS, or EOS where the tokenizer has none (Qwen's)."""
+    return tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id
+
+
+def three_splits(train):
+    """train -> name -> Clips of it, dev and test. BadInput where one is missing or has a clip that is too long."""
+    clips = {s: train if s == "train" else train.beside(s) for s in SPLITS}
+    for split, found in clips.items():
+        if not found:
+            raise BadInput(f"{train.path}: has no {split} beside it, and this needs {', '.join(SPLITS)}")
+        if max(found.lengths) > LONGEST:
+            raise BadInput(f"{found.path}: its longest clip has {max(found.lengths)} tokens, there is room for "
+                           f"{LONGEST}; what lowers it: merge=, max_frames=")
+    return clips
+
+
 def disturbed(x, cfg, rng):
     """(T, width) with tokens left out and one span of zeros, which are the features' mean."""
     keep = torch.from_numpy(rng.random(len(x)) >= cfg.frame_drop)
@@ -134,7 +154,7 @@ def translate(net, clips, tokenizer, beam, longest):
         n, rows = len(some), torch.arange(len(some), device=device)[:, None]
         x, filling = filled([clips[i] for i in some], device)
         memory, filling = net.encode(x, filling).repeat_interleave(beam, 0), filling.repeat_interleave(beam, 0)
-        y = torch.full((n * beam, 1), tokenizer.bos_id, device=device)
+        y = torch.full((n * beam, 1), first_token(tokenizer), device=device)
         scores = torch.full((n, beam), float("-inf"), device=device)
         scores[:, 0] = 0.0  # the beams are one and the same at first
         ended = torch.zeros(n * beam, dtype=torch.bool, device=device)
@@ -164,8 +184,8 @@ def main():
     train = Clips(cfg, "train", cfg.max_clips)
     print(train.describe())
     mean, std = train.statistics()
-    splits = {s: Split(train if s == "train" else train.beside(s), mean, std) for s in ("train", "dev", "test")}
-    answers = [[pieces.bos_id, *pieces.encode(t), pieces.eos_id] for t in splits["train"].texts]
+    splits = {s: Split(clips, mean, std) for s, clips in three_splits(train).items()}
+    answers = [[first_token(pieces), *pieces.encode(t), pieces.eos_id] for t in splits["train"].texts]
     torch.manual_seed(cfg.seed)
     device = pick_device(cfg.device)[0]
     net = EncoderDecoder(train.width, pieces.vocab_size, cfg).to(device)

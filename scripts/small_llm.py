@@ -2,7 +2,7 @@
 A small LLaMA for a data set of one's own where no real one is at hand, trained on the training sentences alone.
 
     python -m scripts.small_llm dataset=phoenix_states to=weights/phoenix_small
-    python train.py dataset=phoenix_states llm=weights/phoenix_small
+    python train.py dataset=phoenix_states backbone= llm=weights/phoenix_small
 
 It learns to restore a sentence from its content words, shuffled and blurred, as the toy's does. The most frequent words
 count as function words. Dropout, label smoothing and the dev sentences keep it from learning the others by heart: it is
@@ -25,6 +25,7 @@ from lib.configurator import configure, page_one, usage_error
 from lib.features import row_of_clip
 from lib.files import read_jsonl, whole_folder
 from lib.program import ROOT, BadInput, Progress, launch
+from lib.scores import unspaced
 from lib.tensors import init_weight, pairs, stateless
 from lib.tokenizer import Tokenizer
 from lib.weights import ModelArgs, write_hf
@@ -56,7 +57,7 @@ PROMPT = page_one(f"{ROOT}/train.py", ("sft",))[1]["sft"]["prompt"]
 
 def written(words, language):
     """Words as the language writes them."""
-    return words if language == "German" else words.replace(" ", "")
+    return words.replace(" ", "") if language == "Chinese" else words
 
 
 def prompt_in(language):
@@ -228,6 +229,9 @@ def main():
     where = os.path.join(cfg.data_dir, cfg.dataset)
     texts_of = lambda split: [row["text"] for row in read_jsonl(f"{where}/{split}.jsonl", "a clip", row_of_clip)]
     texts, dev = texts_of("train"), texts_of("dev") if os.path.exists(f"{where}/dev.jsonl") else []
+    if cfg.steps and unspaced(texts):
+        raise BadInput(f"{where}/train.jsonl: sentences without spaces show no words to restore them from; steps=0 "
+                       "makes an LLM that has read nothing")
     common = {w for w, _ in Counter(" ".join(texts).split()).most_common(cfg.function_words)}
     print(f"{len(texts)} sentences; counted as function words: {' '.join(sorted(common))}", flush=True)
     os.makedirs(os.path.dirname(os.path.abspath(cfg.to)), exist_ok=True)

@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from http.server import ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import quote
 
 import av
@@ -43,11 +44,11 @@ def clip(home):
 
 @pytest.fixture(scope="module")
 def server(run):
-    """The program, serving at a free port, with its model as .model."""
+    """The program, serving at a free port, with its model as .model, and where clips lie meanwhile as .films."""
     made = {}
 
     def handler(model, *rest, real=demo.handler):
-        made["model"] = model
+        made["model"], made["films"] = model, Path(rest[-1])
         return real(model, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -57,7 +58,7 @@ def server(run):
         patch.setattr(sys, "argv", ["demo.py", f"ckpt={run}", *words])
         demo.main()
     server = made["server"]
-    server.model = made["model"]
+    server.model, server.films = made["model"], made["films"]
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -229,9 +230,25 @@ def test_who_is_refused(server, run, tmp_path, monkeypatch):
         demo.main()
 
 
-def test_a_visitor_who_leaves(server, clip, tmp_path, monkeypatch):
-    """In the middle of sending or of reading: nothing of the clip stays on the disk, and the next one is translated."""
+def test_ctrl_c_leaves_no_clip_behind(run, tmp_path, monkeypatch):
+    """Not even one that is being translated."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["demo.py", f"ckpt={run}", "port=0", "browser=false"])
+
+    def interrupted(self):
+        (films,) = tmp_path.iterdir()
+        (films / "sent").mkdir()
+        (films / "sent" / "clip.mp4").write_bytes(b"x")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo.main()
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_visitor_who_leaves(server, clip):
+    """In the middle of sending or of reading: nothing of the clip stays on the disk, and the next one is translated."""
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
     connection.putrequest("POST", "/a.mp4")
     connection.putheader("Content-Length", "1000")
@@ -242,10 +259,10 @@ def test_a_visitor_who_leaves(server, clip, tmp_path, monkeypatch):
     connection.close()
     assert "sentence" in told(server, clip)[-1]
     for _ in range(100):
-        if not any(tmp_path.iterdir()):
+        if not any(server.films.iterdir()):
             return
         time.sleep(0.05)
-    raise AssertionError(list(tmp_path.iterdir()))
+    raise AssertionError(list(server.films.iterdir()))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # In a browser

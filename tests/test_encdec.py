@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import clips_of
 
+from lib.program import BadInput
 from lib.tensors import stateless
 from scripts import encdec
 
@@ -98,3 +100,20 @@ def test_program(home, tmp_path, monkeypatch, capsys):
     strip = lambda log: [{k: v for k, v in e.items() if k != "minutes"} for e in log]
     assert strip(go("b")) == strip(log)  # the same seed, the same run
     assert strip(go("c", "max_clips=8"))[0]["step"] == 2
+
+
+def test_what_it_cannot_learn_from_is_named(home, monkeypatch):
+    train = clips_of(home / "data", "toy", "toycnn", "train")
+    assert list(encdec.three_splits(train)) == ["train", "dev", "test"]
+    monkeypatch.setattr(encdec, "LONGEST", max(train.lengths) - 1)
+    with pytest.raises(BadInput, match="merge="):
+        encdec.three_splits(train)
+    monkeypatch.setattr(train, "beside", lambda split: None)
+    monkeypatch.setattr(encdec, "LONGEST", 2048)
+    with pytest.raises(BadInput, match="has no dev beside it"):
+        encdec.three_splits(train)
+
+
+def test_a_tokenizer_without_bos():
+    assert encdec.first_token(SimpleNamespace(bos_id=1, eos_id=2)) == 1
+    assert encdec.first_token(SimpleNamespace(bos_id=-1, eos_id=2)) == 2

@@ -7,6 +7,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import struct
@@ -31,8 +32,7 @@ from lib.extract import Extractor, prepare
 from lib.features import Store
 from lib.program import BadInput
 from lib.readers import SPLITS, read_clips
-from scripts import bench
-from scripts.bench import TABLE5
+from scripts import bench, tables
 from scripts.toy import write_mp4
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -435,8 +435,14 @@ def test_timm(timm, root, tmp_path, name, width, size, crop, mean):
 
 
 def test_widths_of_table_5(timm):
-    assert [width for _, width in TABLE5.values()] == [512, 2048, 1536, 2560, 768, 768, 1024, 1536]
-    for backbone, width in TABLE5.values():
+    """The names and widths that the README gives, which are those of the rows of scripts.tables."""
+    rows = (ROOT / "README.md").read_text(encoding="utf-8").split("| Table 5 |")[1].split("\n\n")[0].splitlines()[2:]
+    cells = [row.split("|")[2:4] for row in rows]
+    given = {name: int(width) for names, widths in cells
+             for name, width in zip(re.findall("`(.+?)`", names), widths.split(","), strict=True)}
+    asked = {row[3].get("backbone") for row in tables.ROWS[5]}
+    assert set(given) == {name for name in asked if name and name.startswith("timm/")} | {"timm/inception_v4"}
+    for backbone, width in given.items():
         with torch.device("meta"):
             model = timm.create_model(backbone.removeprefix("timm/"), num_classes=0).eval()
             frame = torch.zeros(1, *timm.data.resolve_model_data_config(model)["input_size"])

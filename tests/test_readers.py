@@ -172,6 +172,7 @@ def test_names_as_macos_writes_them(tmp_path, monkeypatch, disk, table):
     ("a.mp4\tja\n", ("no column file",)),
     ("file:text\na.mp4:ja\n", ("no column file",)),
     ('file\ttext\na.mp4\t"ja\nb.mp4\tnein\n', ("begins with a quote",)),
+    ('file\ttext\na.mp4\t"I went.\nb.mp4\tThen it rained.\nc.mp4\tIt was late."\n', ("clips.tsv:4", "whole row")),
     ("file\ttext\na.mp4\t" + "ja " * 50000 + "\n", (":2", "limit")),
     ("", ("no column file",)),
     ("file\ttext\n\n", ("no clips",)),
@@ -847,7 +848,13 @@ def test_frames_of_two_files_differ(tmp_path):
     patterns = [f"{tmp_path}/slt/phoenix14t.pami0.{{split}}", str(tmp_path)]
     good, problems, *_ = check({"train": rows, "dev": [], "test": []}, patterns)
     assert "2 frames" in problems[0] and "9 frames" in problems[0]
-    assert "cannot be read as an array" in problems[1] and "cannot be read as an array" in problems[2]
+    assert "cannot be read as an array: cut off" in problems[1] and "cannot be read as an array" in problems[2]
+    np.savez(tmp_path / "whole.npz", a=np.zeros((9, 2), np.float32))
+    zipped = (tmp_path / "whole.npz").read_bytes()
+    for broken, says in ((zipped, "zip archive"), (zipped[:-20], "zip archive"), (b"nothing", "no .npy of numbers"),
+                         (b"\x93NUMPY\x01\0\x10\0{'descr': ((((((", "cut off or damaged")):
+        (tmp_path / "cliptrain-1.npy").write_bytes(broken)
+        assert says in check({"train": rows, "dev": [], "test": []}, patterns)[1][1]
 
 
 @pytest.mark.parametrize("value, says", [(70000.0, "7e+04"), (float("inf"), "not finite"), (float("nan"), "not finite"),

@@ -298,6 +298,18 @@ def test_align_run(tmp_path, monkeypatch):
     assert page.count("<td>learns") == 3
 
 
+def test_what_learns_of_an_llm_that_learns_itself(tmp_path):
+    """lora_rank=0: its matrices are not taken for word embeddings."""
+    names = ("adaptor.w1.weight", "llm.layers.0.attention.wq.weight", "llm.output.weight", "llm.tok_embeddings.weight")
+    save_file({name: torch.zeros(3, 5) for name in names}, tmp_path / "vision.safetensors")
+    told = lambda **c: re.findall(r"<th scope=.row.[^>]*>([^<]+)<td[^>]*>([^<]+)<td>([^<]+)",
+                                  report.what_learns(str(tmp_path), {"llm": "nowhere", **c}))
+    rows = [("adaptor", "15", "learns"), ("word embeddings", "15", "frozen"), ("LLM", "30", "learns")]
+    assert told(freeze_llm=False, lora_rank=0, train_embeddings=False) == rows
+    assert told(freeze_llm=False, lora_rank=8, train_embeddings=True)[1:] == [
+        ("word embeddings", "15", "learns"), ("LLM", "30", "frozen")]
+
+
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
     """Another such run, whose files a test may change."""

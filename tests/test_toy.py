@@ -293,6 +293,22 @@ def test_small_llm_of_a_data_set(home, tmp_path, monkeypatch, capsys):
         assert (args.dim, args.n_layers, args.n_heads) == (64, 1, 2)
 
 
+def test_small_llm_of_sentences_without_spaces(tmp_path, monkeypatch):
+    """They show no words to restore a sentence from; other languages than German keep their spaces."""
+    assert small_llm.written("i like cats", "English") == "i like cats"
+    assert small_llm.written("我 想", "Chinese") == "我想"
+    (tmp_path / "data" / "zh").mkdir(parents=True)
+    rows = [{"name": str(i), "text": f"今天我想吃面条{i}", "frames": 3} for i in range(4)]
+    (tmp_path / "data" / "zh" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    words = ["small_llm", "dataset=zh", f"data_dir={tmp_path}/data", "language=Chinese", "layers=1", "dim=64"]
+    monkeypatch.setattr(sys, "argv", [*words, f"to={tmp_path}/a"])
+    with pytest.raises(BadInput, match="steps=0"):
+        small_llm.main()
+    monkeypatch.setattr(sys, "argv", [*words, f"to={tmp_path}/a", "steps=0", "pieces=300"])
+    small_llm.main()
+    assert (tmp_path / "a" / "params.json").exists()
+
+
 @pytest.mark.parametrize("llm", [k for k in toy.LLMS if k not in ("llm", "llm_13b")])
 def test_other_llms(tmp_path, every, llm):
     """Each stand-in of Table 7 is a Hugging Face folder of its own kind, which transformers reads with equal logits."""
