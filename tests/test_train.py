@@ -229,6 +229,25 @@ def test_what_align_has_taught_the_llm_lasts(train_here):
         train_here("taught", "stage=sft", f"init_from={run}/sft", "lora_alpha=8")
 
 
+@pytest.mark.long
+def test_scores_in_other_bits_stand_beside_the_runs_own(train_here, evaluate_here, home, monkeypatch):
+    """And what the baselines need is opened before anything is decoded."""
+    for stage in ("align", "sft"):
+        run = train_here("bits", f"stage={stage}", "max_steps=1") / "sft"
+    evaluate_here(f"ckpt={run}", "max_new_tokens=4")
+    files = {f: (run / f).read_bytes() for f in ("hyps.jsonl", "scores.json")}
+    evaluate_here(f"ckpt={run}", "llm_bits=8", "max_new_tokens=4")
+    assert all((run / f).read_bytes() == was for f, was in files.items())
+    assert "matrices in 8 bits" in json.loads((run / "scores.8bits.json").read_text())["llm"]
+    assert (run / "hyps.8bits.jsonl").exists()
+    store = home / "data" / "toy" / "toycnn" / "train.safetensors"
+    store.rename(f"{store}.away")
+    monkeypatch.setattr(evaluation, "generate", lambda *_: pytest.fail("is decoding"))
+    with pytest.raises(BadInput, match="train.safetensors"):
+        evaluate_here(f"ckpt={run}")
+    os.rename(f"{store}.away", store)
+
+
 def test_an_earlier_run_is_moved_aside(train_here):
     run = train_here("again", "max_steps=1")
     first = weights(run, "align")
