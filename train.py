@@ -312,7 +312,7 @@ def main():
         steps = range(math.ceil(len(clips) / cfg.batch_size))
         parts = [part for step in steps for part in deal(clips_of_step(len(clips), step, cfg.batch_size, cfg.seed)[1],
                                                          clips.lengths, world() * cfg.grad_accum)]
-        print_estimate(cfg, model, clips, parts, prompt, tokenizer, dtype, device)
+        print_estimate(cfg, model, clips, parts, prompt, tokenizer, dtype, device, dev)
         return leave()
     model.load(raw, "cpu" if cfg.cpu_offload else device, cfg.seed, start.tensors)
     del raw  # its files need not stay mapped

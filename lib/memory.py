@@ -45,11 +45,12 @@ def print_estimate(*what):
         print0(f"  {row:44} {size / 1e9:8.2f} GB")
 
 
-def estimate(cfg, model, clips, micro, prompt, tokenizer, dtype, device):
+def estimate(cfg, model, clips, micro, prompt, tokenizer, dtype, device, dev=None):
     """
     What each process will hold at its peak, counted from the code of model.py, for a model on the meta device.
-    micro: micro-batches, lists of clip numbers; the longest counts. -> (what is in it, [(what, bytes)]). Beside it
-    stand the program (0.3 GB), a CUDA context (0.5 GB or so) and NCCL's buffers.
+    micro: micro-batches, lists of clip numbers; the longest counts. dev: its clips, None = not scored.
+    -> (what is in it, [(what, bytes)]). Beside it stand the program (0.3 GB), a CUDA context (0.5 GB or so) and NCCL's
+    buffers.
     """
     args, sharded = model.llm.args, hasattr(next(model.parameters()), "_local_tensor")
     own = lambda p: getattr(p, "_local_tensor", p).nbytes
@@ -102,24 +103,24 @@ def estimate(cfg, model, clips, micro, prompt, tokenizer, dtype, device):
         ("kept for the backward pass", blocks + vision), ("logits or a block's gradients", back),
         ("gradients, copies for a save, where larger", max(0, after - blocks - vision - back))]
     beside = sum(size for _, size in rows[3:])
-    rows.append(("dev scores, where larger", max(0, dev_scores(cfg, model, clips, prompt, tokenizer, dtype) - beside)))
+    rows.append(("dev scores, where larger", max(0, dev_scores(cfg, model, dev, prompt, tokenizer, dtype) - beside)))
     if device.type == "cpu" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         # measured: 1 to 23 % more on LLMs of 62 to 271 million parameters; MALLOC_MMAP_THRESHOLD_=131072 stops that
         rows.append(("free, but kept by glibc's allocator", 0.12 * sum(size for _, size in rows)))
     return f"{len(lens)} clips of {F} frames, {N} tokens", rows
 
 
-def dev_scores(cfg, model, clips, prompt, tokenizer, dtype):
+def dev_scores(cfg, model, dev, prompt, tokenizer, dtype):
     """
     Bytes that `train.evaluate` takes beside a process's share of the weights: all of them where they are sharded, keys
-    and values of the clips that are decoded together, a block's inside. Dev's clips may be as long as the longest here.
+    and values of the longest clips that are decoded together, a block's inside.
     """
-    if cfg.eval_every < 0:
+    if not dev:
         return 0
     args, s = model.llm.args, dtype.itemsize
-    frames = sorted(clips.lengths)[-at_once(cfg):]
+    frames = sorted(dev.lengths)[-at_once(cfg):]
     prefix = sum(frames) + len(frames) * sum(map(len, prompt))
-    longest = 2 * max(len(tokenizer.encode(row["text"])) for row in clips.rows)
+    longest = 2 * max(len(tokenizer.encode(row["text"])) for row in dev.rows)
     written = len(frames) * cfg.beam * 32 * math.ceil(longest / 32)  # as model.Cache makes room
     kept = args.n_layers * 2 * args.n_kv_heads * args.head_dim * s * (prefix + written)
     inside = prefix * 3 * args.hidden_dim * s + (args.dim * args.hidden_dim * (s + 2) if cfg.llm_bits < 16 else 0)

@@ -106,7 +106,7 @@ def counted(cfg, n, frames, answers, prompt, s, cuda):
     read = sum(CLIPS.lengths) + prompt * 5
     dev = s * LAYERS * (K + K) * (read + 5 * 32 * cfg.beam) + s * read * 3 * HIDDEN + sharded * size(everything)
     return [frozen, learning, 2 * learning, gathered, kept, back, max(0, after - kept - back),
-            max(0, dev - beside) if cfg.eval_every >= 0 else 0]
+            max(0, dev - beside)]
 
 
 CASES = {
@@ -123,7 +123,6 @@ CASES = {
     "the whole LLM, the whole clip": (dict(freeze_llm=False, lora_rank=0, window=-1), 1, torch.bfloat16),
     "offloaded": (dict(cpu_offload=True, train_embeddings=True), 1, torch.float32),
     "a wide beam on dev": (dict(beam=16), 1, torch.float32),
-    "no dev scores": (dict(beam=16, eval_every=-1), 1, torch.float32),
 }
 # Six tenths of the frames are left out, but never all of a clip. The longest micro-batch is the one of most frames.
 # -> micro-batches, then how many frames and target tokens the clips of the longest have; the second has few frames,
@@ -149,11 +148,13 @@ def test_every_row(processes, monkeypatch, case, device):
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
     for micro, frames, answers in MICRO:
         prompt = [1, 7, 8], [9, 9]
-        longest, rows = estimate(cfg, model, CLIPS, micro, prompt, WORDS, dtype, torch.device(device))
+        longest, rows = estimate(cfg, model, CLIPS, micro, prompt, WORDS, dtype, torch.device(device), CLIPS)
         tokens = sum(frames) + sum(answers) + 4 * len(frames)
         assert longest == f"{len(frames)} clips of {sum(frames)} frames, {tokens} tokens"
         by_hand = counted(cfg, n, frames, answers, 5, dtype.itemsize, device == "cuda")
         assert [size for _, size in rows] == pytest.approx(by_hand), [what for what, _ in rows]
+        without = estimate(cfg, model, CLIPS, micro, prompt, WORDS, dtype, torch.device(device))[1]
+        assert without == [*rows[:7], (rows[7][0], 0)]
         away = [what for what, _ in rows if "on the CPU" in what]
         assert away == [what for what, _ in rows[:3]] * (cfg.cpu_offload and device == "cuda")
 
@@ -165,7 +166,8 @@ def test_joined_clips_are_one_sequence(monkeypatch, window):
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
     micro, frames, answers = MICRO[0]
     model = make(cfg, 1, torch.bfloat16, None)
-    longest, rows = estimate(cfg, model, CLIPS, micro, ([1, 7, 8], [9, 9]), WORDS, torch.bfloat16, torch.device("cpu"))
+    longest, rows = estimate(cfg, model, CLIPS, micro, ([1, 7, 8], [9, 9]), WORDS, torch.bfloat16, torch.device("cpu"),
+                             CLIPS)
     frames, answers = [2 * f for f in frames], [2 * (n - 1) + 1 for n in answers]  # one EOS for both
     assert longest == f"2 clips of {sum(frames)} frames, {sum(frames) + sum(answers) + 4 * 2} tokens"
     assert [size for _, size in rows] == pytest.approx(counted(cfg, 1, frames, answers, 5, 2, cuda=False))
