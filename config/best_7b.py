@@ -1,6 +1,6 @@
 """
 PHOENIX-2014T, LLaMA-2 7B: not the paper's recipe, but the part of config/standin.py that a real LLM can use. There it
-was worth nearly eight points of BLEU-4, together with a small LLM that learns as a whole (docs/results.md). On the data
+was worth six points of BLEU-4, together with a small LLM that learns as a whole (docs/results.md). On the data
 set itself and with 7B nobody has run it. The paper's setting is config/phoenix14t_7b.py.
 
     torchrun --nproc_per_node=2 train.py config/best_7b.py stage=align llm=FOLDER_OF_LLAMA_2_7B
