@@ -12,7 +12,7 @@ import zipfile
 import numpy as np
 from safetensors import safe_open
 
-from lib.files import fingerprint, kind_of, read_jsonl, whole
+from lib.files import NPY, fingerprint, kind_of, read_jsonl, whole
 from lib.pickles import Array, numpy_of, outline, read_pickle
 from lib.program import BadInput, print0
 from lib.readers import SPLITS, VAL, entries, first, forms
@@ -192,8 +192,8 @@ def open_array(file):
     try:
         shape = np.load(file, mmap_mode="r", allow_pickle=False).shape
     except (*NO_ARRAY, OSError):
-        is_npy = open(file, "rb").read(6) == b"\x93NUMPY"
-        said = "cut off or damaged" if is_npy else f"it is {kind_of(file) or 'no .npy of numbers'}"
+        kind = kind_of(file)
+        said = "cut off, damaged or not of numbers" if kind == NPY else f"it is {kind or 'no .npy of numbers'}"
         shape = f"{os.path.basename(file)} cannot be read as an array: {said}"
     return shape, functools.partial(np.load, file, allow_pickle=False)
 

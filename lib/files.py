@@ -31,9 +31,10 @@ def load_json(path):
     return value
 
 
+NPY = "a .npy file"
 # how files begin that are given for others, as patterns
 KINDS = {b"\x89HDF": "HDF5", b"PK\3\4": "a zip archive, as torch.save, .npz and .xlsx are", b"<": "a web page or XML",
-         b"\x80\2\x8a\nl\xfc": "a file of torch.save", rb"[{\[]": "JSON", b"\x93NUMPY": "a .npy file",
+         b"\x80\2\x8a\nl\xfc": "a file of torch.save", rb"[{\[]": "JSON", b"\x93NUMPY": NPY,
          b"version https://git-lfs": "a Git LFS pointer, git lfs pull fetches the file itself"}
 
 

@@ -102,30 +102,22 @@ def estimate(cfg, model, clips, micro, prompt, tokenizer, dtype, device, dev=Non
         ("gathered: two blocks and what is no block", root + 2 * block if sharded else 0),
         ("kept for the backward pass", blocks + vision), ("logits or a block's gradients", back),
         ("gradients, copies for a save, where larger", max(0, after - blocks - vision - back))]
-    beside = sum(size for _, size in rows[3:])
-    rows.append(("dev scores, where larger", max(0, dev_scores(cfg, model, dev, prompt, tokenizer, dtype) - beside)))
+    scoring = whole(model) * sharded + unpacked + dev_scores(cfg, args, dev, prompt, tokenizer, s) if dev else 0
+    rows.append(("dev scores, where larger", max(0, scoring - sum(size for _, size in rows[3:]))))
     if device.type == "cpu" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         # measured: 1 to 23 % more on LLMs of 62 to 271 million parameters; MALLOC_MMAP_THRESHOLD_=131072 stops that
         rows.append(("free, but kept by glibc's allocator", 0.12 * sum(size for _, size in rows)))
     return f"{len(lens)} clips of {F} frames, {N} tokens", rows
 
 
-def dev_scores(cfg, model, dev, prompt, tokenizer, dtype):
-    """
-    Bytes that `train.evaluate` takes beside a process's share of the weights: all of them where they are sharded, keys
-    and values of the longest clips that are decoded together, a block's inside.
-    """
-    if not dev:
-        return 0
-    args, s = model.llm.args, dtype.itemsize
+def dev_scores(cfg, args, dev, prompt, tokenizer, s):
+    """Bytes of what `train.evaluate` decodes together, numbers of s bytes: keys and values, a block's inside."""
     frames = sorted(dev.lengths)[-at_once(cfg):]
     prefix = sum(frames) + len(frames) * sum(map(len, prompt))
     longest = 2 * max(len(tokenizer.encode(row["text"])) for row in dev.rows)
     written = len(frames) * cfg.beam * 32 * math.ceil(longest / 32)  # as model.Cache makes room
     kept = args.n_layers * 2 * args.n_kv_heads * args.head_dim * s * (prefix + written)
-    inside = prefix * 3 * args.hidden_dim * s + (args.dim * args.hidden_dim * (s + 2) if cfg.llm_bits < 16 else 0)
-    gathered = sum(p.nbytes for p in model.parameters()) if hasattr(next(model.parameters()), "_local_tensor") else 0
-    return gathered + kept + inside
+    return kept + prefix * 3 * args.hidden_dim * s
 
 
 def lora_inputs(cfg, dim, hidden, wide):

@@ -848,11 +848,11 @@ def test_frames_of_two_files_differ(tmp_path):
     patterns = [f"{tmp_path}/slt/phoenix14t.pami0.{{split}}", str(tmp_path)]
     good, problems, *_ = check({"train": rows, "dev": [], "test": []}, patterns)
     assert "2 frames" in problems[0] and "9 frames" in problems[0]
-    assert "cannot be read as an array: cut off" in problems[1] and "cannot be read as an array" in problems[2]
+    assert "cannot be read as an array: cut off" in problems[1] and "not of numbers" in problems[2]
     np.savez(tmp_path / "whole.npz", a=np.zeros((9, 2), np.float32))
     zipped = (tmp_path / "whole.npz").read_bytes()
     for broken, says in ((zipped, "zip archive"), (zipped[:-20], "zip archive"), (b"nothing", "no .npy of numbers"),
-                         (b"\x93NUMPY\x01\0\x10\0{'descr': ((((((", "cut off or damaged")):
+                         (b"\x93NUMPY\x01\0\x10\0{'descr': ((((((", "cut off, damaged")):
         (tmp_path / "cliptrain-1.npy").write_bytes(broken)
         assert says in check({"train": rows, "dev": [], "test": []}, patterns)[1][1]
 
