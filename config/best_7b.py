@@ -13,7 +13,6 @@ backbone = "googlenet"
 llm = "weights/llama-2-7b"  # Meta's folder as downloaded, or Hugging Face's
 language = "German"
 merge = 3  # frames whose mean is one token: a third of the LLM's work, given back as epochs (paper: 1)
-window = -1  # the whole clip (paper: 8)
 ltn_dim = 256  # (paper: 1024)
 ltn_heads = 8
 ltn_layers = 3
