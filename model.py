@@ -116,7 +116,7 @@ def attention_by_products(q, k, v, is_causal, enable_gqa):
     return (scores.softmax(-1).flatten(2, 3) @ v).unflatten(2, (-1, T)).flatten(1, 2)
 
 
-def packed_attention(q, k, v, lens=None, causal=False):
+def causal_attention(q, k, v, lens=None):
     """
     q (B, T, H, D), k, v (B, T, Hkv, D) -> (B, T, H*D). lens: lengths of sequences packed in a stream (B == 1), or None.
     Each attends to itself alone, in a call of its own: the fused kernel then needs no mask, and there is no filling,
@@ -124,34 +124,31 @@ def packed_attention(q, k, v, lens=None, causal=False):
     """
     attend = F.scaled_dot_product_attention if q.is_cuda or q.dtype == torch.float32 else attention_by_products
     cut = lambda t: [part.transpose(1, 2) for part in t.split(lens or t.shape[1], 1)]  # -> (B, H, length, D) each
-    o = [attend(*one, is_causal=causal, enable_gqa=q.shape[2] != k.shape[2]) for one in zip(cut(q), cut(k), cut(v))]
+    o = [attend(*one, is_causal=True, enable_gqa=q.shape[2] != k.shape[2]) for one in zip(cut(q), cut(k), cut(v))]
     return torch.cat(o, 2).transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H*D)
 
 
-causal_attention = partial(packed_attention, causal=True)
-
-
-def gpu_attention(q, k, v, ends, longest, causal):
-    """packed_attention in one kernel, for a GPU in 16 bits; ends: 0 and the sums of the lengths so far, on the GPU."""
+def gpu_attention(q, k, v, ends, longest):
+    """causal_attention in one kernel, for a GPU in 16 bits; ends: 0 and the sums of the lengths so far, on the GPU."""
     from torch.nn.attention.varlen import varlen_attn  # a second of imports, for those who need them
-    o = varlen_attn(q[0], k[0], v[0], ends, ends, longest, longest, window_size=(-1, 0 if causal else -1),
+    o = varlen_attn(q[0], k[0], v[0], ends, ends, longest, longest, window_size=(-1, 0),
                     enable_gqa=q.shape[2] != k.shape[2])
     return o.flatten(1)[None]  # (N, H, D) -> (1, N, H*D)
 
 
-def each_to_itself(x, lens, causal):
+def each_to_itself(x, lens):
     """Who sees whom in a stream x, as Attention takes it: the function, and what it is given beside q, k, v."""
     # Ampere is the first that has the kernel
     if lens and x.is_cuda and x.dtype != torch.float32 and torch.cuda.get_device_capability(x.device) >= (8, 0):
-        return gpu_attention, torch.tensor([0, *accumulate(lens)], dtype=torch.int32).to(x.device), max(lens), causal
-    return causal_attention if causal else packed_attention, lens
+        return gpu_attention, torch.tensor([0, *accumulate(lens)], dtype=torch.int32).to(x.device), max(lens)
+    return causal_attention, lens
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The local transformer and its band (section 3.1)
 
 def reach(window):
     """How many frames a frame sees before and after itself. The one definition of the band: change it here."""
-    return (window // 2, window // 2) if window >= 0 else (2**31, 2**31)  # more than any clip has
+    return window // 2, window // 2
 
 
 def sees(i, j, window):
@@ -216,11 +213,8 @@ class LocalTransformer(nn.Module):
     def forward(self, x, doc=None):
         # the band is relative, and so are rotary positions: they may run on over the clips of a stream
         rope = rope_table(torch.arange(x.shape[1], device=x.device)[None], self.head_dim)
-        how = banded, self.window, doc
-        if self.window < 0 and doc is not None and len(doc) == 1:  # the whole clip is no band
-            how = each_to_itself(x, doc.unique_consecutive(return_counts=True)[1].tolist(), causal=not self.reach[1])
         for layer in self.layers:
-            x = layer(x, rope, None, *how)
+            x = layer(x, rope, None, banded, self.window, doc)
         return self.norm(x)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,7 +274,7 @@ class LLaMA(nn.Module):
             self.args.fits(max(sequences) + (cache.max_new if cache else 0))
             pos = torch.cat([torch.arange(n, device=h.device) for n in sequences])[None]
         rope = rope_table(pos, self.args.head_dim, self.args.rope_theta, self.args.rope_scaling)
-        inside = each_to_itself(h, lens, causal=True) if cache is None else None  # the same for all layers
+        inside = each_to_itself(h, lens) if cache is None else None  # the same for all layers
         for i, layer in enumerate(self.layers):
             how = inside  # who sees whom: a function, and what it takes beside q, k and v
             if cache is not None:

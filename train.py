@@ -51,7 +51,7 @@ ltn = True  # the local transformer (Table 6)
 ltn_dim = 192  # its width, 0 = the features' (paper: 1024)
 ltn_layers = 2  # its depth (paper: silent)
 ltn_heads = 6  # its heads (paper: silent)
-window = 8  # frames that each sees beside itself, see model.reach, -1 = all (paper: 8; Table 9: 4, 8, 12, 16)
+window = 8  # frames that each sees beside itself, see model.reach (paper: 8; Table 9: 4, 8, 12, 16)
 adaptor = "mlp"  # mlp, mlp_noact, linear (paper: mlp; Table 3)
 dropout = 0.0  # of what goes into local transformer and LLM, and in the local transformer's blocks (paper: silent)
 llm_dropout = 0.0  # of word embeddings, and in the LLM's blocks (paper: silent)
@@ -128,7 +128,7 @@ TOYS = ("toy", "toy_zh", "hard", "hard_zh")
 def configuration():
     """Page one, config files and command line. Values that no run could make sense of end it with exit code 2."""
     cfg = configure(__file__, stages=("align", "sft"), positive=POSITIVE, shares=SHARES,
-                    minus_one=("window", "log_every", "eval_every", "save_every"),
+                    minus_one=("log_every", "eval_every", "save_every"),
                     choices={"stage": ("align", "sft"), "adaptor": ADAPTORS, "llm_bits": (16, 8, 4)})
     for target in cfg.lora_targets.split(","):
         if target not in TARGETS:

@@ -36,8 +36,8 @@ SHOWN = 20  # dev sentences in tensorboard
 # variables of a checkpoint's configuration: the least and the most that they can be
 BOUNDED = {key: (-1, LIMITS[size]) for key, size in {
     "ltn_dim": "dim", "ltn_layers": "n_layers", "ltn_heads": "n_heads", "bos_id": "vocab_size", "eos_id": "vocab_size",
-    "window": "max_position_embeddings", "max_frames": "max_position_embeddings"}.items()}
-BOUNDED |= {"merge": (1, LIMITS["max_position_embeddings"])}
+    "max_frames": "max_position_embeddings"}.items()}
+BOUNDED |= {key: (least, LIMITS["max_position_embeddings"]) for key, least in (("window", 0), ("merge", 1))}
 BOUNDED |= dict.fromkeys(("dropout", "llm_dropout"), (0, math.nextafter(1, 0)))  # less than 1
 
 # ---------------------------------------------------------------------------------------------------------------------

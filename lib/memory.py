@@ -82,11 +82,9 @@ def estimate(cfg, model, clips, micro, prompt, tokenizer, dtype, device, dev=Non
     # of the adaptor: W1 x, GELU of it, and the frames as they stand in the LLM's stream
     vision = F * dim * s * {"mlp": 3, "mlp_noact": 2, "linear": 1}[cfg.adaptor]
     if cfg.ltn and cfg.train_ltn:  # a block of 32 queries sees so many keys, and its weights are not kept
-        w, seen = model.adaptor.w1.in_features, 32 + sum(model.ltn.reach) if cfg.window >= 0 else 0
+        w, seen = model.adaptor.w1.in_features, 32 + sum(model.ltn.reach)
         inside = s * (11 * w + 4 * (8 * w // 3) + 2 * w * seen // 32)
         vision += cfg.ltn_layers * F * inside + F * seen
-        if cfg.window < 0:
-            vision += cfg.ltn_layers * cfg.ltn_heads * weights(shown)
     if s < 4:  # what learns is cast for each use, but for word embeddings, which are looked up
         vision += s * (n_learning - cfg.train_embeddings * args.vocab_size * dim)
     # log-softmax and two gradients of it, or the gradients inside a block, beside them a matrix that is dequantised

@@ -10,7 +10,7 @@ import contextlib
 import torch
 
 from lib.program import BadInput
-from model import Attention, banded, causal_attention, gpu_attention, packed_attention, rotate, sees
+from model import Attention, banded, causal_attention, gpu_attention, rotate, sees
 
 
 @contextlib.contextmanager
@@ -23,13 +23,13 @@ def recorded(module):
 
     @torch.no_grad()
     def record(name, part, x, rope, attend, *how):
-        window, causal, clips = None, attend is causal_attention, None  # None: no band, and nobody knows
+        window, clips = None, None  # no band, and nobody knows
         if attend is banded:
             window, doc = how
             clips = 1 if doc is None else len(doc.unique())
         elif attend is gpu_attention:
-            clips, causal = len(how[0]) - 1, how[2]
-        elif attend in (causal_attention, packed_attention):
+            clips = len(how[0]) - 1
+        elif attend is causal_attention:
             clips = len(how[0] or [0])
         if len(x) != 1 or clips != 1:
             raise BadInput("recorded: the attention of one clip at a time, and without a cache")
@@ -39,7 +39,7 @@ def recorded(module):
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # grouped queries share their key
         score = torch.einsum("ihd,jhd->hij", q, k) / part.head_dim**0.5
         i = torch.arange(len(q), device=q.device)
-        seen = (i[:, None] >= i) | (not causal) if window is None else sees(i[:, None], i, window)
+        seen = i[:, None] >= i if window is None else sees(i[:, None], i, window)
         weights[name] = score.masked_fill(~seen, float("-inf")).softmax(-1)
 
     hooks = [part.register_forward_pre_hook(lambda part, args, name=name: record(name, part, *args))

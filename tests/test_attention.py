@@ -16,7 +16,6 @@ from model import (
     causal_attention,
     each_to_itself,
     gpu_attention,
-    packed_attention,
     rope_table,
 )
 from scripts.attention import recorded
@@ -30,19 +29,17 @@ def head_norm():
 
 
 @pytest.mark.parametrize("norm", [torch.nn.Identity, head_norm])
-@pytest.mark.parametrize("window, kv", [(None, 4), (None, 2), (8, 4), (-1, 4)])
+@pytest.mark.parametrize("window, kv", [(None, 4), (None, 2), (8, 4)])
 def test_recorded(window, kv, norm):
     torch.manual_seed(0)
     part, x = Attention(32, 4, kv, 8, norm=norm), torch.randn(1, 50, 32)
-    attend = {None: (causal_attention, None), 8: (banded, 8, None), -1: (packed_attention, [50])}[window]
-    check_recorded(part, x, kv, attend)
+    check_recorded(part, x, kv, (banded, 8, None) if window else (causal_attention, None))
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_recorded_of_one_kernel(causal, kernel):
+def test_recorded_of_one_kernel(kernel):
     torch.manual_seed(0)
     part, x = Attention(32, 4, 2, 8), torch.randn(1, 50, 32)
-    check_recorded(part, x, 2, (gpu_attention, torch.tensor([0, 50]), 50, causal))
+    check_recorded(part, x, 2, (gpu_attention, torch.tensor([0, 50]), 50))
 
 
 def check_recorded(part, x, kv, attend):
@@ -64,9 +61,9 @@ def cached(q, k, v):
 
 
 @pytest.mark.parametrize("clips, how", [
-    (1, (causal_attention, [20, 30])), (1, (packed_attention, [20, 30])),
+    (1, (causal_attention, [20, 30])),
     (1, (banded, 8, torch.arange(50)[None] // 25)),
-    (1, (gpu_attention, torch.tensor([0, 20, 50]), 30, True)),
+    (1, (gpu_attention, torch.tensor([0, 20, 50]), 30)),
     (2, (causal_attention, None)), (2, (banded, 8, None)), (1, (cached,))])
 def test_several_clips_are_refused(clips, how):
     part = Attention(32, 4, 4, 8)
@@ -85,9 +82,8 @@ def plain(q, k, v, ends_q, ends_k, longest_q, longest_k, *, window_size, enable_
     out = []
     for a, b in zip(ends_q[:-1], ends_q[1:]):
         score = torch.einsum("ihd,jhd->hij", q[a:b], k[a:b]) / q.shape[2] ** 0.5
-        ahead = torch.ones(b - a, b - a, dtype=torch.bool).triu(1)
-        if window_size == (-1, 0):
-            score = score.masked_fill(ahead, float("-inf"))
+        assert window_size == (-1, 0)
+        score = score.masked_fill(torch.ones(b - a, b - a, dtype=torch.bool).triu(1), float("-inf"))
         out.append(torch.einsum("hij,jhd->ihd", score.softmax(-1), v[a:b]))
     return torch.cat(out)
 
@@ -106,22 +102,20 @@ def streams(device, dtype, heads, kv, width):
     return lens, ends, [make(heads), make(kv), make(kv)]
 
 
-@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kv", [4, 2])
-def test_one_kernel_is_a_call_each(kernel, kv, causal):
+def test_one_kernel_is_a_call_each(kernel, kv):
     lens, ends, qkv = streams("cpu", torch.float32, 4, kv, 8)
-    got, want = gpu_attention(*qkv, ends, max(lens), causal), packed_attention(*qkv, lens, causal)
+    got, want = gpu_attention(*qkv, ends, max(lens)), causal_attention(*qkv, lens)
     assert got.shape == want.shape and torch.allclose(got, want, atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("heads, kv, width", [(32, 32, 128), (8, 4, 32), (9, 3, 64)])
-@pytest.mark.parametrize("causal", [True, False])
-def test_the_kernel_itself(heads, kv, width, causal):
+def test_the_kernel_itself(heads, kv, width):
     """Result and gradients in bfloat16 are those of float32, but for rounding."""
     lens, ends, qkv = streams("cuda", torch.bfloat16, heads, kv, width)
     exact = [t.detach().float().requires_grad_(True) for t in qkv]
-    got, want = gpu_attention(*qkv, ends, max(lens), causal), packed_attention(*exact, lens, causal)
+    got, want = gpu_attention(*qkv, ends, max(lens)), causal_attention(*exact, lens)
     back = torch.randn_like(want)
     pairs = zip((got, *torch.autograd.grad(got, qkv, back.bfloat16())), (want, *torch.autograd.grad(want, exact, back)))
     assert all((a.float() - b).norm() < 0.02 * b.norm() for a, b in pairs)
@@ -162,26 +156,24 @@ def test_where_the_kernel_is_taken(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     on = lambda dtype, is_cuda=True: SimpleNamespace(is_cuda=is_cuda, dtype=dtype, device="cpu")
     for dtype in (torch.bfloat16, torch.float16):
-        attend, ends, *rest = each_to_itself(on(dtype), [2, 3], causal=True)
-        assert attend is gpu_attention and rest == [3, True]
+        attend, ends, *rest = each_to_itself(on(dtype), [2, 3])
+        assert attend is gpu_attention and rest == [3]
         assert ends.tolist() == [0, 2, 5] and ends.dtype == torch.int32
     for x in (on(torch.float32), on(torch.bfloat16, is_cuda=False)):
-        assert each_to_itself(x, [2, 3], causal=True) == (causal_attention, [2, 3])
-        assert each_to_itself(x, [2, 3], causal=False) == (packed_attention, [2, 3])
-    assert each_to_itself(on(torch.bfloat16), None, causal=True) == (causal_attention, None)
+        assert each_to_itself(x, [2, 3]) == (causal_attention, [2, 3])
+    assert each_to_itself(on(torch.bfloat16), None) == (causal_attention, None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert each_to_itself(on(torch.float16), [2, 3], causal=True) == (causal_attention, [2, 3])
+    assert each_to_itself(on(torch.float16), [2, 3]) == (causal_attention, [2, 3])
 
 
-@pytest.mark.parametrize("window", [8, -1])
-def test_one_definition_of_who_is_seen(monkeypatch, window):
-    """`reach` changed as README has it: bands and whole clips look back alone, and so does what is recorded of them."""
-    monkeypatch.setattr(model, "reach", lambda window: (window, 0) if window >= 0 else (2**31, 0))
-    ltn, x = model.LocalTransformer(16, 1, 2, window).eval(), torch.randn(1, 30, 16, requires_grad=True)
+def test_one_definition_of_who_is_seen(monkeypatch):
+    """`reach` changed as README has it: bands look back alone, and so does what is recorded of them."""
+    monkeypatch.setattr(model, "reach", lambda window: (window, 0))
+    ltn, x = model.LocalTransformer(16, 1, 2, 8).eval(), torch.randn(1, 30, 16, requires_grad=True)
     with recorded(ltn) as weights:
         out = ltn(x, torch.zeros(1, 30, dtype=torch.long))
     out[0, 20].sum().backward()
     seen = x.grad[0].abs().sum(1).nonzero().flatten().tolist()
-    assert seen == list(range(12 if window == 8 else 0, 21))
+    assert seen == list(range(12, 21))
     (w,) = weights.values()
     assert (w[:, 20] > 0).all(0).nonzero().flatten().tolist() == seen

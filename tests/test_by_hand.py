@@ -37,9 +37,9 @@ SETTING = [f"batch_size={BATCH}", f"epochs={EPOCHS}", f"seed={SEED}", f"lr={LR}"
            f"lora_targets={','.join(TARGETS)}", "language=English", "log_every=1", "eval_every=8", "eval_clips=0"]
 STAGES = {"align": ["stage=align", "prompt={clip}"],
           "sft": ["stage=sft", "prompt=am {clip} gibt es {language}", "train_embeddings=true"],
-          # all learns at once, from means of two frames that see their whole clip
+          # all learns at once, from means of two frames
           "all": ["stage=align", "prompt=am {clip} gibt es {language}", "train_embeddings=true", "freeze_llm=false",
-                  "lora_rank=0", "merge=2", "window=-1"]}
+                  "lora_rank=0", "merge=2"]}
 LEARNS = {"align": ("proj.", "ltn.", "adaptor."), "sft": ("adaptor.", "llm.tok_embeddings.", "lora_"),
           "all": ("proj.", "ltn.", "adaptor.", "tok_embeddings.", "attention.w", "feed_forward.w", "output.")}
 FOLDER = {"align": "align", "sft": "sft", "all": "align"}
@@ -86,10 +86,10 @@ def block(w, name, x, head_dim, mask):
     return x + linear(F.silu(linear(normed, "feed_forward.w1")) * linear(normed, "feed_forward.w3"), "feed_forward.w2")
 
 
-def clip_loss(w, features, before, after, answer, smoothing, window):
-    """Sum of the losses of an answer's tokens, given the clip. window: -1: the whole clip."""
+def clip_loss(w, features, before, after, answer, smoothing):
+    """Sum of the losses of an answer's tokens, given the clip."""
     at = torch.arange(len(features))
-    seen = (at[:, None] - at).abs() <= (len(at) if window < 0 else window // 2)
+    seen = (at[:, None] - at).abs() <= WINDOW // 2
     x = (features - w["mean"]) / w["std"] @ w["proj.weight"].T
     for n in range(2):
         x = block(w, f"ltn.layers.{n}", x, 32 // HEADS, seen)
@@ -116,7 +116,7 @@ def merged(x, k):
     return torch.stack([x[t:t + k].mean(0) for t in range(0, len(x), k)]).half().double()
 
 
-def run_by_hand(home, w, prompt, learns, merge=1, window=WINDOW):
+def run_by_hand(home, w, prompt, learns, merge=1):
     """
     -> [{"step", "epoch", "loss", "grad_norm", "lr", "tokens"}, behind those of steps 8 and 12 {"step", "dev_loss"}],
     and at the end what has learnt and AdamW's two moments, by name
@@ -138,7 +138,7 @@ def run_by_hand(home, w, prompt, learns, merge=1, window=WINDOW):
         loss = tokens = 0
         for name, answer in chosen:
             kept = features[name][random(SEED, "drop", epoch, name).random(len(features[name])) >= DROP]
-            part = clip_loss(w, kept, [1, *before], after, answer, SMOOTHING, window) / sum(len(a) for _, a in chosen)
+            part = clip_loss(w, kept, [1, *before], after, answer, SMOOTHING) / sum(len(a) for _, a in chosen)
             part.backward()  # the gradients add up
             loss += part.item()
             tokens += len([1, *before, *kept, *after, *answer[:-1]])
@@ -158,7 +158,7 @@ def run_by_hand(home, w, prompt, learns, merge=1, window=WINDOW):
             lines.append({"step": step + 1, "epoch": round((step + 1) / per_epoch, 3), "loss": loss, "grad_norm": norm,
                           "lr": lr, "tokens": tokens})
             if step + 1 in (8, 12):  # without dropped frames, without smoothing
-                total = sum(clip_loss(w, features[name], [1, *before], after, answer, 0, window)
+                total = sum(clip_loss(w, features[name], [1, *before], after, answer, 0)
                             for name, answer in clips)
                 targets = sum(len(answer) for _, answer in clips)
                 lines.append({"step": step + 1, "dev_loss": total.item() / targets})
@@ -203,7 +203,7 @@ def hand(home):
         args = [*SETTING, *STAGES[stage], *[f"init_from={align}/align/last"] * (stage == "sft")]
         start = llm | saved(trained("start", *args, "max_steps=1", "lr=0"), stage)  # a step that moves nothing
         prompt = STAGES[stage][1].removeprefix("prompt=").replace("{language}", "English")
-        found[stage] = args, start, run_by_hand(home, start, prompt, learns, *[2, -1] * (stage == "all"))
+        found[stage] = args, start, run_by_hand(home, start, prompt, learns, 2 if stage == "all" else 1)
     return found
 
 

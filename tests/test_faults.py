@@ -589,8 +589,8 @@ def test_a_checkpoint_of_an_unknown_adaptor_is_refused(run):
     """Of the same weights: nothing else in it would tell."""
     last = run("conv", "max_steps=1") / "last"
     state = json.load(open(last / "state.json"))
-    for key, value in (("adaptor", "conv"), ("ltn_layers", 10**6), ("window", 2**40), ("merge", 0), ("dropout", 1.0),
-                       ("llm_dropout", -0.5)):  # sizes that no model has, too
+    for key, value in (("adaptor", "conv"), ("ltn_layers", 10**6), ("window", 2**40), ("window", -1), ("merge", 0),
+                       ("dropout", 1.0), ("llm_dropout", -0.5)):  # sizes that no model has, too
         (last / "state.json").write_text(json.dumps(state | {"config": state["config"] | {key: value}}))
         with pytest.raises(BadInput, match=f"{key}={value}"):
             load_model(str(last), "cpu")

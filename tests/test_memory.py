@@ -88,12 +88,9 @@ def counted(cfg, n, frames, answers, prompt, s, cuda):
         kept = LAYERS * N * DIM * s + inside  # the input of each block, and the inside of one
     kept += F * DIM * s * {"mlp": 3, "mlp_noact": 2, "linear": 1}[cfg.adaptor]
     if cfg.ltn and cfg.train_ltn:
-        seen = 32 + cfg.window if cfg.window >= 0 else 0  # keys that a block of 32 queries meets, copied for it
+        seen = 32 + cfg.window  # keys that a block of 32 queries meets, copied for it
         inside = s * (7 * LTN + 4 * 42 + 4 * LTN + 2 * LTN * seen / 32)
         kept += cfg.ltn_layers * F * inside + F * seen
-        if cfg.window < 0:  # no band: as in the LLM
-            weights = s * sum(n * n for n in frames) if by_products else 4 * F
-            kept += cfg.ltn_layers * cfg.ltn_heads * weights
     back = max(3 * 4 * M * VOCAB, s * N * (3 * HIDDEN + 2 * DIM))
     learnt = numbers([t for t in everything if t[1]])
     if s < 4:  # cast for each use; word embeddings are looked up
@@ -120,7 +117,7 @@ CASES = {
     "two processes in bfloat16": (dict(freeze_llm=False, train_embeddings=True, lora_dropout=0.1, window=16,
                                        activation_checkpointing=True), 2, torch.bfloat16),
     "one process in bfloat16": ({}, 1, torch.bfloat16),
-    "the whole LLM, the whole clip": (dict(freeze_llm=False, lora_rank=0, window=-1), 1, torch.bfloat16),
+    "the whole LLM": (dict(freeze_llm=False, lora_rank=0), 1, torch.bfloat16),
     "offloaded": (dict(cpu_offload=True, train_embeddings=True), 1, torch.float32),
     "a wide beam on dev": (dict(beam=16), 1, torch.float32),
 }
@@ -159,10 +156,9 @@ def test_every_row(processes, monkeypatch, case, device):
         assert away == [what for what, _ in rows[:3]] * (cfg.cpu_offload and device == "cuda")
 
 
-@pytest.mark.parametrize("window", [8, -1])
-def test_joined_clips_are_one_sequence(monkeypatch, window):
+def test_joined_clips_are_one_sequence(monkeypatch):
     """concat: a clip and the one that follows it attend to each other, which costs more than either alone."""
-    cfg = page(**CFG | dict(concat=0.3, window=window))
+    cfg = page(**CFG | dict(concat=0.3))
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
     micro, frames, answers = MICRO[0]
     model = make(cfg, 1, torch.bfloat16, None)

@@ -521,16 +521,6 @@ def test_local_transformer_on_two_clips_in_a_stream():
         LocalTransformer(16, 1, 3, 4)
 
 
-def test_local_transformer_on_whole_clips():
-    """window=-1, without clip numbers too: one clip in a stream, or several side by side."""
-    ltn = awake(LocalTransformer(16, 2, 2, -1)).eval()
-    x = torch.randn(1, 45, 16)
-    with torch.no_grad():
-        want = ltn(x, torch.zeros(1, 45, dtype=torch.long))
-        torch.testing.assert_close(ltn(x), want)
-        torch.testing.assert_close(ltn(torch.cat([x, x.flip(1)]))[:1], want)
-
-
 def test_local_transformer_by_hand():
     """Pre-norm blocks: banded attention with rotary positions, then SwiGLU of 8/3 of the width; a norm at the end."""
     ltn, T, heads = awake(LocalTransformer(16, 2, 2, 4)).eval(), 40, 2

@@ -82,7 +82,7 @@ def test_commands_are_understood(command, monkeypatch):
     words = shlex.split(command)
     at = next(i for i, w in enumerate(words) if w.endswith(".py"))
     args = [w for w in words[at + 1:] if w not in ("merge", "help")]
-    configure(words[at], args, stages=STAGES.get(words[at], ()), minus_one=("window",))
+    configure(words[at], args, stages=STAGES.get(words[at], ()))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The commands of all pages are run, on next to nothing
@@ -208,7 +208,7 @@ def run(command, home, monkeypatch, capsys):
     assert re.search(says, said, re.M), said
     if leaves:
         args = [w for w in words if w != "merge"]
-        cfg = configure(str(path), args, stages=STAGES.get(program, ()), minus_one=("window",))
+        cfg = configure(str(path), args, stages=STAGES.get(program, ()))
         assert (home / leaves.format(**vars(cfg))).exists()
 
 

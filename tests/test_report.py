@@ -165,7 +165,7 @@ def test_what_the_page_says_of_a_clip(run, monkeypatch):
 
 def test_the_look_of_a_frame_that_sees_its_whole_clip(run):
     sllama, tokenizer, _ = report.load_model(str(run), "cpu")
-    sllama.ltn.window, sllama.ltn.reach = -1, reach(-1)
+    sllama.ltn.window, sllama.ltn.reach = 100, reach(100)
     band = report.look(sllama, tokenizer, torch.randn(11, 16), "am abend", "de")[2]
     assert band.shape == (11, 21) and report.reach_in(sllama.ltn, 11) == [10, 10]
     assert torch.allclose(band.sum(1), torch.ones(11))
