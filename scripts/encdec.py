@@ -49,6 +49,7 @@ mask = 0.125  # largest share of a clip's tokens that is blanked, in one place
 batch_size = 32  # clips
 lr = 1e-3  # peak, after `warmup` steps
 warmup = 300
+weight_decay = 1e-3  # of AdamW
 beam = 4  # width of the last decoding; dev is scored greedily on the way
 max_new_tokens = 60
 device = "auto"  # auto, cpu, cuda
@@ -190,7 +191,7 @@ def main():
     device = pick_device(cfg.device)[0]
     net = EncoderDecoder(train.width, pieces.vocab_size, cfg).to(device)
     print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f}M parameters, all of which learn", flush=True)
-    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.998), weight_decay=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.998), weight_decay=cfg.weight_decay, fused=True)
     total = cfg.epochs * math.ceil(len(train) / cfg.batch_size)
     step, best, kept, minutes = 0, -1.0, None, 0.0
     os.makedirs(cfg.to, exist_ok=True)
