@@ -24,6 +24,7 @@ lora_rank = 0  # the LLM itself learns (paper: LoRA of rank 8 beside it)
 label_smoothing = 0.1
 concat = 0.3  # of the clips are followed by another one and its sentence (paper: none)
 beta2 = 0.998  # (paper: silent)
+weight_decay = 1.0  # a hundred times page one's: all that learns begins from nothing (paper: silent)
 log_every = 100
 align = {"epochs": 12, "batch_size": 32, "lr": 1e-3, "warmup": 200, "freeze_llm": False, "train_embeddings": True}
 sft = {"epochs": 3, "batch_size": 32, "lr": 3e-4, "warmup": 50, "train_embeddings": True, "train_ltn": True}
