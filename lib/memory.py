@@ -76,8 +76,8 @@ def estimate(cfg, model, clips, micro, prompt, tokenizer, dtype, device, dev=Non
     kept += N * lora_inputs(cfg, dim, hidden, wide) * (s + (cfg.lora_dropout > 0))  # with dropout's mask
     # q, k, v, their output, and a log-sum a row; attention_by_products keeps all of its weights
     by_products = device.type == "cpu" and s < 4
-    weights = lambda some: s * sum(n * n for n in some) if by_products else 4 * sum(some)
-    kept += N * 2 * (wide + args.n_kv_heads * args.head_dim) * s + args.n_heads * weights(lens)
+    weights = s * sum(n * n for n in lens) if by_products else 4 * N
+    kept += N * 2 * (wide + args.n_kv_heads * args.head_dim) * s + args.n_heads * weights
     blocks = args.n_layers * N * dim * s + kept if cfg.activation_checkpointing else args.n_layers * kept
     # of the adaptor: W1 x, GELU of it, and the frames as they stand in the LLM's stream
     vision = F * dim * s * {"mlp": 3, "mlp_noact": 2, "linear": 1}[cfg.adaptor]
