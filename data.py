@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from lib.check import check, report
 from lib.configurator import configure, usage_error
 from lib.extract import Extractor, choose_backbone, prepare
-from lib.features import Store, import_features, read_common
+from lib.features import Store, import_features, read_common, text_of
 from lib.poses import Poses, in_place, whose_points
 from lib.program import BadInput, join, launch, leave, print0, rank, world
 from lib.readers import FPS, READERS, SLT, SPLITS, deal_out, label_pattern
@@ -113,7 +113,7 @@ class Clips:
     def sample(self, i, prompt, tokenizer, drop=0.0, key=(), concat=0.0):
         rng = stateless(*key, "concat", self.rows[i]["name"])
         some = [i] + [int(rng.integers(len(self)))] * (rng.random() < concat)  # another and its sentence may follow
-        answer = tokenizer.encode(" ".join(self.rows[j]["text"] for j in some)) + [tokenizer.eos_id]
+        answer = tokenizer.encode(text_of(self.rows[j] for j in some)) + [tokenizer.eos_id]
         return Sample(torch.cat([self.features(j, drop, key) for j in some]), *prompt, answer)
 
     def statistics(self):

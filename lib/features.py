@@ -16,6 +16,7 @@ from lib.files import NPY, fingerprint, kind_of, read_jsonl, whole
 from lib.pickles import Array, numpy_of, outline, read_pickle
 from lib.program import BadInput, print0
 from lib.readers import SPLITS, VAL, entries, first, forms
+from lib.scores import unspaced
 
 # what numpy raises of a file that is no array, or no longer; AttributeError: an .npz
 NO_ARRAY = ValueError, EOFError, AttributeError, zipfile.BadZipFile, tokenize.TokenError
@@ -117,6 +118,12 @@ def row_of_clip(row):
     if not all(isinstance(row[key], str) and row[key].strip() for key in ("name", "text")):
         raise ValueError("empty name or text")
     return row
+
+
+def text_of(rows):
+    """The sentences of these lines, one behind the other as their language is written: with a space, or without."""
+    texts = [row["text"] for row in rows]
+    return ("" if unspaced(texts) else " ").join(texts)
 
 
 def read_common(path, store):

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import struct
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -17,11 +18,11 @@ import sentencepiece
 import torch
 from conftest import clips_of
 
-from data import Sample, pack, prompt_ids, spread
+from data import Clips, Sample, pack, prompt_ids, spread
 from lib import video
 from lib.cnn import RandomCNN
 from lib.extract import Extractor, prepare
-from lib.features import Store, write_store
+from lib.features import Store, write_common, write_store
 from lib.program import BadInput
 from lib.readers import SPLITS
 from lib.tensors import stateless
@@ -839,3 +840,21 @@ def test_a_jsonl_that_holds_no_clips_says_why(split, tmp_path, content, words):
     (tmp_path / "own/train.jsonl").write_bytes(content)
     with bad(tmp_path / "own/train.jsonl", *words):
         clips_of(tmp_path, "own", "cnn", "train")
+
+
+@pytest.mark.parametrize("texts, joined", [(["heute regnet es", "morgen nicht"], "heute regnet es morgen nicht"),
+                                           (["今天会下雨吗？", "不会。"], "今天会下雨吗？不会。")])
+def test_a_clip_that_follows_is_joined_as_the_language_is_written(tmp_path, texts, joined):
+    """concat: a space between two sentences where words have spaces between them, none where they have not."""
+    splits = {s: [{"name": f"{s}{i}", "text": t} for i, t in enumerate(texts)] for s in SPLITS}
+    shapes = {row["name"]: (2, 4) for rows in splits.values() for row in rows}
+    write_common(str(tmp_path / "two"), "cnn", splits, shapes, lambda name: np.zeros((2, 4)), lambda names: {})
+    run = SimpleNamespace(data_dir=str(tmp_path), dataset="two", backbone="cnn", max_frames=0, merge=1)
+    clips = Clips(run, "train")
+
+    class Letters:
+        eos_id = "EOS"
+        encode = staticmethod(list)
+
+    answers = ["".join(clips.sample(0, ([], []), Letters, key=(epoch,), concat=1.0).answer) for epoch in range(20)]
+    assert set(answers) == {joined + "EOS", joined.replace(texts[1], texts[0]) + "EOS"}
