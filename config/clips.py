@@ -4,7 +4,7 @@ Own clips, ten to a few thousand, on a real LLM.
     python data.py dataset=mine root=FOLDER
     python train.py config/clips.py dataset=mine llm=LLAMA stage=align
     python train.py config/clips.py dataset=mine llm=LLAMA stage=sft
-    python eval.py ckpt=out/mine/sft control=all
+    python eval.py ckpt=out/mine/sft control=all         # split=train, if all of fewer than 20 clips are learnt from
 """
 dataset = "mine"
 backbone = ""  # the features that data.py has made, whichever it chose
@@ -12,7 +12,7 @@ language = "English"  # of the sentences; it stands in the prompt: language=Turk
 max_frames = 512  # 20 s at 25 frames a second; a long clip from a phone is thinned out, so that it fits beside the LLM
 lora_dropout = 0.05  # few clips are soon known by heart
 label_smoothing = 0.1  # for the same reason
-warmup = 10  # steps; with ten clips a stage has a hundred or so, and page one's 30 would be a third of them
+warmup = 10  # steps; with ten clips a stage has 120, and page one's 30 would be a quarter of them
 eval_clips = 100  # of dev, decoded once an epoch to choose best/
 
 align = {

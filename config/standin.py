@@ -1,8 +1,9 @@
 """
 The full-size stand-in: PHOENIX-2014T's real sentences and, in the place of its videos, features made from
 the states of an HMM (neccam's base annotations, 2 MB). Its scores are not the data set's: nobody has looked at a video.
-Not the paper's recipe, which page one has, but what did better here: frames are merged, there is dropout, clips follow
-one another in pairs, and all of a small LLM learns from nothing. docs/results.md has both, and what each part brings.
+Not the paper's recipe, whose method page one has, but what did better here: frames are merged, there is dropout, clips
+follow one another in pairs, and all of a small LLM learns from nothing. docs/results.md has both, and what each part
+brings.
 
     python data.py dataset=standin reader=slt root=FOLDER features=states backbone=standin
     python -m scripts.small_llm dataset=standin to=weights/standin steps=0 layers=8
