@@ -30,7 +30,7 @@ from lib.tensors import stateless
 dataset = ""  # name of the data set: its common form goes to data_dir/NAME
 root = ""  # folder of the clips as they were downloaded or filmed
 reader = ""  # phoenix14t csl_daily how2sign openasl clips gfslt slt; "" = the data set's name, else clips
-strict = True  # false: go on without broken clips, listed in data_dir/NAME/problems.txt
+strict = True  # false: go on without clips that cannot be read, listed in data_dir/NAME/problems.txt
 data_dir = "data"  # folder that holds the data sets
 backbone = ""  # googlenet (paper), timm/NAME (Table 5), poses, toycnn (random); "" = the best there is; features=: any
 weights = ""  # file of the CNN's weights (.pth, .safetensors), random for a trial; timm/NAME: "" = downloaded
@@ -64,7 +64,7 @@ class Clips:
         self.path = os.path.join(folder, split + ".jsonl")
         if not os.path.exists(self.path):
             there = [s for s in SPLITS if os.path.exists(os.path.join(folder, s + ".jsonl"))]
-            hint = f"it has {', '.join(there)}: say split=" if there else "make it with python data.py"
+            hint = f"it has {', '.join(there)}" + ": say split=" * (split == "test") if there else "data.py makes it"
             raise BadInput(f"{self.path}: data set {run.dataset} has no split {split}; {hint}")
         self.run, self.split = run, split
         self.store = Store(os.path.join(folder, run.backbone, split + ".safetensors"))

@@ -406,7 +406,7 @@ def main():
             at.skipped, in_a_row = at.skipped + 1, in_a_row + 1
             if in_a_row == cfg.max_skips:
                 raise BadInput(f"max_skips={in_a_row} steps in a row were not finite, the last with clips "
-                               f"{clips.names(chosen)}; the checkpoint of step {run.saved[0]} is kept in {run.last}")
+                               f"{clips.names(chosen)}; {run.kept()}")
         optimizer.zero_grad(set_to_none=True)
         at.step += 1
 

@@ -250,6 +250,11 @@ class Run:
         """Whether last/ is older than the loop's state."""
         return self.saved != (at.step, at.scored)
 
+    def kept(self):
+        """What is there for whom the run has failed, for a message."""
+        step, _ = self.saved
+        return f"the checkpoint of step {step} is kept in {self.last}" if step else "there is no checkpoint yet"
+
     def save(self, name, model, optimizer, at, keep=1, final=False, **more):
         """
         Write the checkpoint folder `name`; keep: with the one before as name.1 and so on. -> whether it is there.

@@ -131,7 +131,7 @@ class Extractor:
         else:
             raise BadInput(f"backbone={backbone}: is none of {', '.join(CNNS)}, timm/NAME, poses")
         self.how = dict(size=size, crop=self.crop, interpolation=interpolation, fps=fps, rate=rate)
-        self.workers = workers
+        self.rate, self.workers = rate, workers
         self.device = pick_device(device)[0]
         self.cnn.requires_grad_(False).eval().to(self.device, memory_format=torch.channels_last)
         self.mean, self.std = (255 * torch.tensor(v, device=self.device).view(3, 1, 1) for v in (mean, std))
@@ -143,7 +143,7 @@ class Extractor:
 
     def rate_of(self, path):
         """Frames a second of a clip that is to be translated; a folder has the rate of the others."""
-        return rate_of(path, self.settings["fps"])
+        return rate_of(path, self.rate or self.settings["fps"])
 
     @torch.inference_mode()
     def compute(self, batch):
@@ -203,10 +203,10 @@ class Extractor:
 
 def open_extractor(made, weights="", device="auto"):
     """What has made a run's features, from the settings in their store. weights: of the CNN, another file."""
-    fps = made.get("fps", 0.0)
+    fps, rate = made.get("fps", 0.0), made.get("rate", 0.0)
     if made["backbone"] != "poses":
-        return Extractor(made["backbone"], weights or made["weights"], device, fps)
-    poses = Poses(made["components"], fps)
+        return Extractor(made["backbone"], weights or made["weights"], device, fps, rate)
+    poses = Poses(made["components"], fps, rate)
     if made["dimensions"] != poses.settings["dimensions"]:
         raise BadInput(f"poses: were learnt from as {made['dimensions']}, now they are {poses.settings['dimensions']}")
     return poses
@@ -295,8 +295,13 @@ def prepare(name, splits, data_dir, extractor, strict=True):
         splits = {s: [row for row in splits[s] if row["name"] in done] for s in SPLITS}
         shapes = {n: shape for n, (_, shape, _) in done.items()}
         rates = {n: rate for n, (*_, rate) in done.items()}
-        fps = settings["fps"] or common_rate(rates.values())
-        said = {"settings": json.dumps(settings | {"fps": fps})}
+        untimed = sum(not rates[n] and os.path.isdir(rows[n]["video"]) for n in rates)
+        if settings["fps"] and untimed:
+            print0(f"fps={settings['fps']:g}: {untimed} of {len(rates)} clips are folders, which have no times: "
+                   "they are taken as they are")
+        fps = settings["fps"] if untimed < len(rates) else 0.0
+        fps = fps or common_rate(rates.values())
+        said = {"settings": json.dumps(settings | {"fps": fps, "rate": extractor.rate})}
         write_common(home, settings["backbone"], splits, shapes, lambda n: done[n][0](n).numpy(),
                      lambda names: said | notes({n: rates[n] for n in names}))
         shutil.rmtree(parts)

@@ -6,6 +6,7 @@ import glob
 import json
 import math
 import os
+import re
 import tokenize
 import zipfile
 
@@ -123,7 +124,8 @@ def row_of_clip(row):
 def text_of(rows):
     """The sentences of these lines, one behind the other as their language is written: with a space, or without."""
     texts = [row["text"] for row in rows]
-    return ("" if unspaced(texts) else " ").join(texts)
+    letters = re.sub(r"[^\w\s]", "", "".join(texts))  # a short sentence and its punctuation alone would not tell
+    return ("" if unspaced([letters]) else " ").join(texts)
 
 
 def read_common(path, store):

@@ -38,7 +38,7 @@ def read_table(path, *columns):
         if header.count(column) != 1:
             raise BadInput(f"{path}: its header {'names twice' if column in header else 'has no'} column {column}"
                            + (kind_of(path) and f", it is {kind_of(path)}"))
-    rows = []
+    rows, cells, line = [], header, f"{path}:1"
     try:
         for cells in table:
             line = f"{path}:{table.line_num}"
@@ -135,20 +135,23 @@ def label_entries(root, *stems):
 def reader(rows):
     """
     Makes a reader of a function of the folder that yields (split, row).
-    The split is None where the folder does not say it: those go to train until data.py deals them out.
+    The split is None where the folder does not say it: those go to train until data.py deals them out, or
+    for good, if it does say that of others: a line tells how many, since a cell may have been forgotten.
     "line", a row's place in a table, is for the error alone.
     """
     @functools.wraps(rows)
     def read(root):
         splits = {s: [] for s in SPLITS}
-        said = False
+        mute = total = 0  # clips whose split is not said, and all
         for split, row in rows(root):
             line = row.pop("line", root)
             if split not in (None, *SPLITS):
                 raise BadInput(f"{line}: clip {row['name']}: split {split!r} is none of {', '.join(SPLITS)}")
             splits[split or "train"].append(row)
-            said |= split is not None
-        return splits, said
+            mute, total = mute + (split is None), total + 1
+        if 0 < mute < total:
+            print0(f"{root}: {mute} of {total} clips have no split and go to train")
+        return splits, mute < total
     return read
 
 

@@ -204,7 +204,7 @@ class Fake:
 
     def __init__(self, limit=10**6, weights=""):
         self.settings = {"backbone": "fake", "weights": weights, "fps": 0.0}
-        self.limit, self.seen, self.workers = limit, [], 0
+        self.limit, self.seen, self.workers, self.rate = limit, [], 0, 0.0
 
     def stream(self, paths, workers=0):
         for i, path in enumerate(paths):
@@ -843,7 +843,8 @@ def test_a_jsonl_that_holds_no_clips_says_why(split, tmp_path, content, words):
 
 
 @pytest.mark.parametrize("texts, joined", [(["heute regnet es", "morgen nicht"], "heute regnet es morgen nicht"),
-                                           (["今天会下雨吗？", "不会。"], "今天会下雨吗？不会。")])
+                                           (["今天会下雨吗？", "不会。"], "今天会下雨吗？不会。"),
+                                           (["他是谁？", "你去哪？"], "他是谁？你去哪？")])
 def test_a_clip_that_follows_is_joined_as_the_language_is_written(tmp_path, texts, joined):
     """concat: a space between two sentences where words have spaces between them, none where they have not."""
     splits = {s: [{"name": f"{s}{i}", "text": t} for i, t in enumerate(texts)] for s in SPLITS}

@@ -719,7 +719,7 @@ class Counter:
 
     def __init__(self, rates=(25.0,), fps=0.0):
         self.settings = {"backbone": "counter", "weights": "", "fps": fps}
-        self.rates, self.workers, self.seen = rates, 0, []
+        self.rates, self.workers, self.seen, self.rate = rates, 0, [], 0.0
 
     def stream(self, paths, workers=0):
         for i, path in enumerate(paths):
@@ -743,6 +743,22 @@ def test_the_rate_that_all_clips_share(tmp_path, capsys, rates, fps, says):
     assert json.loads(store.metadata["rates"]) == {str(i): r for i, r in enumerate(rates)}
     said = capsys.readouterr().out
     assert says in said if says else "frames a second" not in said
+
+
+@pytest.mark.parametrize("folders, fps", [(3, 0.0), (2, 12.5)])
+def test_folders_of_no_known_rate_are_not_said_to_be_resampled(tmp_path, capsys, folders, fps):
+    """fps= does nothing to them: a line says so, and a store that has nothing else says no rate."""
+    paths = [tmp_path / f"{i}" for i in range(3)]
+    for path in paths[:folders]:
+        path.mkdir()
+        (path / "0.png").write_bytes(b"x")
+    for path in paths[folders:]:
+        path.write_bytes(b"x")
+    rows = [{"name": path.name, "text": "ja", "video": str(path)} for path in paths]
+    rates = (0.0,) * folders + (25.0,) * (3 - folders)
+    prepare("own", {"train": rows, "dev": [], "test": []}, str(tmp_path / "data"), Counter(rates, 12.5))
+    assert f"fps=12.5: {folders} of 3 clips are folders" in capsys.readouterr().out
+    assert Store(str(tmp_path / "data/own/counter/train.safetensors")).settings["fps"] == fps
 
 
 def test_a_changed_frame_of_a_folder(tmp_path):

@@ -510,6 +510,14 @@ def test_steps_that_are_not_finite(run, home, monkeypatch, capsys):
     assert json.load(open(home / "nan2" / "toy" / "align" / "last" / "state.json"))["step"] == 2
 
 
+def test_a_run_that_fails_before_it_has_saved(run, home, monkeypatch):
+    real = SLLaMA.forward
+    monkeypatch.setattr(SLLaMA, "forward", lambda self, batch: (real(self, batch)[0] * float("nan"), 1))
+    with pytest.raises(BadInput, match=r"max_skips=2 .* clips .*; there is no checkpoint yet"):
+        run("nan3", "max_skips=2")
+    assert not (home / "nan3" / "toy" / "align" / "last").exists()
+
+
 def test_a_run_whose_first_step_was_skipped_goes_on(run, monkeypatch):
     with monkeypatch.context() as m:
         real = SLLaMA.forward

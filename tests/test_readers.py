@@ -122,13 +122,17 @@ def test_clips_tsv(own, tmp_path):
         {"name": "c", "text": "mit\u2028Zeichen", "video": str(tmp_path / "c.gif")}]}
 
 
-def test_clips_tsv_as_windows_writes_it(own):
+def test_clips_tsv_as_windows_writes_it(own, capsys):
     splits, dealt = own("\ufefffile\ttext\tsplit\tsigner\tgloss\r\n"
                         "a.mp4\tüber\ttest\tS1\tÜBER ICH\r\nb.mp4\tja\t\t\t\r\n")
     assert dealt and [r["name"] for r in splits["train"]] == ["b"] and not splits["dev"]
     row = {"name": "a", "text": "über", "video": "", "signer": "S1", "gloss": "ÜBER ICH"}
     assert splits["test"][0] | {"video": ""} == row
     assert "signer" not in splits["train"][0]
+    assert "1 of 2 clips have no split and go to train" in capsys.readouterr().out
+    own("file\ttext\na.mp4\tja\nb.mp4\tnein\n")
+    own("file\ttext\tsplit\na.mp4\tja\ttrain\nb.mp4\tnein\ttest\n")
+    assert "no split" not in capsys.readouterr().out
 
 
 CELLS = [("a.mp4", 'Er sagt "hallo", und geht; ja'), ("b.mp4", '"Ja"'), ("c.gif", "Grüße\naus Köln"),
@@ -174,6 +178,7 @@ def test_names_as_macos_writes_them(tmp_path, monkeypatch, disk, table):
     ('file\ttext\na.mp4\t"ja\nb.mp4\tnein\n', ("begins with a quote",)),
     ('file\ttext\na.mp4\t"I went.\nb.mp4\tThen it rained.\nc.mp4\tIt was late."\n', ("clips.tsv:4", "whole row")),
     ("file\ttext\na.mp4\t" + "ja " * 50000 + "\n", (":2", "limit")),
+    ('file\ttext\t"signer\na.mp4\tja\tS1\n', ("clips.tsv:1", "begins with a quote")),
     ("", ("no column file",)),
     ("file\ttext\n\n", ("no clips",)),
     ("file\ttext\n\na.mp4\tja\tnein\n", (":3", "3 columns", "2")),

@@ -32,7 +32,7 @@ import model
 import train
 from lib.cnn import GoogLeNet, RandomCNN, he_init
 from lib.configurator import configure, read_literals
-from lib.extract import Extractor
+from lib.extract import Extractor, open_extractor
 from lib.features import Store
 from lib.program import BadInput, pick_device, pick_dtype
 from lib.scores import rouge
@@ -1327,7 +1327,10 @@ def test_the_rate_of_folders_of_frames_is_the_data_set_s(make, tmp_path, reader,
         (labels / "sentence_label/split_1.txt").write_text(f"name|split\n{name}|train\n")
     folder = make("root=HERE/root", f"reader={reader}")
     assert settings(folder)["fps"] == rate and rows(folder / "train.jsonl")[0]["frames"] == 6
-    assert rows(make("root=HERE/root", f"reader={reader}", f"fps={rate / 2}") / "train.jsonl")[0]["frames"] == 3
+    folder = make("root=HERE/root", f"reader={reader}", f"fps={rate / 2}")
+    assert rows(folder / "train.jsonl")[0]["frames"] == 3
+    again = open_extractor(settings(folder), device="cpu")  # as eval.py has it for video=
+    assert again.rate_of(str(clip)) == rate and len(again(str(clip))) == 3
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper's settings, and what `auto` means
