@@ -301,7 +301,8 @@ def prepare(name, splits, data_dir, extractor, strict=True):
                    "they are taken as they are")
         fps = settings["fps"] if untimed < len(rates) else 0.0
         fps = fps or common_rate(rates.values())
-        said = {"settings": json.dumps(settings | {"fps": fps, "rate": extractor.rate})}
+        filmed = {"rate": extractor.rate} if extractor.rate else {}  # what open_extractor needs to know of folders
+        said = {"settings": json.dumps(settings | {"fps": fps} | filmed)}
         write_common(home, settings["backbone"], splits, shapes, lambda n: done[n][0](n).numpy(),
                      lambda names: said | notes({n: rates[n] for n in names}))
         shutil.rmtree(parts)
