@@ -251,7 +251,7 @@ class Run:
         return self.saved != (at.step, at.scored)
 
     def kept(self):
-        """What is there for whom the run has failed, for a message."""
+        """What a run that fails leaves behind, for its message."""
         step, _ = self.saved
         return f"the checkpoint of step {step} is kept in {self.last}" if step else "there is no checkpoint yet"
 

@@ -295,18 +295,25 @@ def prepare(name, splits, data_dir, extractor, strict=True):
         splits = {s: [row for row in splits[s] if row["name"] in done] for s in SPLITS}
         shapes = {n: shape for n, (_, shape, _) in done.items()}
         rates = {n: rate for n, (*_, rate) in done.items()}
-        untimed = sum(not rates[n] and os.path.isdir(rows[n]["video"]) for n in rates)
-        if settings["fps"] and untimed:
-            print0(f"fps={settings['fps']:g}: {untimed} of {len(rates)} clips are folders, which have no times: "
-                   "they are taken as they are")
-        fps = settings["fps"] if untimed < len(rates) else 0.0
-        fps = fps or common_rate(rates.values())
+        fps = rate_of_store(settings["fps"], rates, rows)
         filmed = {"rate": extractor.rate} if extractor.rate else {}  # what open_extractor needs to know of folders
         said = {"settings": json.dumps(settings | {"fps": fps} | filmed)}
         write_common(home, settings["backbone"], splits, shapes, lambda n: done[n][0](n).numpy(),
                      lambda names: said | notes({n: rates[n] for n in names}))
         shutil.rmtree(parts)
     barrier()
+
+
+def rate_of_store(fps, rates, rows):
+    """
+    The frame rate of a store's clips: the one that they were resampled to, else the one that they share, 0 without.
+    Folders of unknown rate have no times that could be resampled: a line says so, and where all are such, fps= is none.
+    """
+    untimed = sum(not rate and os.path.isdir(rows[n]["video"]) for n, rate in rates.items())
+    if fps and untimed:
+        print0(f"fps={fps:g}: {untimed} of {len(rates)} clips are folders, which have no times: "
+               "they are taken as they are")
+    return fps if fps and untimed < len(rates) else common_rate(rates.values())
 
 
 def common_rate(rates):

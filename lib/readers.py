@@ -135,20 +135,21 @@ def label_entries(root, *stems):
 def reader(rows):
     """
     Makes a reader of a function of the folder that yields (split, row).
-    The split is None where the folder does not say it: those go to train until data.py deals them out, or
-    for good, if it does say that of others: a line tells how many, since a cell may have been forgotten.
+    The split is None where the folder does not say it: those go to train until data.py deals them out, and
+    stay there where it does say that of others: a line tells how many, since a cell may have been forgotten.
     "line", a row's place in a table, is for the error alone.
     """
     @functools.wraps(rows)
     def read(root):
         splits = {s: [] for s in SPLITS}
-        mute = total = 0  # clips whose split is not said, and all
+        mute = 0  # clips whose split is not said
         for split, row in rows(root):
             line = row.pop("line", root)
             if split not in (None, *SPLITS):
                 raise BadInput(f"{line}: clip {row['name']}: split {split!r} is none of {', '.join(SPLITS)}")
             splits[split or "train"].append(row)
-            mute, total = mute + (split is None), total + 1
+            mute += split is None
+        total = sum(map(len, splits.values()))
         if 0 < mute < total:
             print0(f"{root}: {mute} of {total} clips have no split and go to train")
         return splits, mute < total
