@@ -420,18 +420,22 @@ class Cache:
         q = (q / q.shape[-1] ** 0.5).unflatten(2, (k.shape[2], -1))
         kw, vw = (t[:, :, :, :self.step + 1] for t in self.written[layer])  # (n, beams, H, S, D), where they lie
         sizes = [len(kp) for kp, _, _ in self.prefix[layer]]
-        parts = zip(self.prefix[layer], *(t.split(sizes) for t in (q, kw, vw)))
-        return torch.cat([self.attend_part(*prefix, *rest) for prefix, *rest in parts]).flatten(2)
+        parts = zip(self.prefix[layer], q.split(sizes), (q @ kw.mT).split(sizes))
+        old, p = zip(*(self.attend_part(*prefix, *rest) for prefix, *rest in parts))
+        return (torch.cat(old) + torch.cat(p) @ vw).flatten(2)
 
     @staticmethod
-    def attend_part(kp, vp, filling, q, kw, vw):
-        """The clips of one part: one softmax over the prefix, which the beams share, and what each has written."""
-        old = (q.transpose(1, 2).flatten(2, 3) @ kp).masked_fill_(filling, float("-inf"))
-        new = (q @ kw.mT).transpose(1, 2).flatten(2, 3)  # (part, H, beams * heads per key, S), as `old` with L
-        p = torch.cat([old, new], -1).softmax(-1)
+    def attend_part(kp, vp, filling, q, new):
+        """
+        The clips of one part: one softmax over the prefix, which the beams share, and what each beam has written, whose
+        scores are new (part, beams, H, heads per key, S). -> what the prefix gives, and new's probabilities
+        """
+        flat = lambda t: t.transpose(1, 2).flatten(2, 3)  # -> (part, H, beams * heads per key, ...)
+        old = (flat(q) @ kp).masked_fill_(filling, float("-inf"))
+        p = torch.cat([old, flat(new)], -1).softmax(-1)
         old, new = p.split([old.shape[-1], new.shape[-1]], -1)
-        each = lambda t: t.unflatten(2, (q.shape[1], -1)).transpose(1, 2)  # -> (part, beams, H, heads per key, ...)
-        return each(old @ vp) + each(new) @ vw
+        each = lambda t: t.unflatten(2, (q.shape[1], -1)).transpose(1, 2)  # back again
+        return each(old @ vp), each(new)
 
     def reorder(self, source):
         """Beam b of clip i goes on from what its beam source[i, b] has written; the prefix stays where it is."""
