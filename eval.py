@@ -131,8 +131,7 @@ def translate(sllama, features, tokenizer, beam=4, length_penalty=1.0, max_new_t
 def decode(sllama, features, tokenizer, what, how):
     """translate(), the clips shared out among the processes. Every process gets all sentences."""
     mine = range(rank(), len(features), world())
-    show = Progress(what, len(mine))
-    out = translate(sllama, [features[i] for i in mine], tokenizer, progress=show, **how)
+    out = translate(sllama, [features[i] for i in mine], tokenizer, progress=Progress(what, len(mine)), **how)
     out = gathered(dict(zip(mine, out)))
     return [out[i] for i in range(len(features))]
 
@@ -223,6 +222,8 @@ def main():
     cfg.length_penalties = numbers(__file__, "length_penalties", cfg.length_penalties, float, -1)
     if (cfg.against or cfg.refs) and not cfg.hyps:
         usage_error(__file__, "against and refs: stand beside hyps=FILE, which is missing")
+    if bool(cfg.hyps) + bool(cfg.video) + bool(cfg.videos) > 1:
+        usage_error(__file__, "hyps, video and videos: one of them at a time")
     if rank() and (cfg.hyps or cfg.video or cfg.videos):
         return  # one process is enough, and the sentence is to be printed once
     if cfg.hyps:
@@ -234,8 +235,7 @@ def main():
     replace["llm_bits"] = int(cfg.llm_bits or -1)
     sllama, tokenizer, trained = load_model(cfg.ckpt or newest_run(cfg.out_dir), cfg.device, cfg.dtype, **replace)
     folder, state = trained.checkpoint.folder, trained.checkpoint.state
-    say(trained.said)
-    say(f"{folder}: {trained.stage} run on {trained.dataset}, step {state['step']}; "
+    say(f"{trained.said}\n{folder}: {trained.stage} run on {trained.dataset}, step {state['step']}; "
         f"{sllama.size() / 1e6:.2f}M parameters in all, on {sllama.mean.device}")
     how = {key: getattr(cfg, key) for key in ("beam", "length_penalty", "max_new_tokens", "batch_size")}
     if cfg.video or cfg.videos:

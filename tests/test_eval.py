@@ -409,7 +409,8 @@ def test_two_systems(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("args", [["against=b.jsonl"], ["refs=b.txt"], ["beams=4,x"], ["beams=0"],
-                                  ["length_penalties=1;2"], ["control=shuffled"]], ids=lambda a: a[0])
+                                  ["length_penalties=1;2"], ["control=shuffled"], ["hyps=a.jsonl", "video=b.mp4"],
+                                  ["videos=folder", "video=b.mp4"]], ids=lambda a: a[0])
 def test_wrong_command_lines(args, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["eval.py", *args])
     with pytest.raises(SystemExit) as stop:
