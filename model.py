@@ -428,13 +428,13 @@ class Cache:
     def attend_part(kp, vp, filling, q, new):
         """
         The clips of one part: one softmax over the prefix, which the beams share, and what each beam has written, whose
-        scores are new (part, beams, H, heads per key, S). -> what the prefix gives, and new's probabilities
+        scores are new (part, beams, H, heads per key, S). -> what the prefix gives (..., D), and new's probabilities
         """
         flat = lambda t: t.transpose(1, 2).flatten(2, 3)  # -> (part, H, beams * heads per key, ...)
         old = (flat(q) @ kp).masked_fill_(filling, float("-inf"))
         p = torch.cat([old, flat(new)], -1).softmax(-1)
         old, new = p.split([old.shape[-1], new.shape[-1]], -1)
-        each = lambda t: t.unflatten(2, (q.shape[1], -1)).transpose(1, 2)  # back again
+        each = lambda t: t.unflatten(2, (q.shape[1], -1)).transpose(1, 2)  # -> (part, beams, H, heads per key, ...)
         return each(old @ vp), each(new)
 
     def reorder(self, source):
